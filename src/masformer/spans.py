@@ -1,0 +1,193 @@
+"""What a span is: which keys the queries of one layer may see.
+
+A span answers one question, `visible(query_positions, key_positions)`. That predicate is the definition. The
+oracle's mask, the masks of the fast backends, the size of the KV cache and the cost formulas are derived from it,
+through the four geometric facts below it (`sinks`, `period`, `first_visible`, `max_visible`), which state
+consequences of the predicate and are tested against it pair by pair.
+
+Positions count from the first real token of a document, so left padding moves nothing and every packed document
+starts at 0 again. A window of `w` means `w` keys *including the query's own*, as in Hugging Face transformers
+(FlashAttention's `left` is `w - 1`).
+
+>>> import torch
+>>> WindowSpan(2, sinks=1).visible(torch.arange(4)[:, None], torch.arange(4)[None, :]).int()
+tensor([[1, 0, 0, 0],
+        [1, 1, 0, 0],
+        [1, 1, 1, 0],
+        [1, 0, 1, 1]], dtype=torch.int32)
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from masformer.errors import MasformerError, check_int
+
+SPAN_FORMS = "full, window:SIZE, window:SIZE+SINKS, block:SIZE or block:SIZExBLOCKS (own block included)"
+
+
+class Span(ABC):
+    """Which keys a query may see. Positions are integers from 0 (the first real token of the document)."""
+
+    sinks: int = 0
+    """Number of first keys that every later query sees, whatever its distance."""
+
+    @abstractmethod
+    def visible(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        """The definition: a bool tensor, True where the query may see the key.
+
+        Args:
+            query_positions: integer tensor of any shape.
+            key_positions: integer tensor that broadcasts with it.
+
+        Returns:
+            Bool tensor of the broadcast shape.
+        """
+
+    @property
+    @abstractmethod
+    def period(self) -> int | None:
+        """The pattern of non-sink keys repeats when query and key both move by this many positions.
+
+        None where every key before the query is visible.
+        """
+
+    @property
+    @abstractmethod
+    def max_visible(self) -> int | None:
+        """The most keys any query sees; None where that grows with the length.
+
+        Equally: queries at positions below it see every key up to their own, and a cache never has to hold more.
+        """
+
+    @abstractmethod
+    def first_visible(self, query_positions: Tensor) -> Tensor:
+        """Position of the oldest key, other than a sink, that each query sees: same shape and dtype."""
+
+    def visible_counts(self, query_positions: Tensor) -> Tensor:
+        """How many keys each query sees, at positions [n] (int64)."""
+        recent = query_positions - self.first_visible(query_positions) + 1
+        return torch.minimum(recent + self.sinks, query_positions + 1)
+
+    def visible_pairs(self, length: int, start: int = 0) -> int:
+        """Number of visible (query, key) pairs for the queries at positions start..length-1."""
+        return int(self.visible_counts(torch.arange(start, length)).sum())
+
+    def cached_keys(self, length: int) -> int:
+        """Keys a cache has to have room for after `length` tokens."""
+        return length if self.max_visible is None else min(length, self.max_visible)
+
+    @staticmethod
+    def parse(text: str) -> Span:
+        """Reads the text form, for example `full`, `window:512+4` or `block:1024x2`.
+
+        Raises:
+            MasformerError: the text is none of the forms, or a number is out of range.
+        """
+        text = text.strip()
+        if text == "full":
+            return FullSpan()
+        if match := re.fullmatch(r"window:(-?\d+)(?:\+(-?\d+))?", text):
+            return WindowSpan(int(match[1]), int(match[2] or 0))
+        if match := re.fullmatch(r"block:(-?\d+)(?:x(-?\d+))?", text):
+            blocks = int(match[2] or 1)
+            check_int("number of blocks in a block span", blocks, 1)
+            return BlockSpan(int(match[1]), blocks - 1)
+        raise MasformerError(f"unknown span {text!r}; allowed: {SPAN_FORMS}")
+
+
+@dataclass(frozen=True)
+class FullSpan(Span):
+    """Full causal attention: key j is visible to query i if and only if j <= i."""
+
+    def visible(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        return key_positions <= query_positions
+
+    @property
+    def period(self) -> None:
+        return None
+
+    @property
+    def max_visible(self) -> None:
+        return None
+
+    def first_visible(self, query_positions: Tensor) -> Tensor:
+        return torch.zeros_like(query_positions)
+
+    def __str__(self) -> str:
+        return "full"
+
+
+@dataclass(frozen=True)
+class WindowSpan(Span):
+    """Sliding window with attention sinks: j <= i and (j > i - size or j < sinks).
+
+    Args:
+        size: number of newest keys, the query's own included; at least 1.
+        sinks: number of first keys that stay visible (Xiao et al., arXiv 2309.17453); at least 0.
+    """
+
+    size: int
+    sinks: int = 0
+
+    def __post_init__(self) -> None:
+        check_int("window size", self.size, 1)
+        check_int("number of sinks", self.sinks, 0)
+
+    def visible(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        recent = key_positions > query_positions - self.size
+        return (key_positions <= query_positions) & (recent | (key_positions < self.sinks))
+
+    @property
+    def period(self) -> int:
+        return 1
+
+    @property
+    def max_visible(self) -> int:
+        return self.size + self.sinks
+
+    def first_visible(self, query_positions: Tensor) -> Tensor:
+        return (query_positions - self.size + 1).clamp(min=0)
+
+    def __str__(self) -> str:
+        return f"window:{self.size}" + (f"+{self.sinks}" if self.sinks else "")
+
+
+@dataclass(frozen=True)
+class BlockSpan(Span):
+    """Attention within blocks: j <= i and j // size >= i // size - lookback.
+
+    Args:
+        size: block length; at least 1.
+        lookback: number of earlier blocks that stay visible; 0 for the query's own block only.
+    """
+
+    size: int
+    lookback: int = 0
+
+    def __post_init__(self) -> None:
+        check_int("block size", self.size, 1)
+        check_int("block lookback", self.lookback, 0)
+
+    def visible(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        near = key_positions // self.size >= query_positions // self.size - self.lookback
+        return (key_positions <= query_positions) & near
+
+    @property
+    def period(self) -> int:
+        return self.size
+
+    @property
+    def max_visible(self) -> int:
+        return self.size * (self.lookback + 1)
+
+    def first_visible(self, query_positions: Tensor) -> Tensor:
+        return (query_positions // self.size - self.lookback).clamp(min=0) * self.size
+
+    def __str__(self) -> str:
+        return f"block:{self.size}" + (f"x{self.lookback + 1}" if self.lookback else "")
