@@ -1,14 +1,10 @@
-# make demo   the tour: plan, cost, quality and speed of mixed attention spans on a real model and real text
 # make test   lint, types and the whole test suite
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint format install clean
-
-demo: install
-	$(BIN)/masformer demo
+.PHONY: test lint format install clean
 
 test: lint
 	$(BIN)/python -m pytest
