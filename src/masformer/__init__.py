@@ -1,8 +1,9 @@
 """Mixed attention spans for pretrained language models (MASFormer, arXiv 2310.12442)."""
 
+from masformer.attention import attend
 from masformer.errors import MasformerError
 from masformer.plan import AttentionPlan
 from masformer.spans import BlockSpan, FullSpan, WindowSpan
 
 __version__ = "0.1.0"
-__all__ = ["AttentionPlan", "BlockSpan", "FullSpan", "MasformerError", "WindowSpan"]
+__all__ = ["AttentionPlan", "BlockSpan", "FullSpan", "MasformerError", "WindowSpan", "attend"]

@@ -1,0 +1,70 @@
+"""Attention under a span: one call, several backends."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from masformer.attention.reference import reference_attention
+from masformer.attention.tiled import tiled_attention
+from masformer.errors import MasformerError
+from masformer.spans import Span
+
+BACKENDS = {"auto": tiled_attention, "reference": reference_attention, "tiled": tiled_attention}
+
+__all__ = ["BACKENDS", "attend"]
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    span: Span,
+    *,
+    scale: float | None = None,
+    padding_mask: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax attention in which each query sees the keys its span allows.
+
+    Args:
+        query: [batch, query_heads, query_len, head_dim]; the queries are the last `query_len` positions.
+        key: [batch, kv_heads, key_len, head_dim]; `query_heads` is a multiple of `kv_heads`.
+        value: [batch, kv_heads, key_len, value_dim].
+        span: which keys are visible.
+        scale: factor on the scores; head_dim ** -0.5 by default.
+        padding_mask: [batch, key_len], 1 = real. Padding sees nothing, is seen by nobody, and its output is zero.
+        document_ids: [batch, key_len] integers; each document sees only itself, and positions start again in it.
+        backend: `reference` (dense oracle), `tiled`, or `auto`.
+
+    Returns:
+        [batch, query_heads, query_len, value_dim], in the dtype of `query`.
+
+    Raises:
+        MasformerError: shapes that do not fit, or an unknown backend.
+    """
+    if backend not in BACKENDS:
+        raise MasformerError(f"unknown backend {backend!r}; allowed: {', '.join(BACKENDS)}")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.ndim != 4:
+            raise MasformerError(f"{name} must be [batch, heads, length, head_dim], got {list(tensor.shape)}")
+    if key.shape[:3] != value.shape[:3] or key.shape[0] != query.shape[0] or key.shape[3] != query.shape[3]:
+        raise MasformerError(
+            f"shapes do not fit: query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
+        )
+    if query.shape[1] % key.shape[1]:
+        raise MasformerError(f"{query.shape[1]} query heads are no multiple of {key.shape[1]} key heads")
+    if query.shape[2] > key.shape[2]:
+        raise MasformerError(f"{query.shape[2]} queries, but only {key.shape[2]} keys; queries are the last positions")
+    documents = None
+    for name, tokens in (("padding_mask", padding_mask), ("document_ids", document_ids)):
+        if tokens is not None and tokens.shape != (key.shape[0], key.shape[2]):
+            allowed = [key.shape[0], key.shape[2]]
+            raise MasformerError(f"{name} must be [batch, key_len] = {allowed}, got {list(tokens.shape)}")
+    if document_ids is not None:
+        documents = document_ids.unique(return_inverse=True)[1]
+    if padding_mask is not None and not bool(padding_mask.bool().all()):
+        documents = torch.zeros_like(padding_mask, dtype=torch.long) if documents is None else documents
+        documents = documents.masked_fill(~padding_mask.bool(), -1)
+    return BACKENDS[backend](query, key, value, span, query.shape[-1] ** -0.5 if scale is None else scale, documents)
