@@ -2,8 +2,9 @@
 
 from masformer.attention import attend
 from masformer.errors import MasformerError
+from masformer.models.bridge import apply_plan
 from masformer.plan import AttentionPlan
 from masformer.spans import BlockSpan, FullSpan, WindowSpan
 
 __version__ = "0.1.0"
-__all__ = ["AttentionPlan", "BlockSpan", "FullSpan", "MasformerError", "WindowSpan", "attend"]
+__all__ = ["AttentionPlan", "BlockSpan", "FullSpan", "MasformerError", "WindowSpan", "apply_plan", "attend"]
