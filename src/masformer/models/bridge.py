@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from masformer.attention import BACKENDS, attend
 from masformer.errors import MasformerError
+from masformer.models.checkpoint import seal_config
 from masformer.plan import AttentionPlan
 
 NAME = "masformer"
@@ -56,6 +57,7 @@ def apply_plan(model: PreTrainedModel, plan: AttentionPlan, backend: str = "auto
     plan.for_layers(config.num_hidden_layers)
     layers = _attention_modules(model, config)
     config._attn_implementation = NAME
+    seal_config(config, plan)
     for layer, module in layers.items():
         module.masformer_span, module.masformer_backend = plan[layer], backend
     if not getattr(model, "_masformer_hooked", False):

@@ -1,0 +1,5 @@
+"""Tests never ask a hub."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
