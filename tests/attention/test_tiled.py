@@ -26,6 +26,7 @@ def test_tiled_equals_reference_forward_and_backward(span, batch, heads, group, 
         options["padding_mask"] = (torch.tensor(data.draw(token)) > 0).long()
     if data.draw(st.booleans()):
         options["document_ids"] = torch.tensor(data.draw(token)).sort(-1)[0]
+    options["softcap"] = data.draw(st.none() | st.floats(0.5, 5))
     expected = attend(*inputs, span, backend="reference", **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(
@@ -52,10 +53,41 @@ def test_past_the_tile_in_single_and_half_precision(span, dtype):
     torch.testing.assert_close(attend(*inputs, span), expected, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("span", [WindowSpan(3), WindowSpan(2, 2), BlockSpan(3, 1)])
-def test_gradcheck(span):
-    inputs = tensors(1, 1, 2, 11, 11, 2)
-    assert torch.autograd.gradcheck(lambda q, k, v: tiled_attention(q, k, v, span, 0.7, None, tile=2), inputs)
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("span", [FullSpan(), WindowSpan(3), WindowSpan(2, 2), BlockSpan(3, 1)])
+def test_gradcheck(span, softcap):
+    def run(query, key, value):
+        return tiled_attention(query, key, value, span, 0.7, None, 0.0, softcap, tile=2)
+
+    assert torch.autograd.gradcheck(run, tensors(1, 1, 2, 11, 11, 2))
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+@pytest.mark.parametrize("span", [FullSpan(), WindowSpan(40, 2)])
+def test_dropout_removes_weights_and_keeps_their_mean(span, backend):
+    torch.manual_seed(0)
+    query, key, _ = tensors(1, 1, 2, 150, 150)
+    value = torch.eye(150, dtype=torch.float64)[None, None]
+    weights = attend(query, key, value, span)
+    dropped = attend(query, key, value, span, dropout=0.25, backend=backend)
+    visible = span.visible(torch.arange(150)[:, None], torch.arange(150)[None, :])
+    kept = (dropped > 0)[:, :, visible]
+    assert kept.double().mean().item() == pytest.approx(0.75, abs=0.02)
+    torch.testing.assert_close(dropped[dropped > 0], weights[dropped > 0] / 0.75)
+    dropped.sum().backward()
+
+
+def test_many_documents_in_a_row_with_empty_ends():
+    query, key, value = tensors(2, 1, 2, 40, 40)
+    documents = torch.tensor([[3] * 7 + [1] * 20 + [9] * 13, [0] * 40])
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[0, :4] = mask[0, 22:30] = mask[1, 33:] = 0
+    for span in (FullSpan(), WindowSpan(4, 1), BlockSpan(3, 1)):
+        options = {"padding_mask": mask, "document_ids": documents}
+        actual = attend(query, key, value, span, **options)
+        torch.testing.assert_close(actual, attend(query, key, value, span, backend="reference", **options))
+        assert not actual[0, :, :4].any()
+        assert not actual[1, :, 33:].any()
 
 
 def test_left_padding_moves_nothing_and_padding_gives_zeros():
@@ -75,6 +107,9 @@ def test_left_padding_moves_nothing_and_padding_gives_zeros():
         ({"padding_mask": torch.ones(1, 3)}, "padding_mask must be [batch, key_len] = [1, 4], got [1, 3]"),
         ({"query": torch.ones(1, 3, 4, 4)}, "3 query heads are no multiple of 2 key heads"),
         ({"query": torch.ones(1, 2, 5, 4)}, "5 queries, but only 4 keys"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
+        ({"softcap": 0.0}, "softcap must be above 0, got 0.0"),
+        ({"document_ids": torch.tensor([[0, 1, 0, 0]])}, "document_ids must keep the tokens of a document together"),
         ({"query": torch.ones(1, 2, 4)}, "query must be [batch, heads, length, head_dim], got [1, 2, 4]"),
     ],
 )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from masformer.attention.layout import Layout
 from masformer.attention.reference import reference_attention
 from masformer.attention.tiled import tiled_attention
 from masformer.errors import MasformerError
@@ -24,6 +24,8 @@ def attend(
     scale: float | None = None,
     padding_mask: Tensor | None = None,
     document_ids: Tensor | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Softmax attention in which each query sees the keys its span allows.
@@ -36,6 +38,9 @@ def attend(
         scale: factor on the scores; head_dim ** -0.5 by default.
         padding_mask: [batch, key_len], 1 = real. Padding sees nothing, is seen by nobody, and its output is zero.
         document_ids: [batch, key_len] integers; each document sees only itself, and positions start again in it.
+            The tokens of a document lie together in their row.
+        dropout: probability that an attention weight is dropped; the caller passes 0 outside training.
+        softcap: bound c on the scores, c * tanh(score / c) (Gemma 2, arXiv 2408.00118, section 2); None for no bound.
         backend: `reference` (dense oracle), `tiled`, or `auto`.
 
     Returns:
@@ -57,14 +62,14 @@ def attend(
         raise MasformerError(f"{query.shape[1]} query heads are no multiple of {key.shape[1]} key heads")
     if query.shape[2] > key.shape[2]:
         raise MasformerError(f"{query.shape[2]} queries, but only {key.shape[2]} keys; queries are the last positions")
-    documents = None
     for name, tokens in (("padding_mask", padding_mask), ("document_ids", document_ids)):
         if tokens is not None and tokens.shape != (key.shape[0], key.shape[2]):
             allowed = [key.shape[0], key.shape[2]]
             raise MasformerError(f"{name} must be [batch, key_len] = {allowed}, got {list(tokens.shape)}")
-    if document_ids is not None:
-        documents = document_ids.unique(return_inverse=True)[1]
-    if padding_mask is not None and not bool(padding_mask.bool().all()):
-        documents = torch.zeros_like(padding_mask, dtype=torch.long) if documents is None else documents
-        documents = documents.masked_fill(~padding_mask.bool(), -1)
-    return BACKENDS[backend](query, key, value, span, query.shape[-1] ** -0.5 if scale is None else scale, documents)
+    if not 0 <= dropout < 1:
+        raise MasformerError(f"dropout must be at least 0 and below 1, got {dropout}")
+    if softcap is not None and softcap <= 0:
+        raise MasformerError(f"softcap must be above 0, got {softcap}")
+    layout = Layout.of(padding_mask, document_ids)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return BACKENDS[backend](query, key, value, span, scale, layout, dropout, softcap)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from masformer.attention.layout import Layout
 from masformer.spans import Span
 
 
@@ -27,16 +29,27 @@ def visible_mask(span: Span, query_len: int, documents: Tensor) -> Tensor:
 
 
 def reference_attention(
-    query: Tensor, key: Tensor, value: Tensor, span: Span, scale: float, documents: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    span: Span,
+    scale: float,
+    layout: Layout | None,
+    dropout: float,
+    softcap: float | None,
 ) -> Tensor:
     """See `masformer.attention.attend` for the shapes."""
-    if documents is None:
+    if layout is None:
         documents = torch.zeros(key.shape[0], key.shape[2], dtype=torch.long, device=key.device)
+    else:
+        documents = layout.documents.to(key.device)
     visible = visible_mask(span, query.shape[2], documents)[:, None]
     group = query.shape[1] // key.shape[1]
     dtype = torch.promote_types(query.dtype, torch.float32)
     keys, values = (x.to(dtype).repeat_interleave(group, dim=1) for x in (key, value))
     scores = (query.to(dtype) @ keys.transpose(-1, -2)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~visible, torch.finfo(dtype).min)
-    weights = scores.softmax(-1).masked_fill(~visible, 0)
+    weights = F.dropout(scores.softmax(-1).masked_fill(~visible, 0), dropout)
     return (weights @ values).to(query.dtype)

@@ -3,8 +3,8 @@
 Rows are cut into documents, so that padding and packing need no mask. Within a document, queries below
 `span.max_visible` see every earlier key: plain causal attention. Later queries are taken in tiles whose recent keys
 are an overlapping strided view of the keys (no copy without sinks); the pattern repeats with `span.period`, so that
-one small mask, made by `span.visible` for the first tile, serves them all. Grouped query heads become further query
-rows of their key head. Extra memory grows as N * (window + tile).
+one small mask, made by `span.visible` for the first tile, serves all tiles of its family. Grouped query heads become
+further query rows of their key head. Extra memory grows as N * (window + tile).
 """
 
 from __future__ import annotations
@@ -12,82 +12,120 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from masformer.attention.layout import Layout, Segment
 from masformer.spans import Span
 
 TILE = 128
 
 
 def tiled_attention(
-    query: Tensor, key: Tensor, value: Tensor, span: Span, scale: float, documents: Tensor | None, tile: int = TILE
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    span: Span,
+    scale: float,
+    layout: Layout | None,
+    dropout: float,
+    softcap: float | None,
+    tile: int = TILE,
 ) -> Tensor:
     """See `masformer.attention.attend` for the shapes; `tile` is the number of queries in a tile."""
-    if documents is None:
-        return torch.cat(_document(query, key, value, span, scale, tile, None), 2)
+    kernel = _Kernel(scale, dropout, softcap)
+    if layout is None:
+        return _document(query, key, value, span, kernel, tile, None)
     past = key.shape[2] - query.shape[2]
     rows = []
-    for row in range(query.shape[0]):
-        q, k, v = query[row : row + 1], key[row : row + 1], value[row : row + 1]
-        out = q.new_zeros(*q.shape[:3], v.shape[-1])
-        for name in documents[row].unique().tolist():
-            if name < 0:
+    for row, segments in enumerate(layout.rows):
+        pieces, done = [], past
+        for segment in segments:
+            first = max(segment.start, past)
+            if segment.stop <= first:
                 continue
-            mine = documents[row] == name
-            found = mine.nonzero()[:, 0]
-            start, stop = int(found[0]), int(found[-1]) + 1
-            first = max(start, past)
-            if stop <= first:
-                continue
-            keep = None if found.numel() == stop - start else mine[start:stop]
-            part = torch.cat(
-                _document(
-                    q[:, :, first - past : stop - past],
-                    k[:, :, start:stop],
-                    v[:, :, start:stop],
-                    span,
-                    scale,
-                    tile,
-                    keep,
-                ),
-                2,
-            )
-            if keep is not None:
-                part = part.masked_fill(~mine[first:stop, None], 0)
-            out = out + F.pad(part, (0, 0, first - past, query.shape[2] - (stop - past)))
-        rows.append(out)
+            q, k, v = query[row : row + 1], key[row : row + 1], value[row : row + 1]
+            q = q[:, :, first - past : segment.stop - past]
+            k, v = k[:, :, segment.start : segment.stop], v[:, :, segment.start : segment.stop]
+            pieces += [_zeros(q, v, first - done), _document(q, k, v, span, kernel, tile, _kept(segment, k))]
+            done = segment.stop
+        pieces.append(_zeros(query[row : row + 1], value, key.shape[2] - done))
+        rows.append(torch.cat(pieces, 2))
     return torch.cat(rows)
 
 
-def _document(
-    query: Tensor, key: Tensor, value: Tensor, span: Span, scale: float, tile: int, keep: Tensor | None
-) -> list[Tensor]:
-    """Attention within one document (positions are indices); the pieces of the output in order of the queries.
+def _zeros(query: Tensor, value: Tensor, length: int) -> Tensor:
+    return query.new_zeros(1, query.shape[1], length, value.shape[-1])
 
-    `keep` [key_len] marks the keys that belong to the document, None where all do.
+
+def _kept(segment: Segment, key: Tensor) -> Tensor | None:
+    return None if segment.keep is None else segment.keep.to(key.device)
+
+
+class _Kernel:
+    """Dense attention on small pieces: softmax(cap(q k^T * scale) + mask) v, with dropout on the weights."""
+
+    def __init__(self, scale: float, dropout: float, softcap: float | None) -> None:
+        self.scale, self.dropout, self.softcap = scale, dropout, softcap
+
+    def is_fused(self, query: Tensor) -> bool:
+        """Whether torch has a kernel that never holds the scores of all pairs."""
+        return self.softcap is None and (not self.dropout or query.is_cuda)
+
+    def causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=self.scale, dropout_p=self.dropout, enable_gqa=True
+        )
+
+    def masked(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """As many heads in `query` as in `key`; the scores are made anew in the backward pass."""
+        if self.is_fused(query):
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, scale=self.scale, dropout_p=self.dropout
+            )
+        if torch.is_grad_enabled():
+            return checkpoint(self._plain, query, key, value, mask, use_reentrant=False)  # type: ignore[no-any-return]
+        return self._plain(query, key, value, mask)
+
+    def _plain(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        scores = (query @ key.transpose(-1, -2)) * self.scale
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        weights = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(value.dtype)
+        return F.dropout(weights, self.dropout) @ value
+
+
+def _document(
+    query: Tensor, key: Tensor, value: Tensor, span: Span, kernel: _Kernel, tile: int, keep: Tensor | None
+) -> Tensor:
+    """Attention within one document: positions are indices, the queries are the last ones.
+
+    `keep` [key_len] marks the keys that are no padding, None where all are real.
     """
     end = key.shape[2]
-    start = end - query.shape[2]
+    at = start = end - query.shape[2]
     head = end if span.max_visible is None else min(end, span.max_visible)
     outputs = []
-    at = start
-    if start == 0 and keep is None and head > 0:
-        outputs.append(
-            F.scaled_dot_product_attention(
-                query[:, :, :head], key[:, :, :head], value[:, :, :head], is_causal=True, scale=scale, enable_gqa=True
-            )
-        )
+    if start == 0 and keep is None and kernel.is_fused(query):
+        outputs.append(kernel.causal(query[:, :, :head], key[:, :, :head], value[:, :, :head]))
         at = head
     while at < end:
-        count, width = 1, min(tile, end - at)
-        if at >= head and keep is None and span.period is not None:
+        step = count = 0
+        if span.period is not None and at >= head:
             step = max(1, tile // span.period) * span.period
-            if step <= tile and (end - at) // step > 0:
-                count, width = (end - at) // step, step
-        total = count * width
-        part = query[:, :, at - start : at - start + total]
-        outputs.append(_tiles(part, key, value, span, scale, at, count, width, keep))
-        at += total
-    return outputs
+            count = (end - at) // step
+        if not count:
+            step, count = min(tile, end - at), 1
+        part = query[:, :, at - start : at - start + count * step]
+        families = [
+            _tiles(part, key, value, span, kernel, keep, at, count, step, range(first, min(first + tile, step)))
+            for first in range(0, step, tile)
+        ]
+        outputs.append(torch.cat(families, 3).flatten(2, 3))
+        at += count * step
+    out = torch.cat(outputs, 2)
+    return out if keep is None else out.masked_fill(~keep[start:, None], 0)
 
 
 def _tiles(
@@ -95,39 +133,45 @@ def _tiles(
     key: Tensor,
     value: Tensor,
     span: Span,
-    scale: float,
+    kernel: _Kernel,
+    keep: Tensor | None,
     at: int,
     count: int,
-    width: int,
-    keep: Tensor | None,
+    step: int,
+    family: range,
 ) -> Tensor:
-    """`count` tiles of `width` queries, the first at position `at`, in one call a row."""
-    batch, heads, total, dim = query.shape
-    kv_heads = key.shape[1]
+    """The queries at positions at + i * step + family for all i < count: [batch, heads, count, len(family), dim].
+
+    `query` starts at position `at` and holds count * step positions.
+    """
+    batch, heads, _, dim = query.shape
+    kv_heads, width = key.shape[1], len(family)
     group = heads // kv_heads
+    at += family.start
     low = int(span.first_visible(torch.tensor(at)))
     length = at + width - low
     sinks = min(span.sinks, low)
-    index = torch.arange(at + width, device=key.device)
-    seen = torch.cat([index[:sinks], index[low:]])
-    visible = span.visible(index[at:, None], seen)
-    if keep is not None:
-        visible = visible & (keep[seen] | (seen == index[at:, None]))
-    mask = None if visible.all() else visible.repeat(group, 1)
 
     def strided(x: Tensor) -> Tensor:
-        tiles = x[:, low : low + length + (count - 1) * width].unfold(1, length, width).permute(1, 0, 3, 2)
+        """[heads, key_len, dim] -> [count, heads, sinks + length, dim], the keys each tile may see."""
+        tiles = x[:, low : low + length + (count - 1) * step].unfold(1, length, step).permute(1, 0, 3, 2)
         if sinks:
             tiles = torch.cat([x[:, :sinks].expand(count, -1, -1, -1), tiles], 2)
         return tiles
 
+    index = torch.arange(at + width, device=key.device)
+    seen = torch.cat([index[:sinks], index[low:]])
+    mask = span.visible(index[at:, None], seen)
+    if keep is not None:
+        own = seen == index[at:, None]  # padding sees itself, so that no softmax is empty; its output is dropped
+        mask = mask & (strided(keep[None, :, None]).mT | own)
+    mask = None if mask.all() else mask.repeat(*[1] * (mask.ndim - 2), group, 1)
+
     rows = []
     for row in range(batch):
-        folded = query[row].reshape(kv_heads, group, count, width, dim)
+        folded = query[row].reshape(kv_heads, group, count, step, dim)[..., family.start : family.stop, :]
         folded = folded.permute(2, 0, 1, 3, 4).reshape(count, kv_heads, group * width, dim)
-        out = F.scaled_dot_product_attention(
-            folded, strided(key[row]), strided(value[row]), attn_mask=mask, scale=scale
-        )
+        out = kernel.masked(folded, strided(key[row]), strided(value[row]), mask)
         out = out.reshape(count, kv_heads, group, width, -1).permute(1, 2, 0, 3, 4)
-        rows.append(out.reshape(heads, total, -1))
+        rows.append(out.reshape(heads, count, width, -1))
     return torch.stack(rows)

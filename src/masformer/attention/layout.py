@@ -1,0 +1,80 @@
+"""Where the documents of a batch lie: what padding masks and document numbers mean for attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from masformer.errors import MasformerError
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The stretch of one row that holds one document.
+
+    Attributes:
+        start: index of its first token, where positions are 0.
+        stop: index after its last token.
+        keep: [stop - start] bool, False where padding lies inside the document; None where there is none.
+    """
+
+    start: int
+    stop: int
+    keep: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Documents of a batch of rows, cut into segments once and used by every layer.
+
+    Attributes:
+        documents: [batch, key_len] int64, the document each token belongs to, -1 for padding.
+        rows: the segments of each row, from left to right.
+    """
+
+    documents: Tensor
+    rows: tuple[tuple[Segment, ...], ...]
+
+    @classmethod
+    def of(cls, padding_mask: Tensor | None, document_ids: Tensor | None) -> Layout | None:
+        """None where every row is one document without padding.
+
+        Args:
+            padding_mask: [batch, key_len], 1 = real.
+            document_ids: [batch, key_len] integers.
+
+        Raises:
+            MasformerError: the tokens of one document lie on both sides of another.
+        """
+        real = None if padding_mask is None else padding_mask.bool()
+        if real is not None and bool(real.all()):
+            real = None
+        if document_ids is None and real is None:
+            return None
+        documents = torch.zeros_like(real, dtype=torch.long) if document_ids is None else document_ids.long()
+        documents = documents - documents.min()
+        if real is not None:
+            documents = documents.masked_fill(~real, -1)
+        return cls(documents, tuple(tuple(_segments(row)) for row in documents.cpu()))
+
+
+def _segments(row: Tensor) -> list[Segment]:
+    found: list[Segment] = []
+    names, counts = torch.unique_consecutive(row, return_counts=True)
+    start, last = 0, -1
+    seen: set[int] = set()
+    for name, count in zip(names.tolist(), counts.tolist(), strict=True):
+        stop = start + count
+        if name >= 0 and name == last:
+            first = found.pop().start
+            found.append(Segment(first, stop, row[first:stop] == name))
+        elif name >= 0:
+            if name in seen:
+                raise MasformerError("document_ids must keep the tokens of a document together in the row")
+            seen.add(name)
+            found.append(Segment(start, stop))
+            last = name
+        start = stop
+    return found
