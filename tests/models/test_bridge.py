@@ -2,46 +2,16 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 
-from masformer import AttentionPlan, BlockSpan, FullSpan, MasformerError, WindowSpan
-from masformer.models.bridge import apply_plan
-
-SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 61,
-    "max_position_embeddings": 128,
-    "sliding_window": 7,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-ARCHITECTURES = ["llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "gemma3_text", "phi3", "olmo2", "olmo3"]
-ARCHITECTURES += ["gpt_neox", "gpt2"]
-PLAN = AttentionPlan((WindowSpan(5, 2), FullSpan(), BlockSpan(6, 1), WindowSpan(9)))
-
-
-def tiny(kind):
-    shape = dict(SHAPE)
-    if kind in ("gpt2", "gpt_neox", "phi3", "olmo2"):
-        shape.pop("head_dim")
-    if kind in ("gpt2", "gpt_neox"):
-        shape.pop("num_key_value_heads")
-        shape.pop("sliding_window")
-    if kind == "gpt2":
-        shape.pop("intermediate_size")
-        shape |= {"attn_pdrop": 0.0}
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape)).eval()
+from masformer import AttentionPlan, FullSpan, MasformerError, apply_plan
+from masformer.models.adapters import GPTNeoSpanAttention
+from tiny import ARCHITECTURES, PLAN, VOCABULARY, random_plan, tiny
 
 
 def inputs(case):
-    tokens = torch.randint(3, 61, (2, 41), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(3, VOCABULARY, (2, 41), generator=torch.Generator().manual_seed(1))
     real = torch.ones(2, 41, dtype=torch.long)
     index = torch.arange(41).expand(2, -1)
     documents = torch.zeros(2, 41, dtype=torch.long)
@@ -58,11 +28,11 @@ def inputs(case):
     return {"input_ids": tokens}, real, documents
 
 
-def dense_masks(real, documents):
+def dense_masks(plan, real, documents):
     """One additive mask [batch, 1, query, key] per layer, made pair by pair from `visible`."""
     index = torch.arange(real.shape[1])
     masks = []
-    for span in PLAN:
+    for span in plan:
         rows = []
         for row in range(len(real)):
             mask = torch.zeros(len(index), len(index), dtype=torch.bool)
@@ -78,9 +48,9 @@ def dense_masks(real, documents):
 @pytest.mark.parametrize("case", ["plain", "left", "right", "packed"])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_logits_and_gradients_equal_dense_attention(kind, case):
-    model = tiny(kind)
+    model, plan = tiny(kind), random_plan(f"{kind} {case}")
     given, real, documents = inputs(case)
-    weight = torch.randn(61, generator=torch.Generator().manual_seed(2))
+    weight = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(2))
 
     def run(model, dtype=torch.float32):
         model = model.to(dtype)
@@ -91,23 +61,26 @@ def test_logits_and_gradients_equal_dense_attention(kind, case):
 
     eager = copy.deepcopy(model)
     eager.config._attn_implementation = "eager"
-    masks = dense_masks(real, documents)
+    masks = dense_masks(plan, real, documents)
     for module in eager.modules():
-        if type(module).__name__.endswith("Attention"):
+        if isinstance(module, GPTNeoSelfAttention):
+            module.bias.copy_(torch.ones_like(module.bias).tril())  # local layers too: the explicit mask says it all
+        elif type(module).__name__.endswith("Attention"):
 
             def replace(module, args, kwargs):
+                mask = masks[module.layer_id if kind == "gpt_neo" else module.layer_idx]
                 if len(args) > 1:
-                    args = (args[0], masks[module.layer_idx], *args[2:]) if kind == "gpt_neox" else args
-                return args, kwargs | {"attention_mask": masks[module.layer_idx]}
+                    args = (args[0], mask, *args[2:]) if kind == "gpt_neox" else args
+                return args, kwargs | {"attention_mask": mask}
 
             module.register_forward_pre_hook(replace, with_kwargs=True)
     expected, expected_grad = run(eager)
-    actual, actual_grad = run(apply_plan(copy.deepcopy(model), PLAN))
+    actual, actual_grad = run(apply_plan(copy.deepcopy(model), plan))
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=0)
     torch.testing.assert_close(actual_grad, expected_grad, atol=2e-4, rtol=1e-4)
 
-    expected, expected_grad = run(apply_plan(copy.deepcopy(model), PLAN, backend="reference"), torch.float64)
-    actual, actual_grad = run(apply_plan(copy.deepcopy(model), PLAN), torch.float64)
+    expected, expected_grad = run(apply_plan(copy.deepcopy(model), plan, backend="reference"), torch.float64)
+    actual, actual_grad = run(apply_plan(copy.deepcopy(model), plan), torch.float64)
     torch.testing.assert_close(actual, expected, atol=1e-9, rtol=0)
     torch.testing.assert_close(actual_grad, expected_grad, atol=1e-9, rtol=1e-9)
 
@@ -125,12 +98,10 @@ def test_greedy_generation_past_the_window_equals_the_forward_without_cache(kind
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [("gemma2", "soft cap"), ("bloom", "alibi"), ("gpt_neo", "attention interface")],
+    [("gpt_oss", "learned sinks"), ("bloom", "alibi"), ("cpmant", "attention interface"), ("bert", "not causal")],
 )
 def test_what_cannot_be_done_right_is_refused_by_name(kind, reason):
     shape = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 61}
-    if kind == "gpt_neo":
-        shape["attention_types"] = [[["global"], 4]]
     config = AutoConfig.for_model(kind, **shape)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -141,3 +112,79 @@ def test_what_cannot_be_done_right_is_refused_by_name(kind, reason):
 def test_a_plan_of_another_depth_is_refused():
     with pytest.raises(MasformerError, match="the plan has 2 layers, but the model has 4"):
         apply_plan(tiny("llama"), AttentionPlan.uniform(2, FullSpan()))
+
+
+def test_a_layer_that_never_asks_for_its_span_is_an_error():
+    model = apply_plan(tiny("llama"), PLAN)
+    model.model.layers[2].forward = lambda hidden_states, **kwargs: hidden_states
+    with pytest.raises(MasformerError, match=r"llama models cannot take a plan: layers \[2\] did not follow it"):
+        model(inputs("plain")[0]["input_ids"])
+
+
+def test_gpt_neo_keeps_its_parameters_and_drops_the_masks_of_all_positions():
+    model = tiny("gpt_neo", attention_dropout=0.1)
+    before = dict(model.named_parameters())
+    apply_plan(model.train(), PLAN)
+    assert all(after is before[name] for name, after in model.named_parameters())
+    adapters = [module for module in model.modules() if isinstance(module, GPTNeoSpanAttention)]
+    assert len(adapters) == 4
+    assert all(module.training and not list(module.buffers()) for module in adapters)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neo"])
+def test_training_with_attention_dropout_is_random_and_differentiable(kind):
+    name = "attn_pdrop" if kind == "gpt2" else "attention_dropout"
+    model = apply_plan(tiny(kind, **{name: 0.5}), PLAN)
+    tokens = inputs("plain")[0]["input_ids"]
+    still = model(tokens).logits
+    assert torch.equal(still, apply_plan(tiny(kind), PLAN)(tokens).logits)
+    model.train()
+    torch.manual_seed(0)
+    first = model(tokens, labels=tokens)
+    first.loss.backward()
+    assert not torch.allclose(first.logits, model(tokens).logits, atol=1e-3)
+    torch.manual_seed(0)
+    torch.testing.assert_close(model(tokens).logits, first.logits)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_gradient_checkpointing_keeps_padding_and_packing():
+    model = apply_plan(tiny("llama"), PLAN).train()
+    for case in ("left", "packed"):
+        given = inputs(case)[0]
+        grads = []
+        for on in (False, True):
+            if on:
+                model.gradient_checkpointing_enable()
+            model.zero_grad()
+            model(**given, use_cache=False).logits.square().sum().backward()
+            grads.append(model.get_input_embeddings().weight.grad.clone())
+        torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma3_text", "gpt_neo"])
+def test_decoding_by_hand_with_the_models_own_cache(kind):
+    model = apply_plan(tiny(kind), PLAN)
+    tokens = inputs("plain")[0]["input_ids"]
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits
+        out = model(tokens[:, :20], use_cache=True)
+        steps = [out.logits]
+        for at in range(20, 41, 3):
+            out = model(tokens[:, at : at + 3], past_key_values=out.past_key_values)
+            steps.append(out.logits)
+    torch.testing.assert_close(torch.cat(steps, 1), expected, atol=2e-6, rtol=0)
+
+
+def test_what_the_spans_cannot_serve_is_refused_in_a_call():
+    model = apply_plan(tiny("ministral", layer_types=["sliding_attention", "full_attention"] * 2), PLAN)
+    tokens = inputs("plain")[0]["input_ids"]
+    with pytest.raises(MasformerError, match="an explicit attention mask is not supported"):
+        model(tokens, attention_mask=torch.ones(2, 1, 41, 41, dtype=torch.bool))
+    with pytest.raises(MasformerError, match="StaticCache is not supported with a plan"):
+        model.generate(tokens, max_new_tokens=2, cache_implementation="static")
+    filled = DynamicCache(config=tiny("ministral", layer_types=["sliding_attention"] * 4).config)
+    for layer in filled.layers:
+        layer.update(torch.zeros(2, 2, 3, 8), torch.zeros(2, 2, 3, 8))
+    with pytest.raises(MasformerError, match="the cache has dropped keys"):
+        model(tokens, past_key_values=filled)

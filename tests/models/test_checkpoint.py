@@ -1,24 +1,16 @@
+import json
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from masformer import AttentionPlan, BlockSpan, FullSpan, MasformerError, WindowSpan, apply_plan, load_model, save_model
-
-PLAN = AttentionPlan((WindowSpan(5, 2), FullSpan(), BlockSpan(6, 1), WindowSpan(9)))
-KINDS = ["llama", "qwen3", "gemma3_text", "olmo3", "gpt_neox", "gpt2"]
-
-
-def tiny(kind):
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 61}
-    shape |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    shape |= {"attn_pdrop": 0.0} if kind == "gpt2" else {"intermediate_size": 48}
-    if kind in ("llama", "qwen3", "gemma3_text", "olmo3"):
-        shape |= {"num_key_value_heads": 2}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape)).eval()
+from masformer import AttentionPlan, MasformerError, apply_plan, load_model, save_model
+from masformer.models.checkpoint import load_config
+from tiny import ARCHITECTURES, PLAN, tiny, tiny_config
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_a_checkpoint_reloads_to_identical_logits_and_carries_its_plan(tmp_path, kind):
     model = apply_plan(tiny(kind), PLAN)
     tokens = torch.arange(3, 43)[None]
@@ -40,3 +32,75 @@ def test_wrong_values_are_named(tmp_path):
         save_model(apply_plan(tiny("llama"), PLAN), tmp_path)
     with pytest.raises(MasformerError, match=r"model file missing\.gguf does not exist"):
         load_model("missing.gguf")
+
+
+def test_stock_transformers_refuses_a_checkpoint_with_a_plan(tmp_path):
+    save_model(apply_plan(tiny("llama"), PLAN), tmp_path / "out")
+    with pytest.raises(ValueError, match="masformer"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with pytest.raises(ValueError, match="masformer"):
+        AutoConfig.from_pretrained(tmp_path / "out")
+    with pytest.raises(Exception, match="layer_types"):
+        LlamaForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_overwriting_replaces_a_model_folder_and_nothing_else(tmp_path, monkeypatch):
+    other = AttentionPlan.uniform(4, PLAN[0])
+    save_model(apply_plan(tiny("llama"), PLAN), tmp_path / "out")
+    model = apply_plan(tiny("llama"), other)
+    with pytest.raises(MasformerError, match="exists already"):
+        save_model(model, tmp_path / "out")
+    with pytest.raises(MasformerError, match="is no model folder"):
+        save_model(model, tmp_path, overwrite=True)
+    before = sorted((file.name, file.read_bytes()) for file in (tmp_path / "out").iterdir())
+    rename = Path.rename
+
+    def fail(self, target):
+        if self.name == "model":
+            raise OSError("disk full")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail)
+        with pytest.raises(MasformerError, match=r"cannot write .*disk full"):
+            save_model(model, tmp_path / "out", overwrite=True)
+    assert sorted((file.name, file.read_bytes()) for file in (tmp_path / "out").iterdir()) == before
+    save_model(model, tmp_path / "out", overwrite=True)
+    assert load_config(tmp_path / "out")[1] == other
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_config_alone_tells_the_plan(tmp_path):
+    tiny_config("gpt_neo").save_pretrained(tmp_path)
+    assert str(load_config(tmp_path / "config.json")[1]) == "full@0,2; window:7"
+    with pytest.raises(MasformerError, match="is a config alone"):
+        load_model(tmp_path / "config.json")
+
+
+def test_a_damaged_seal_is_named(tmp_path):
+    save_model(apply_plan(tiny("llama"), PLAN), tmp_path / "out")
+    file = tmp_path / "out/config.json"
+    data = json.loads(file.read_text())
+    del data["masformer"]["stock_model_type"]
+    file.write_text(json.dumps(data))
+    with pytest.raises(MasformerError, match="lacks stock_model_type"):
+        load_model(tmp_path / "out")
+
+
+def test_pickled_weights_are_never_loaded(tmp_path):
+    model = tiny("llama")
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(MasformerError, match="safetensors"):
+        load_model(tmp_path)
+
+
+def test_missing_models_are_named(tmp_path):
+    (tmp_path / "notes.txt").write_text("no model")
+    for name, message in [
+        (tmp_path, "holds no config.json"),
+        (tmp_path / "notes.txt", "is a file; allowed"),
+        ("nobody/nothing", "cannot read the config of nobody/nothing"),
+    ]:
+        with pytest.raises(MasformerError, match=message):
+            load_model(name)

@@ -12,7 +12,7 @@ from masformer.spans import Span
 
 BACKENDS = {"auto": tiled_attention, "reference": reference_attention, "tiled": tiled_attention}
 
-__all__ = ["BACKENDS", "attend"]
+__all__ = ["BACKENDS", "Layout", "attend"]
 
 
 def attend(
@@ -26,6 +26,7 @@ def attend(
     document_ids: Tensor | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
+    layout: Layout | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Softmax attention in which each query sees the keys its span allows.
@@ -41,13 +42,15 @@ def attend(
             The tokens of a document lie together in their row.
         dropout: probability that an attention weight is dropped; the caller passes 0 outside training.
         softcap: bound c on the scores, c * tanh(score / c) (Gemma 2, arXiv 2408.00118, section 2); None for no bound.
+        layout: padding and documents worked out beforehand, in place of `padding_mask` and `document_ids`, for models
+            that attend once per layer.
         backend: `reference` (dense oracle), `tiled`, or `auto`.
 
     Returns:
         [batch, query_heads, query_len, value_dim], in the dtype of `query`.
 
     Raises:
-        MasformerError: shapes that do not fit, or an unknown backend.
+        MasformerError: shapes that do not fit, a value out of range, or an unknown backend.
     """
     if backend not in BACKENDS:
         raise MasformerError(f"unknown backend {backend!r}; allowed: {', '.join(BACKENDS)}")
@@ -62,14 +65,18 @@ def attend(
         raise MasformerError(f"{query.shape[1]} query heads are no multiple of {key.shape[1]} key heads")
     if query.shape[2] > key.shape[2]:
         raise MasformerError(f"{query.shape[2]} queries, but only {key.shape[2]} keys; queries are the last positions")
-    for name, tokens in (("padding_mask", padding_mask), ("document_ids", document_ids)):
-        if tokens is not None and tokens.shape != (key.shape[0], key.shape[2]):
-            allowed = [key.shape[0], key.shape[2]]
-            raise MasformerError(f"{name} must be [batch, key_len] = {allowed}, got {list(tokens.shape)}")
     if not 0 <= dropout < 1:
         raise MasformerError(f"dropout must be at least 0 and below 1, got {dropout}")
     if softcap is not None and softcap <= 0:
         raise MasformerError(f"softcap must be above 0, got {softcap}")
-    layout = Layout.of(padding_mask, document_ids)
+    if layout is not None and not (padding_mask is None and document_ids is None):
+        raise MasformerError("layout takes the place of padding_mask and document_ids; pass one or the other")
+    documents = None if layout is None else layout.documents
+    for name, given in (("padding_mask", padding_mask), ("document_ids", document_ids), ("layout", documents)):
+        if given is not None and given.shape != (key.shape[0], key.shape[2]):
+            allowed = [key.shape[0], key.shape[2]]
+            raise MasformerError(f"{name} must be [batch, key_len] = {allowed}, got {list(given.shape)}")
+    if layout is None:
+        layout = Layout.of(padding_mask, document_ids)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return BACKENDS[backend](query, key, value, span, scale, layout, dropout, softcap)

@@ -51,9 +51,11 @@ class Layout:
         real = None if padding_mask is None else padding_mask.bool()
         if real is not None and bool(real.all()):
             real = None
-        if document_ids is None and real is None:
-            return None
-        documents = torch.zeros_like(real, dtype=torch.long) if document_ids is None else document_ids.long()
+        if document_ids is None:
+            if real is None:
+                return None
+            document_ids = torch.zeros_like(real, dtype=torch.long)
+        documents = document_ids.long()
         documents = documents - documents.min()
         if real is not None:
             documents = documents.masked_fill(~real, -1)

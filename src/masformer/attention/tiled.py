@@ -161,11 +161,11 @@ def _tiles(
 
     index = torch.arange(at + width, device=key.device)
     seen = torch.cat([index[:sinks], index[low:]])
-    mask = span.visible(index[at:, None], seen)
+    visible = span.visible(index[at:, None], seen)
     if keep is not None:
         own = seen == index[at:, None]  # padding sees itself, so that no softmax is empty; its output is dropped
-        mask = mask & (strided(keep[None, :, None]).mT | own)
-    mask = None if mask.all() else mask.repeat(*[1] * (mask.ndim - 2), group, 1)
+        visible = visible & (strided(keep[None, :, None]).mT | own)
+    mask = None if visible.all() else visible.repeat(*[1] * (visible.ndim - 2), group, 1)
 
     rows = []
     for row in range(batch):

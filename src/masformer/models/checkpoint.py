@@ -1,70 +1,61 @@
-"""Checkpoints that carry their plan, and that stock transformers refuses instead of running full attention.
-
-A saved config.json is sealed: its `model_type` is `masformer`, which AutoConfig does not know, and its `layer_types`
-are spans, which the validation of every config class refuses. `load_model` takes the seal off.
-"""
+"""Loading models with a plan, and saving checkpoints that carry theirs."""
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import tempfile
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from masformer.errors import MasformerError
+from masformer.models import adapters
+from masformer.models.bridge import NAME, apply_plan
+from masformer.models.sealing import SEAL, is_sealed, native_plan, unseal
 from masformer.plan import AttentionPlan
-from masformer.spans import FullSpan, WindowSpan
-
-SEAL = "masformer"
 
 
-def seal_config(config: PretrainedConfig, plan: AttentionPlan) -> None:
-    """From now on, whatever writes this config to a file writes it sealed, with the plan."""
-    config.masformer = plan.to_dict()
-    config.__class__ = _sealing_class(type(config))  # type: ignore[arg-type]
+def load_config(model: str | os.PathLike[str]) -> tuple[PretrainedConfig, AttentionPlan]:
+    """Reads a model's config and its plan: the one it carries, or the spans it was trained with. No weights are read.
 
+    Args:
+        model: hub id, folder, .gguf file, or a config.json file.
 
-@cache
-def _sealing_class(config_class: Any) -> Any:
-    if getattr(config_class, "seals", False):
-        return config_class
-
-    def to_json_string(self: Any, *args: Any, **kwargs: Any) -> str:
-        data = json.loads(config_class.to_json_string(self, *args, **kwargs))  # type: ignore[attr-defined]
-        plan = AttentionPlan.from_dict(data[SEAL])
-        hidden = {key: data.get(key) for key in ("model_type", "architectures", "layer_types")}
-        data[SEAL] = plan.to_dict() | hidden
-        data["model_type"] = SEAL
-        data["architectures"] = [f"{SEAL}: load with masformer.load_model"]
-        data["layer_types"] = [f"{SEAL}:{span}" for span in plan]
-        return json.dumps(data, indent=2, sort_keys=True) + "\n"
-
-    return type(config_class.__name__, (config_class,), {"to_json_string": to_json_string, "seals": True})
-
-
-def native_plan(config: PretrainedConfig) -> AttentionPlan:
-    """The spans a stock model was trained with: its sliding layers as windows, the others full."""
-    layers = config.num_hidden_layers
-    window: Any = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        return AttentionPlan.uniform(layers, FullSpan() if window is None else WindowSpan(window))
-    return AttentionPlan(tuple(WindowSpan(window) if kind == "sliding_attention" else FullSpan() for kind in types))
+    Raises:
+        MasformerError: there is no such model, or its config cannot be read.
+    """
+    source, options = _locate(model)
+    try:
+        data = {} if options else PretrainedConfig.get_config_dict(source)[0]
+        if data.get("model_type") == SEAL:
+            return unseal(data)
+        config = AutoConfig.from_pretrained(source, **options)
+    except MasformerError as error:
+        raise MasformerError(f"{os.fspath(model)}: {error}") from None
+    except Exception as error:
+        raise _cannot("read the config of", model, error) from error
+    if not getattr(config, "num_hidden_layers", None):
+        raise MasformerError(f"{os.fspath(model)} is no decoder-only language model ({config.model_type})")
+    return config, native_plan(config)
 
 
 def load_model(
-    model: str | os.PathLike[str], plan: AttentionPlan | None = None, *, dtype: Any = "auto", backend: str = "auto"
+    model: str | os.PathLike[str],
+    plan: AttentionPlan | None = None,
+    *,
+    max_positions: int | None = None,
+    position_method: str | None = None,
+    dtype: Any = "auto",
+    backend: str = "auto",
 ) -> tuple[PreTrainedModel, Any]:
     """Loads a causal language model and its tokenizer, with mixed spans. Pickled weights are never loaded.
 
     Args:
         model: hub id, folder (stock, or written by `save_model`) or .gguf file.
         plan: one span per layer; by default the plan the checkpoint carries, or the spans it was trained with.
+        max_positions: longest sequence in tokens, beyond the trained length; see `extend_positions`.
+        position_method: how the positions are extended; by default what suits the model.
         dtype: torch dtype of the weights, or "auto" for the stored one.
         backend: see `masformer.attend`.
 
@@ -72,43 +63,62 @@ def load_model(
         The model in evaluation mode, and its tokenizer (None where the folder has none).
 
     Raises:
-        MasformerError: the model cannot be read, or cannot take the plan.
+        MasformerError: the model cannot be read, or cannot take the plan or the positions.
     """
-    from masformer.models.bridge import apply_plan
-
-    source = os.fspath(model)
-    options: dict[str, Any] = {}
-    if source.endswith(".gguf"):
-        if not Path(source).is_file():
-            raise MasformerError(f"model file {source} does not exist")
-        source, options = str(Path(source).parent), {"gguf_file": Path(source).name}
+    if position_method is not None and max_positions is None:
+        raise MasformerError("a position method does nothing without max_positions")
+    config, carried = load_config(model)
+    source, options = _locate(model)
+    if source.endswith(".json"):
+        raise MasformerError(f"{source} is a config alone; loading a model needs its folder, with the weights")
+    if config.model_type == adapters.GPT_NEO:
+        options["attn_implementation"] = NAME
+    use_safetensors = None if "gguf_file" in options else True
     try:
-        config, carried = _read_config(source, options)
         loaded = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, use_safetensors=None if options else True, **options
+            source, config=config, dtype=dtype, use_safetensors=use_safetensors, **options
         )
-    except MasformerError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        raise MasformerError(f"cannot load the model {os.fspath(model)}: {' '.join(str(error).split())}") from error
+    except Exception as error:
+        raise _cannot("load", model, error) from error
+    loaded = apply_plan(loaded.eval(), plan or carried, backend)
+    if max_positions is not None:
+        from masformer.models.positions import extend_positions
+
+        extend_positions(loaded, max_positions, position_method)
+    return loaded, load_tokenizer(model)
+
+
+def load_tokenizer(model: str | os.PathLike[str]) -> Any:
+    """The tokenizer beside a model; None where a folder has none.
+
+    Raises:
+        MasformerError: it is there, but cannot be read.
+    """
+    source, options = _locate(model)
+    if Path(source).is_dir() and not options and not any(Path(source).glob("*token*")):
+        return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, config=config, **options)
-    except (OSError, ValueError, KeyError):
-        tokenizer = None
-    return apply_plan(loaded.eval(), plan or carried or native_plan(config), backend), tokenizer
+        return AutoTokenizer.from_pretrained(source, config=load_config(model)[0], **options)
+    except Exception as error:
+        raise _cannot("read the tokenizer of", model, error) from error
 
 
-def _read_config(source: str, options: dict[str, Any]) -> tuple[PretrainedConfig, AttentionPlan | None]:
-    data = {} if options else PretrainedConfig.get_config_dict(source)[0]
-    if data.get("model_type") != SEAL:
-        return AutoConfig.from_pretrained(source, **options), None
-    hidden = data.pop(SEAL)
-    plan = AttentionPlan.from_dict(hidden)
-    data |= {"model_type": hidden["model_type"], "architectures": hidden["architectures"]}
-    data.pop("layer_types")
-    if hidden["layer_types"] is not None:
-        data["layer_types"] = hidden["layer_types"]
-    return AutoConfig.for_model(data.pop("model_type"), **data), plan
+def _locate(model: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
+    """What transformers is to be asked for."""
+    source, path = os.fspath(model), Path(model)
+    if source.endswith((".gguf", ".json")) and not path.is_file():
+        raise MasformerError(f"model file {source} does not exist")
+    if path.is_file() and not source.endswith((".gguf", ".json")):
+        raise MasformerError(f"{source} is a file; allowed: a hub id, a folder, a .gguf file, or a config.json")
+    if source.endswith(".gguf"):
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise MasformerError(f"folder {source} holds no config.json")
+    return source, {}
+
+
+def _cannot(what: str, model: str | os.PathLike[str], error: Exception) -> MasformerError:
+    return MasformerError(f"cannot {what} {os.fspath(model)}: {' '.join(str(error).split())}")
 
 
 def save_model(
@@ -116,23 +126,36 @@ def save_model(
 ) -> None:
     """Writes safetensors and a sealed config.json (and the tokenizer) into a folder, whole or not at all.
 
+    Args:
+        model: a model with a plan.
+        path: the folder to write.
+        tokenizer: saved beside it, if given.
+        overwrite: replace a model folder that is already there.
+
     Raises:
         MasformerError: the model has no plan, the folder exists (unless `overwrite`), or it cannot be written.
     """
     path = Path(path)
-    if not getattr(type(model.config), "seals", False):
+    if not is_sealed(model.config):
         raise MasformerError("the model has no plan; call apply_plan first, or save it with save_pretrained")
     if path.exists() and not overwrite:
-        raise MasformerError(f"{path} exists already; choose another folder or pass overwrite=True")
+        raise MasformerError(f"{path} exists already; choose another folder or allow overwriting")
+    if path.exists() and not (path / "config.json").is_file() and not (path.is_dir() and not any(path.iterdir())):
+        raise MasformerError(f"{path} is no model folder, so it is not overwritten")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
-            whole = Path(temporary) / "model"
+            whole, old = Path(temporary) / "model", Path(temporary) / "old"
             model.save_pretrained(whole)
             if tokenizer is not None:
                 tokenizer.save_pretrained(whole)
             if path.exists():
-                path.rename(Path(temporary) / "old")
-            shutil.move(whole, path)
+                path.rename(old)
+            try:
+                whole.rename(path)
+            except OSError:
+                if old.exists():
+                    old.rename(path)
+                raise
     except OSError as error:
         raise MasformerError(f"cannot write {path}: {error}") from error
