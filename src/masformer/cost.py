@@ -1,0 +1,267 @@
+"""What a plan costs: floating-point operations and KV-cache bytes of one sequence, against full attention.
+
+Only matrix products are counted, a multiplication and an addition as two operations. Of attention only the *visible*
+(query, key) pairs count: what an implementation without waste would do. Attention, the whole pass and the cache are
+kept apart, since a plan that saves most of the attention saves far less of the pass.
+
+>>> from transformers import LlamaConfig
+>>> shape = ModelShape.of(LlamaConfig(num_hidden_layers=2, vocab_size=32000))
+>>> cost(shape, AttentionPlan.parse("full,window:16"), length=64)
+Cost(length=64, attention_flops=48889856, dense_flops=68585259008, kv_cache_bytes=1310720)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from masformer.errors import MasformerError, check_int
+from masformer.plan import AttentionPlan
+from masformer.spans import FullSpan
+
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The numbers of a decoder-only model that its cost depends on.
+
+    Attributes:
+        num_layers: attention layers.
+        query_heads: query heads per layer.
+        kv_heads: key and value heads per layer.
+        head_dim: values per query and key head.
+        value_dim: values per value head.
+        matmul_weights: weights that one token is multiplied with: every linear map and the output layer (also where it
+            shares the embedding's weights), but no embedding, norm or bias; of a mixture of experts only the experts
+            that one token visits.
+        parameters: all weights, shared ones counted once; no formula needs it.
+    """
+
+    num_layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    matmul_weights: int
+    parameters: int
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            check_int(field.name, getattr(self, field.name), 1)
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> ModelShape:
+        """Reads the shape from a model's config; the model is built on the meta device, without weights.
+
+        Raises:
+            MasformerError: not a causal language model of like attention layers, or one that compresses its cache.
+        """
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager")
+        except ValueError as error:
+            message = f"{config.model_type} is not a causal language model that transformers knows"
+            raise MasformerError(message) from error
+        if reason := _odd_config(config):
+            raise _unknown_cost(config, reason)
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        shape = cls(
+            num_layers=config.num_hidden_layers,
+            query_heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=head_dim,
+            value_dim=getattr(config, "v_head_dim", None) or head_dim,
+            matmul_weights=sum(_matmul_weights(module, config) for module in model.modules()),
+            parameters=model.num_parameters(),
+        )
+        outputs = {
+            "q_proj": shape.query_heads * shape.head_dim,
+            "k_proj": shape.kv_heads * shape.head_dim,
+            "v_proj": shape.kv_heads * shape.value_dim,
+        }
+        for name, module in model.named_modules():
+            expected = outputs.get(name.rpartition(".")[2])
+            if expected and isinstance(module, nn.Linear) and module.out_features != expected:
+                raise _unknown_cost(config, f"{name} has an unusual size")
+        return shape
+
+
+def _unknown_cost(config: PretrainedConfig, reason: str) -> MasformerError:
+    return MasformerError(f"the cost of {config.model_type} models is not known: {reason}")
+
+
+def _odd_config(config: PretrainedConfig) -> str | None:
+    """Why one shape cannot describe all layers, if so."""
+    if config.get_text_config() is not config:
+        return "they are not text-only"
+    if getattr(config, "is_heterogeneous", False):
+        return "their layers differ in shape"
+    if not hasattr(config, "num_attention_heads"):
+        return "they have no attention heads"
+    if other := set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS:
+        return f"they have {min(other)} layers"
+    if getattr(config, "kv_lora_rank", None):
+        return "they compress the KV cache"
+    if getattr(config, "multi_query", False) and not hasattr(config, "num_key_value_heads"):
+        return "they name their key and value heads in a way of their own"
+    if getattr(config, "num_kv_shared_layers", None):
+        return "some of their layers share keys and values"
+    return None
+
+
+def _matmul_weights(module: nn.Module, config: PretrainedConfig) -> int:
+    """Weights of this module alone, without its children, that one token is multiplied with."""
+    if isinstance(module, nn.Embedding):
+        return 0
+    total = 0
+    for name, weight in module.named_parameters(recurse=False):
+        if weight.ndim == 3:  # [experts, out, in]: transformers keeps the experts of a layer in one tensor
+            visited = getattr(config, "num_experts_per_tok", None)
+            if visited is None:
+                raise _unknown_cost(config, f"{name} is no plain matrix")
+            total += weight.numel() // weight.shape[0] * visited
+        elif weight.ndim == 2 and not name.endswith("bias"):
+            total += weight.numel()
+    return total
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one sequence under one plan.
+
+    Attributes:
+        length: tokens.
+        attention_flops: the products of queries with keys and of attention weights with values, visible pairs only.
+        dense_flops: everything else that multiplies matrices; no plan changes it.
+        kv_cache_bytes: a cache that keeps, after `length` tokens, what the spans can still see and no more.
+    """
+
+    length: int
+    attention_flops: int
+    dense_flops: int
+    kv_cache_bytes: int
+
+    @property
+    def forward_flops(self) -> int:
+        """One forward pass, with logits at every position."""
+        return self.attention_flops + self.dense_flops
+
+    @property
+    def training_flops(self) -> int:
+        """One training step without recomputation: the backward pass costs twice the forward pass.
+
+        Kaplan et al. (arXiv 2001.08361), section 2.1; PaLM (arXiv 2204.02311), appendix B.
+        """
+        return 3 * self.forward_flops
+
+
+def cost(shape: ModelShape, plan: AttentionPlan, length: int, *, cache_bytes_per_value: int = 2) -> Cost:
+    """Cost of one sequence.
+
+    Args:
+        shape: the model.
+        plan: one span per layer of it.
+        length: tokens; at least 1.
+        cache_bytes_per_value: 2 for bfloat16 and float16, 4 for float32.
+
+    Raises:
+        MasformerError: a number is out of range, or the plan has another number of layers.
+    """
+    check_int("length", length, 1)
+    check_int("cache bytes per value", cache_bytes_per_value, 1)
+    layers = Counter(plan.for_layers(shape.num_layers))
+    pairs = sum(count * span.visible_pairs(length) for span, count in layers.items())
+    keys = sum(count * span.cached_keys(length) for span, count in layers.items())
+    values_per_head = shape.head_dim + shape.value_dim
+    return Cost(
+        length=length,
+        attention_flops=2 * values_per_head * shape.query_heads * pairs,
+        dense_flops=2 * shape.matmul_weights * length,
+        kv_cache_bytes=values_per_head * shape.kv_heads * keys * cache_bytes_per_value,
+    )
+
+
+def flops_text(flops: float) -> str:
+    """1.5e12 -> `1.50 TFLOP`."""
+    return _scaled(flops, 1000, ("FLOP", "KFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP"))
+
+
+def bytes_text(size: float) -> str:
+    """3 * 2**29 -> `1.50 GiB`."""
+    return _scaled(size, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+
+
+def _scaled(number: float, step: int, units: tuple[str, ...]) -> str:
+    """Three significant digits."""
+    for unit in units:
+        if number < step * 0.9995 or unit == units[-1]:
+            break
+        number /= step
+    digits = 2 if number < 9.995 else 1 if number < 99.95 else 0
+    return f"{number:.{0 if unit == units[0] else digits}f} {unit}"
+
+
+FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
+    "attention_flops": ("attention, forward", flops_text),
+    "forward_flops": ("forward pass", flops_text),
+    "training_flops": ("training step", flops_text),
+    "kv_cache_bytes": ("KV cache", bytes_text),
+}
+"""Figure of `Cost` -> (its name for people, how it is written)."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A plan and full attention in every layer, at the same length."""
+
+    plan: Cost
+    full: Cost
+
+    @property
+    def fractions(self) -> dict[str, float]:
+        """Each of `FIGURES` under the plan, as a fraction of the same figure under full attention."""
+        return {figure: getattr(self.plan, figure) / getattr(self.full, figure) for figure in FIGURES}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: `{"length": n, "plan": figures, "full": figures, "fractions": figures}`."""
+        plan, full = (
+            {"dense_flops": each.dense_flops} | {figure: getattr(each, figure) for figure in FIGURES}
+            for each in (self.plan, self.full)
+        )
+        return {"length": self.plan.length, "plan": plan, "full": full, "fractions": self.fractions}
+
+
+def compare(
+    shape: ModelShape, plan: AttentionPlan, lengths: Iterable[int], *, cache_bytes_per_value: int = 2
+) -> list[Comparison]:
+    """Cost of the plan against full attention at each length; arguments and errors as in `cost`."""
+    full = AttentionPlan.uniform(len(plan), FullSpan())
+    return [
+        Comparison(*(cost(shape, each, length, cache_bytes_per_value=cache_bytes_per_value) for each in (plan, full)))
+        for length in lengths
+    ]
+
+
+def cost_table(comparisons: Iterable[Comparison]) -> Table:
+    """The figures for people to read, one section per length; fits into 80 columns."""
+    table = Table(title="Cost of one sequence", title_justify="left")
+    for column in ("tokens", "", "plan", "all full", "plan / full"):
+        table.add_column(column, justify="left" if not column else "right")
+    for comparison in comparisons:
+        length = f"{comparison.plan.length:,}"
+        for figure, (name, text) in FIGURES.items():
+            plan, full = (text(getattr(each, figure)) for each in (comparison.plan, comparison.full))
+            table.add_row(length, name, plan, full, f"{comparison.fractions[figure]:.1%}")
+            length = ""
+        table.add_section()
+    return table
