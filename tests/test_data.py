@@ -1,0 +1,101 @@
+import bz2
+import gzip
+import json
+import lzma
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from masformer import MasformerError
+from masformer.data import Document, read_documents
+
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
+texts = st.text(st.characters(codec="utf-8"), max_size=30)
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_every_form_is_read_in_order(tmp_path, suffix):
+    plain, lines = tmp_path / f"a.MD{suffix}", tmp_path / f"b.ndjson{suffix}"
+    plain.write_bytes(COMPRESS[suffix]("Ein Satz.\r\nNoch einer: ä\n".encode()))
+    lines.write_bytes(COMPRESS[suffix](b'{"id": 1, "text": "one"}\n\n{"text": "two\\u2028three"}'))
+    assert list(read_documents([plain, str(lines)])) == [
+        Document(str(plain), "Ein Satz.\r\nNoch einer: ä\n"),
+        Document(f"{lines}:1", "one"),
+        Document(f"{lines}:3", "two\u2028three"),
+    ]
+
+
+@given(st.lists(texts, max_size=6), st.booleans(), st.booleans())
+def test_json_lines_round_trip(tmp_path_factory, rows, escaped, bom):
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    content = "\n".join(json.dumps({"body": row, "n": 1}, ensure_ascii=escaped) for row in rows)
+    path.write_bytes(content.encode("utf-8-sig" if bom else "utf-8"))
+    kept = [row for row in rows if row.strip()]
+    if kept:
+        assert [document.text for document in read_documents([path], field="body")] == kept
+    else:
+        with pytest.raises(MasformerError, match="holds no document"):
+            list(read_documents([path], field="body"))
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
+    assert next(read_documents(tmp_path / "a.txt")).text == "hello"
+
+
+def test_nothing_is_read_beyond_the_limit(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\nbroken')
+    (tmp_path / "b.txt").write_bytes(b"\xff")
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.txt"]
+    assert [document.text for document in read_documents(paths, limit=2)] == ["one", "two"]
+    with pytest.raises(MasformerError, match="line 3: not JSON"):
+        list(read_documents(paths, limit=3))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "a.txt holds no document: it is empty"),
+        ("a.txt", b" \n", "a.txt holds no document"),
+        ("a.jsonl", b"\n \n", "a.jsonl holds no document"),
+        ("a.jsonl", b'{"text": " "}', "a.jsonl holds no document: it is empty, or every text in it is blank"),
+        ("a.txt", b"one\ntwo \xff", "a.txt, line 2: not UTF-8 text (invalid start byte)"),
+        ("a.txt", "utf".encode("utf-16"), "a.txt, line 1: not UTF-8 text"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "a.jsonl, line 2: not UTF-8 text"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b"', "a.jsonl, line 2: not JSON"),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1: not JSON"),
+        ("a.jsonl", b'["text"]', "a.jsonl, line 1: holds a list; each line must be one object"),
+        ("a.jsonl", b'{"id": 1, "body": "x"}', "no field 'text'; the fields there are: id, body (choose with --field)"),
+        ("a.jsonl", b"{}", "no field 'text'; the fields there are: none at all"),
+        ("a.jsonl", b'{"text": null}', "field 'text' holds a NoneType, it must hold a string"),
+        ("a.jsonl", b'{"text": "\\ud800"}', "field 'text' holds half a surrogate pair"),
+        ("a.txt.gz", b"plain", "a.txt.gz: Not a gzipped file"),
+        ("a.txt.gz", gzip.compress(b"x" * 99)[:-9], "a.txt.gz: Compressed file ended before"),
+        ("a.txt.gz", gzip.compress(b"x")[:10] + b"\xff" * 99, "a.txt.gz: Error -3"),
+        ("a.jsonl.xz", lzma.compress(b'{"text": "a"}')[:-9], "the file is damaged or cut short"),
+        ("a.txt.xz", b"plain", "a.txt.xz: Input format not supported"),
+        ("a.txt.bz2", b"plain", "a.txt.bz2: Invalid data stream"),
+        ("a.json", b"{}", "a.json is of the kind .json; allowed: text files and JSON lines (.jsonl, .ndjson)"),
+        ("a.parquet.gz", b"PAR1", "a.parquet.gz is of the kind .parquet"),
+    ],
+)
+def test_wrong_files_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(MasformerError) as error:
+        list(read_documents([tmp_path / name]))
+    assert message in str(error.value)
+    assert str(tmp_path / name) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_can_be_known_beforehand_is_said_at_once(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    for paths, limit, message in [
+        ([tmp_path / "a.txt", tmp_path / "b.txt"], None, r"b\.txt does not exist"),
+        ([tmp_path], None, "is a folder"),
+        ([], None, "no data file given"),
+        ([tmp_path / "a.txt"], 0, "limit of documents must be at least 1, got 0"),
+    ]:
+        with pytest.raises(MasformerError, match=message):
+            read_documents(paths, limit=limit)
