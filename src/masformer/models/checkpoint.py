@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from masformer.errors import MasformerError
 from masformer.models import adapters
 from masformer.models.bridge import NAME, apply_plan
+from masformer.models.positions import extend_positions
 from masformer.models.sealing import SEAL, is_sealed, native_plan, unseal
 from masformer.plan import AttentionPlan
 
@@ -82,8 +83,6 @@ def load_model(
         raise _cannot("load", model, error) from error
     loaded = apply_plan(loaded.eval(), plan or carried, backend)
     if max_positions is not None:
-        from masformer.models.positions import extend_positions
-
         extend_positions(loaded, max_positions, position_method)
     return loaded, load_tokenizer(model)
 
