@@ -1,10 +1,14 @@
+# make demo   the tour: a real model, real text, in minutes
 # make test   lint, types and the whole test suite
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: test lint format install clean
+.PHONY: demo test lint format install clean
+
+demo: install
+	$(BIN)/masformer demo
 
 test: lint
 	$(BIN)/python -m pytest

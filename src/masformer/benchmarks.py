@@ -168,9 +168,10 @@ def bench_attention(
 
 def attention_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The rows of `bench_attention` for people to read."""
-    table = Table(title="Attention, median of all rounds", title_justify="left")
-    for column in ("pass", "variant", "ms", "times faster than full", "ideal by pairs"):
-        table.add_column(column, justify="left" if column in ("pass", "variant") else "right")
+    table = Table(title="Attention: median times, speed-up over full causal SDPA", title_justify="left")
+    for column in ("pass", "variant", "ms", "speed-up", "ideal"):
+        text = column in ("pass", "variant")
+        table.add_column(column, justify="left" if text else "right", no_wrap=text)
     for row in rows:
         table.add_row(
             row["pass"], row["name"], f"{row['median'] * 1000:.1f}", f"{row['speedup']:.2f}", f"{row['ideal']:.2f}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
+import logging
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +51,7 @@ def _run_demo(
 
 def _plan(
     model: str,
-    seq: list[int],
+    seq: str = "2048,8192,32768",
     plan: list[str] | None = None,
     full: int | None = None,
     placement: str | None = None,
@@ -73,6 +75,7 @@ def _plan(
     """
     records.check_writable(json)
     records.check_writable(plot)
+    lengths = _lengths("--seq", seq)
     config, own = load_config(model)
     plans = _plans(own, plan, full, placement, local)
     if plot is not None and len(plans) > 1:
@@ -83,11 +86,11 @@ def _plan(
     figures = []
     for each in plans.values():
         console.print(f"\n{picture(each)}\n", markup=False)
-        costs = compare(shape, each, seq, cache_bytes_per_value=width)
+        costs = compare(shape, each, lengths, cache_bytes_per_value=width)
         console.print(cost_table(costs))
         figures.append({"plan": str(each), "costs": [cost.to_dict() for cost in costs]})
         if plot is not None:
-            plot_plan(each, plot, max(seq))
+            plot_plan(each, plot, max(lengths))
             console.print(f"attention patterns: {plot}")
     _record(json, model=model, cache_dtype=cache_dtype, plans=figures)
 
@@ -131,7 +134,7 @@ def _convert(
 def _eval_perplexity(
     model: str,
     data: list[str],
-    lengths: list[int],
+    lengths: str = "1024,2048,4096",
     field: str = "text",
     documents: int | None = None,
     max_tokens: int | None = None,
@@ -163,6 +166,7 @@ def _eval_perplexity(
         json: file for the raw figures, by position bucket too.
     """
     records.check_writable(json)
+    windows = _lengths("--lengths", lengths)
     plans = _plans(load_config(model)[1], plan, full, placement, local)
     texts = list(read_documents(data, field=field, limit=documents))
     loaded, tokenizer = _load(model, next(iter(plans.values())), max_positions, dtype)
@@ -175,7 +179,7 @@ def _eval_perplexity(
             loaded,
             tokens,
             plans,
-            lengths,
+            windows,
             prefix=prefix_token(tokenizer),
             backend=backend,
             text_bytes=text_bytes,
@@ -266,6 +270,13 @@ def _plans(
     return found or {str(own): own}
 
 
+def _lengths(option: str, text: str) -> list[int]:
+    """`2048,8192` -> [2048, 8192]."""
+    if not re.fullmatch(r"\s*[1-9]\d*\s*(,\s*[1-9]\d*\s*)*", text):
+        raise MasformerError(f"{option} {text!r} is not allowed; allowed: whole numbers from 1, separated by commas")
+    return [int(part) for part in text.split(",")]
+
+
 def _load(model: str, plan: AttentionPlan, max_positions: str | None, dtype: str) -> tuple[Any, Any]:
     positions, method = (None, None) if max_positions is None else parse_max_positions(max_positions)
     weights = dtype if dtype == "auto" else benchmarks.DTYPES[dtype]
@@ -279,6 +290,19 @@ def _record(path: str | None, **figures: Any) -> None:
         console.print(f"figures: {path}", markup=False)
 
 
+DESCRIPTION = """\
+Mixed attention spans for pretrained language models (MASFormer, arXiv 2310.12442): full attention at a few
+layers, local attention at all the others, for a fraction of the cost of attention and of the KV cache.
+
+A plan says what each layer sees: 'full@11-18; window:512+4' is full attention at layers 11 to 18 and, at the
+others, the 512 newest tokens and the first 4 (attention sinks). Spans: full, window:SIZE, window:SIZE+SINKS,
+block:SIZE, block:SIZExBLOCKS.
+
+  masformer demo                                           see it work, in minutes on a laptop
+  masformer plan MODEL --full 8 --local window:512+4       what it saves
+  masformer convert MODEL OUT --full 8 --local window:512+4
+  masformer eval perplexity OUT --data FILE --lengths 1024,4096"""
+
 COMMANDS: dict[str, Any] = {
     "demo": _run_demo,
     "plan": _plan,
@@ -288,15 +312,23 @@ COMMANDS: dict[str, Any] = {
 }
 
 
-def _lengths(text: str | list[int]) -> list[int]:
-    return text if isinstance(text, list) else [int(part) for part in text.split(",")]
+EXAMPLES: dict[Callable[..., None], str] = {
+    _run_demo: "masformer demo --length 1024",
+    _plan: "masformer plan HuggingFaceTB/SmolLM2-135M --full 8 --placement middle --local window:512+4",
+    _convert: "masformer convert EleutherAI/gpt-neo-1.3B OUT --plan 'full@0-7; window:512' --max-positions 8192",
+    _eval_perplexity: (
+        "masformer eval perplexity MODEL --data books.jsonl.xz --lengths 1024,4096 \\\n"
+        "      --plan full --plan window:512+4 --plan 'full@11-18; window:512+4'"
+    ),
+    _bench_attention: "masformer bench attention --length 16384 --span window:512 --span block:1024x2",
+}
 
 
-_lengths.__name__ = "comma-separated whole numbers"
+class _Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of examples as they are."""
+
 
 SPECIAL: dict[str, dict[str, Any]] = {
-    "seq": {"type": _lengths, "default": [2048, 8192, 32768]},
-    "lengths": {"type": _lengths, "default": [1024, 2048, 4096]},
     "plan": {"action": "append", "type": str},
     "span": {"action": "append", "type": str},
     "data": {"nargs": "+", "type": str, "metavar": "FILE"},
@@ -309,7 +341,12 @@ def _parser(command: Callable[..., None]) -> jsonargparse.ArgumentParser:
     docs = parse_docstring(command.__doc__ or "")
     texts = {each.arg_name: each.description for each in docs.params}
     hints = get_type_hints(command)
-    parser = jsonargparse.ArgumentParser(description=docs.short_description, exit_on_error=False)
+    parser = jsonargparse.ArgumentParser(
+        description=docs.short_description,
+        epilog=f"example:\n  {EXAMPLES[command]}",
+        formatter_class=_Help,
+        exit_on_error=False,
+    )
     for name, parameter in inspect.signature(command).parameters.items():
         options: dict[str, Any] = {"help": texts[name], "type": hints[name]}
         needed = parameter.default is parameter.empty
@@ -318,24 +355,22 @@ def _parser(command: Callable[..., None]) -> jsonargparse.ArgumentParser:
         if hints[name] is bool:
             options = {"help": texts[name], "action": "store_true"}
         if name in SPECIAL:
-            options = options | SPECIAL[name]
-            options["required"] = needed and "default" not in SPECIAL[name]
+            options = options | SPECIAL[name] | {"required": needed}
         positional = needed and name not in SPECIAL
         parser.add_argument(name if positional else f"--{name.replace('_', '-')}", **options)
     return parser
 
 
-def _tree(commands: Mapping[str, Any], description: str) -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(prog="masformer", description=description, exit_on_error=False)
+def _add_commands(parser: jsonargparse.ArgumentParser, commands: Mapping[str, Any]) -> None:
     choices = parser.add_subcommands(dest="command", required=True)
     for name, command in commands.items():
         if callable(command):
             below = _parser(command)
             choices.add_subcommand(name, below, help=below.description)
         else:
-            text = "; ".join(_parser(each).description or "" for each in command.values())
-            choices.add_subcommand(name, _tree(command, text), help=", ".join(command))
-    return parser
+            below = jsonargparse.ArgumentParser(exit_on_error=False)
+            choices.add_subcommand(name, below, help=f"one of: {', '.join(command)}")
+            _add_commands(below, command)
 
 
 def _line(error: Exception) -> str:
@@ -357,9 +392,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 2, with one line on standard error, for a wrong value."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     torch.manual_seed(records.SEED)
-    parser = _tree(COMMANDS, "Mixed attention spans for pretrained language models (MASFormer, arXiv 2310.12442).")
+    parser = jsonargparse.ArgumentParser(
+        prog="masformer", description=DESCRIPTION, formatter_class=_Help, exit_on_error=False
+    )
     parser.add_argument("--version", action="version", version=f"masformer {masformer.__version__}")
+    _add_commands(parser, COMMANDS)
     try:
         chosen = parser.parse_args(arguments).as_dict()
         command: Any = COMMANDS
