@@ -17,8 +17,6 @@ from torch.utils.checkpoint import checkpoint
 from masformer.attention.layout import Layout, Segment
 from masformer.spans import Span
 
-TILE = 128
-
 
 def tiled_attention(
     query: Tensor,
@@ -29,9 +27,15 @@ def tiled_attention(
     layout: Layout | None,
     dropout: float,
     softcap: float | None,
-    tile: int = TILE,
+    tile: int | None = None,
 ) -> Tensor:
-    """See `masformer.attention.attend` for the shapes; `tile` is the number of queries in a tile."""
+    """See `masformer.attention.attend` for the shapes; `tile` is the number of queries in a tile.
+
+    Narrow tiles compute fewer scores that the mask hides; wide ones share more keys, which saves copies where there
+    are sinks and additions in the backward pass.
+    """
+    if tile is None:
+        tile = 128 if span.sinks or (torch.is_grad_enabled() and query.requires_grad) else 64
     kernel = _Kernel(scale, dropout, softcap)
     if layout is None:
         return _document(query, key, value, span, kernel, tile, None)
@@ -49,8 +53,13 @@ def tiled_attention(
             pieces += [_zeros(q, v, first - done), _document(q, k, v, span, kernel, tile, _kept(segment, k))]
             done = segment.stop
         pieces.append(_zeros(query[row : row + 1], value, key.shape[2] - done))
-        rows.append(torch.cat(pieces, 2))
-    return torch.cat(rows)
+        rows.append(_join(pieces, 2))
+    return _join(rows, 0)
+
+
+def _join(parts: list[Tensor], dim: int) -> Tensor:
+    """torch.cat, without a copy of a single part."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _zeros(query: Tensor, value: Tensor, length: int) -> Tensor:
@@ -122,9 +131,9 @@ def _document(
             _tiles(part, key, value, span, kernel, keep, at, count, step, range(first, min(first + tile, step)))
             for first in range(0, step, tile)
         ]
-        outputs.append(torch.cat(families, 3).flatten(2, 3))
+        outputs.append(_join(families, 3).flatten(2, 3))
         at += count * step
-    out = torch.cat(outputs, 2)
+    out = _join(outputs, 2)
     return out if keep is None else out.masked_fill(~keep[start:, None], 0)
 
 
@@ -173,5 +182,5 @@ def _tiles(
         folded = folded.permute(2, 0, 1, 3, 4).reshape(count, kv_heads, group * width, dim)
         out = kernel.masked(folded, strided(key[row]), strided(value[row]), mask)
         out = out.reshape(count, kv_heads, group, width, -1).permute(1, 2, 0, 3, 4)
-        rows.append(out.reshape(heads, count, width, -1))
-    return torch.stack(rows)
+        rows.append(out.reshape(1, heads, count, width, -1))
+    return _join(rows, 0)
