@@ -1,0 +1,205 @@
+import json
+import os
+import stat
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from masformer import AttentionPlan, cli
+from masformer.models.checkpoint import load_config
+from masformer.spans import FullSpan
+from tiny import PLAN, tiny, tiny_config
+
+TEXT = "the quick brown fox jumps over the lazy dog and runs away from it . " * 30
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A stock model with a byte-level tokenizer, as people have it."""
+    path = tmp_path_factory.mktemp("stock") / "model"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tiny("llama", vocab_size=len(alphabet) + 1, sliding_window=None).save_pretrained(path)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return str(path)
+
+
+def run(capsys, *arguments):
+    code = cli.main(list(arguments))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_plan_prints_the_picture_and_records_the_cost(capsys, tmp_path):
+    tiny_config("gpt_neo").save_pretrained(tmp_path)
+    record, plot = tmp_path / "plan.json", tmp_path / "plan.png"
+    code, out, _ = run(
+        capsys,
+        *("plan", str(tmp_path / "config.json"), "--seq", "64,128", "--full", "1", "--local", "window:8+2"),
+        *("--json", str(record), "--plot", str(plot)),
+    )
+    assert code == 0
+    assert "window:8+2" in out
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    figures = json.loads(record.read_text())
+    assert figures["plans"][0]["plan"] == "full@1; window:8+2"
+    assert [cost["length"] for cost in figures["plans"][0]["costs"]] == [64, 128]
+    assert set(figures["versions"]) == {"python", "torch", "transformers"}
+    assert figures["command"].startswith("masformer ")
+    assert {"seed", "device", "threads"} <= set(figures)
+
+
+def test_several_plans_in_one_run(capsys, folder):
+    code, out, _ = run(capsys, "plan", folder, "--seq", "64", "--plan", "full", "--plan", "full@1; block:8")
+    assert code == 0
+    assert out.count("Cost of one sequence") == 2
+
+
+def test_convert_then_eval_gives_the_perplexity_of_the_plan(capsys, folder, text, tmp_path):
+    out_folder, direct, converted = tmp_path / "out", tmp_path / "direct.json", tmp_path / "converted.json"
+    options = ["--data", text, "--lengths", "32,96", "--max-tokens", "300"]
+    code, out, _ = run(capsys, "eval", "perplexity", folder, *options, "--plan", str(PLAN), "--json", str(direct))
+    assert code == 0
+    assert str(PLAN) in " ".join(out.split()) or "window:5+2" in out
+    assert run(capsys, "convert", folder, str(out_folder), "--plan", str(PLAN))[0] == 0
+    assert load_config(out_folder)[1] == PLAN
+    assert run(capsys, "eval", "perplexity", str(out_folder), *options, "--json", str(converted))[0] == 0
+    left, right = (json.loads(file.read_text())["results"] for file in (direct, converted))
+    assert [result["nll"] for result in left] == [result["nll"] for result in right]
+    assert [result["tokens"] for result in left] == [300, 300]
+
+
+def test_convert_extends_positions(capsys, folder, text, tmp_path):
+    longer = str(tmp_path / "longer")
+    assert (
+        run(capsys, "convert", folder, longer, "--local", "window:16", "--full", "2", "--max-positions", "256")[0] == 0
+    )
+    code, _, err = run(capsys, "eval", "perplexity", folder, "--data", text, "--lengths", "256")
+    assert (code, "--max-positions 256" in err) == (2, True)
+    assert run(capsys, "eval", "perplexity", longer, "--data", text, "--lengths", "256", "--max-tokens", "300")[0] == 0
+
+
+def test_bench_attention_records_raw_figures(capsys, tmp_path):
+    record = tmp_path / "bench.json"
+    code, out, _ = run(
+        capsys,
+        *(
+            "bench",
+            "attention",
+            "--length",
+            "80",
+            "--heads",
+            "2",
+            "--kv-heads",
+            "1",
+            "--head-dim",
+            "8",
+            "--repeats",
+            "2",
+        ),
+        *("--span", "window:16", "--span", "block:16x2", "--json", str(record)),
+    )
+    assert code == 0
+    assert "window:16" in out
+    rows = json.loads(record.read_text())["results"]
+    assert len(rows) == 2 * (1 + 2 * 2)
+    assert all(len(row["seconds"]) == 2 for row in rows)
+    pairs = 80 * 81 / 2
+    assert rows[1]["ideal"] == pytest.approx(pairs / (16 * 17 / 2 + 64 * 16))
+
+
+def test_demo_on_another_model_and_text(capsys, folder, text, tmp_path):
+    record = tmp_path / "demo.json"
+    code, out, _ = run(capsys, "demo", "--model", folder, "--data", text, "--length", "64", "--json", str(record))
+    assert code == 0
+    figures = json.loads(record.read_text())
+    assert (
+        figures["conclusion"].split()
+        == " ".join(out.split("What was seen")[1].split("figures:")[0].split()).split()[1:]
+    )
+    plans = {result["name"]: AttentionPlan.parse(result["plan"], 4) for result in figures["perplexity"]}
+    assert plans["all full"] == AttentionPlan.uniform(4, FullSpan())
+    assert len(plans) == 8
+    assert len(figures["forward"]["seconds"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "MODEL", "--plan", "full@9; window:4"], "layer 9 is out of range: the model has layers 0 to 3"),
+        (["plan", "MODEL", "--plan", "window:0"], "window size must be at least 1, got 0"),
+        (["plan", "MODEL", "--plan", "windw:4"], "unknown span 'windw:4'; allowed: full, window:SIZE"),
+        (["plan", "MODEL", "--plan", "missing.yaml"], "plan file missing.yaml does not exist"),
+        (["plan", "MODEL", "--plan", "full", "--plan", "full"], "--plan 'full' is given twice"),
+        (["plan", "MODEL", "--full", "9", "--local", "window:4"], "9 full layers asked for, but the model has only 4"),
+        (["plan", "MODEL", "--full", "2"], "--full and --placement need --local SPAN"),
+        (["plan", "MODEL", "--local", "window:4"], "--local needs --full N or --placement LAYERS"),
+        (["plan", "MODEL", "--full", "2", "--local", "full", "--plan", "full"], "give either --plan or --full"),
+        (["plan", "MODEL", "--full", "2", "--local", "window:4", "--placement", "left"], "unknown placement 'left'"),
+        (["plan", "MODEL", "--full", "two", "--local", "window:4"], "--full 'two' is not allowed; allowed: a whole"),
+        (["plan", "MODEL", "--seq", "12,x"], "--seq '12,x' is not allowed; allowed: whole numbers from 1"),
+        (["plan", "MODEL", "--plot", "plan.bmpx"], "plan.bmpx"),
+        (["plan", "MODEL", "--json", "nowhere/plan.json"], "cannot write nowhere/plan.json: folder"),
+        (["plan", "MODEL", "--cache-dtype", "int8"], "--cache-dtype 'int8' is not allowed; allowed: float32, bfloat16"),
+        (["plan", "missing.gguf"], "model file missing.gguf does not exist"),
+        (["plan"], "the following arguments are required"),
+        (["frobnicate"], "invalid choice: 'frobnicate'"),
+        (["convert", "MODEL", "OUT"], "nothing to convert: give --plan"),
+        (["convert", "MODEL", "OUT", "--max-positions", "8"], "8"),
+        (["convert", "MODEL", "MODEL", "--plan", "window:4"], "exists already"),
+        (["eval", "perplexity", "MODEL"], "arguments are required"),
+        (["eval", "perplexity", "MODEL", "--data", "missing.txt"], "data file missing.txt does not exist"),
+        (
+            ["eval", "perplexity", "MODEL", "--data", "TEXT", "--documents", "0"],
+            "limit of documents must be at least 1",
+        ),
+        (["bench", "attention", "--heads", "3", "--kv-heads", "2"], "3 query heads are no multiple of 2 kv heads"),
+        (["bench", "attention", "--span", "block:-1"], "block size must be at least 1, got -1"),
+        (["demo", "--length", "5"], "length must be at least 64, got 5"),
+    ],
+)
+def test_a_wrong_value_is_one_line_and_exit_code_2(capsys, folder, text, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    places = {"MODEL": folder, "TEXT": text}
+    code, _, err = run(capsys, *(places.get(argument, argument) for argument in arguments))
+    assert code == 2
+    assert message in err
+    assert err.startswith("masformer: error: ")
+    assert err.count("\n") == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["text.txt"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_is_named_before_the_work(capsys, folder, tmp_path):
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    code, _, err = run(capsys, "plan", folder, "--json", str(tmp_path / "plan.json"))
+    tmp_path.chmod(stat.S_IRWXU)
+    assert (code, "is not writable" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["plan"], ["convert"], ["demo"], ["eval", "perplexity"], ["bench", "attention"]]
+)
+def test_every_command_explains_itself(capsys, command):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([*command, "--help"])
+    assert exit_.value.code == 0
+    assert "masformer " in capsys.readouterr().out
+
+
+def test_the_same_seed_gives_the_same_inputs(capsys):
+    for _ in range(2):
+        cli.main(["bench", "attention", "--length", "8", "--repeats", "1", "--forward-only", "--seed", "7"])
+        assert torch.initial_seed() == 7
+    capsys.readouterr()
