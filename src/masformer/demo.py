@@ -85,7 +85,8 @@ def run_demo(model: str | None, data: Sequence[str] | None, length: int, console
     check_int("length", length, 64)
     source = model or str(pretrained_model())
     documents = list(read_documents(data)) if data else language_reference()
-    console.print(f"Loading {source} ...", markup=False)
+    shown = model or f"{Path(source).name} of the package {PACKAGE}"
+    console.print(f"Loading {shown} ...", markup=False)
     loaded, tokenizer = load_model(source)
     if tokenizer is None:
         raise MasformerError(f"{source} has no tokenizer")
@@ -136,7 +137,7 @@ def run_demo(model: str | None, data: Sequence[str] | None, length: int, console
     text = conclusion(results, times, attention, full, window, long)
     console.print(text)
     return {
-        "model": source,
+        "model": shown,
         "documents": [document.name for document in documents][:DOCUMENTS] if not data else list(data),
         "length": length,
         "costs": [each.to_dict() for each in costs],
