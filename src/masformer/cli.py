@@ -367,29 +367,39 @@ def _line(error: Exception) -> str:
     return f"--{name.replace('_', '-')} {value!r} is not allowed; allowed: {allowed}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 2, with one line on standard error, for a wrong value."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    torch.manual_seed(records.SEED)
+def parse(words: Sequence[str]) -> tuple[Command, dict[str, Any]]:
+    """The command that the words name, and its options.
+
+    Raises:
+        jsonargparse.ArgumentError: they name none, or an option is wrong.
+    """
     parser = jsonargparse.ArgumentParser(
         prog="masformer", description=DESCRIPTION, formatter_class=_Help, exit_on_error=False
     )
     parser.add_argument("--version", action="version", version=f"masformer {masformer.__version__}")
     _add_commands(parser, COMMANDS)
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(list(words)).as_dict()
+    command: Any = COMMANDS
+    while not callable(command):
+        name = options["command"]
+        command, options = command[name], options[name]
+    return command, options
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 2, with one line on standard error, for a wrong value."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    torch.manual_seed(records.SEED)
+    words = sys.argv[1:] if words is None else words
     try:
-        chosen = parser.parse_args(given).as_dict()
-        command: Any = COMMANDS
-        while not callable(command):
-            name = chosen["command"]
-            command, chosen = command[name], chosen[name]
-        json = chosen.pop("json", None)
+        command, options = parse(words)
+        json = options.pop("json", None)
         records.check_writable(json)
-        figures = command(**chosen)
+        figures = command(**options)
         if json is not None:
-            records.write_record(json, ["masformer", *given], masformer.__version__, **figures)
+            records.write_record(json, ["masformer", *words], masformer.__version__, **figures)
             console.print(f"figures: {json}", markup=False)
     except (MasformerError, jsonargparse.ArgumentError) as error:
         print(f"masformer: error: {_line(error)}", file=sys.stderr)

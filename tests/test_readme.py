@@ -1,0 +1,59 @@
+"""What the README shows is run: its Python on a tiny model, and the options of its commands through their parsers."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from masformer import AttentionPlan, cli, models
+from tiny import tiny
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_first_python_block_runs(tmp_path, monkeypatch, capsys):
+    class Tokenizer:
+        def __call__(self, text, return_tensors):
+            return {"input_ids": torch.arange(3, 3 + len(text.split()))[None]}
+
+        def decode(self, tokens):
+            return " ".join(map(str, tokens.tolist()))
+
+        def save_pretrained(self, path):
+            Path(path, "vocabulary.txt").write_text("words")
+
+    tiny("llama", num_hidden_layers=30).save_pretrained(tmp_path / "SmolLM2-135M")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models.checkpoint, "load_tokenizer", lambda model: Tokenizer())
+    code = blocks("python")[0].replace("HuggingFaceTB/SmolLM2-135M", "SmolLM2-135M")
+    names: dict = {}
+    exec(code, names)
+    assert names["plan"] == AttentionPlan.parse("full@11-18; window:512+4", 30)
+    assert names["model"].config.masformer == names["plan"].to_dict()
+    assert len(capsys.readouterr().out.split()) == 22
+
+
+def test_the_attend_block_runs():
+    names = {name: torch.randn(1, heads, 9, 4) for name, heads in (("query", 4), ("key", 2), ("value", 2))}
+    exec(blocks("python")[1], names)
+    assert names["out"].shape == (1, 4, 9, 4)
+
+
+COMMANDS = [line for line in README.splitlines() if line.startswith("masformer ")]
+EXAMPLES = [example.replace("\\\n", " ") for example in cli.EXAMPLES.values()]
+
+
+@pytest.mark.parametrize("line", COMMANDS + EXAMPLES)
+def test_every_command_line_is_understood(line):
+    words = shlex.split(re.split(r"\s{4,}(?!--)", line)[0])
+    assert callable(cli.parse(words[1:])[0])
+
+
+def test_there_are_command_lines():
+    assert len(COMMANDS) >= 4
