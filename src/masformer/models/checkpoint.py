@@ -81,6 +81,8 @@ def load_model(
         )
     except Exception as error:
         raise _cannot("load", model, error) from error
+    if "gguf_file" in options and (quantizer := getattr(loaded, "hf_quantizer", None)) is not None:
+        quantizer.remove_quantization_config(loaded)  # its weights are plain again: the model can be trained and saved
     loaded = apply_plan(loaded.eval(), plan or carried, backend)
     if max_positions is not None:
         extend_positions(loaded, max_positions, position_method)
