@@ -152,6 +152,7 @@ def test_demo_on_another_model_and_text(capsys, folder, text, tmp_path):
         (["plan", "MODEL", "--plot", "plan.bmpx"], "plan.bmpx"),
         (["plan", "MODEL", "--json", "nowhere/plan.json"], "cannot write nowhere/plan.json: folder"),
         (["plan", "MODEL", "--cache-dtype", "int8"], "--cache-dtype 'int8' is not allowed; allowed: float32, bfloat16"),
+        (["plan", "MODEL", "--plan", "full@0-2"], "does not say what the other layers do"),
         (["plan", "missing.gguf"], "model file missing.gguf does not exist"),
         (["plan"], "the following arguments are required"),
         (["frobnicate"], "invalid choice: 'frobnicate'"),
@@ -178,6 +179,14 @@ def test_a_wrong_value_is_one_line_and_exit_code_2(capsys, folder, text, tmp_pat
     assert err.startswith("masformer: error: ")
     assert err.count("\n") == 1
     assert [file.name for file in tmp_path.iterdir()] == ["text.txt"]
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("bert", "not causal"), ("bloom", "alibi"), ("t5", "not a causal")])
+def test_the_cost_of_a_plan_that_a_model_cannot_take_is_not_shown(capsys, tmp_path, kind, reason):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    code, out, err = run(capsys, "plan", str(tmp_path))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert reason in err
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

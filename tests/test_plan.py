@@ -110,3 +110,11 @@ def test_spans_are_shared_not_copied_by_position():
         AttentionPlan.parse("full,block:2", 2)[1].visible(torch.tensor([3]), torch.arange(4)),
         torch.tensor([False, False, True, True]),
     )
+
+
+def test_a_plan_file_without_a_depth_takes_the_models(tmp_path):
+    file = tmp_path / "plan.yaml"
+    file.write_text("plan: full@1; window:4\n")
+    assert AttentionPlan.load(file, 3) == AttentionPlan.parse("full@1; window:4", 3)
+    with pytest.raises(MasformerError, match="layer 1 is out of range"):
+        AttentionPlan.load(file, 1)

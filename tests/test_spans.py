@@ -85,3 +85,10 @@ def test_wrong_values_are_named(make, message):
     with pytest.raises(MasformerError) as error:
         make()
     assert message in str(error.value)
+
+
+def test_pairs_of_a_length_beyond_memory_are_counted_at_once():
+    length = 10**12
+    assert FullSpan().visible_pairs(length) == length * (length + 1) // 2
+    assert WindowSpan(10).visible_pairs(length) == 55 + 10 * (length - 10)
+    assert BlockSpan(4).visible_pairs(length + 1, start=4) == 10 * (length // 4 - 1) + 1

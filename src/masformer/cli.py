@@ -22,7 +22,7 @@ from masformer.cost import ModelShape, compare, cost_table
 from masformer.data import read_documents
 from masformer.errors import MasformerError
 from masformer.evaluation.perplexity import compare_plans, perplexity_table, prefix_token, tokenize
-from masformer.models.checkpoint import load_config, load_model, save_model
+from masformer.models.checkpoint import check_plan, load_config, load_model, save_model
 from masformer.models.positions import parse_max_positions
 from masformer.plan import AttentionPlan
 from masformer.plots import picture, plot_plan
@@ -69,6 +69,8 @@ def _plan(
     lengths = _lengths("--seq", seq)
     config, own = load_config(model)
     plans = _plans(own, plan, full, placement, local)
+    for each in plans.values():
+        check_plan(config, each)
     if plot is not None and len(plans) > 1:
         raise MasformerError("--plot draws one plan; give one --plan")
     shape = ModelShape.of(config)

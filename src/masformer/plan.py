@@ -215,6 +215,8 @@ class AttentionPlan:
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise MasformerError(f"cannot read the plan file {path}: {' '.join(str(error).split())}") from None
         try:
+            if isinstance(data, Mapping) and data.get("num_layers") is None:
+                data = {**data, "num_layers": num_layers}
             return cls.from_dict(data).for_layers(num_layers)
         except MasformerError as error:
             raise MasformerError(f"plan file {path}: {error}") from None

@@ -76,7 +76,13 @@ class Span(ABC):
 
     def visible_pairs(self, length: int, start: int = 0) -> int:
         """Number of visible (query, key) pairs for the queries at positions start..length-1."""
-        return int(self.visible_counts(torch.arange(start, length)).sum())
+        if self.max_visible is None or self.period is None:
+            return max(0, length - start) * (start + 1 + length) // 2
+        steady = min(length, max(start, self.max_visible))  # from here on the counts repeat with the period
+        periods, rest = divmod(length - steady, self.period)
+        counts = self.visible_counts(torch.arange(start, steady + self.period))
+        head, cycle = counts[: max(0, steady - start)], counts[max(0, steady - start) :]
+        return int(head.sum() + periods * cycle.sum() + cycle[:rest].sum())
 
     def cached_keys(self, length: int) -> int:
         """Keys a cache has to have room for after `length` tokens."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from masformer.errors import MasformerError
@@ -39,6 +41,20 @@ def load_config(model: str | os.PathLike[str]) -> tuple[PretrainedConfig, Attent
     if not getattr(config, "num_hidden_layers", None):
         raise MasformerError(f"{os.fspath(model)} is no decoder-only language model ({config.model_type})")
     return config, native_plan(config)
+
+
+def check_plan(config: PretrainedConfig, plan: AttentionPlan) -> None:
+    """Tries a plan on a model without weights.
+
+    Raises:
+        MasformerError: the plan has another number of layers, or the architecture cannot take one.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    except ValueError as error:
+        raise MasformerError(f"{config.model_type} is not a causal language model that transformers knows") from error
+    apply_plan(model, plan)
 
 
 def load_model(
