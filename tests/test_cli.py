@@ -12,6 +12,7 @@ from masformer.models.checkpoint import load_config
 from masformer.spans import FullSpan
 from tiny import PLAN, tiny, tiny_config
 
+SEARCH = ["--data", "TEXT", "--local", "window:4"]
 TEXT = "the quick brown fox jumps over the lazy dog and runs away from it . " * 30
 
 
@@ -90,6 +91,21 @@ def test_convert_extends_positions(capsys, folder, text, tmp_path):
     assert run(capsys, "eval", "perplexity", longer, "--data", text, "--lengths", "256", "--max-tokens", "300")[0] == 0
 
 
+def test_search_writes_the_plan_it_found_and_goes_on_from_its_journal(capsys, folder, text, tmp_path):
+    out, record, plot = tmp_path / "found.yaml", tmp_path / "search.json", tmp_path / "map.png"
+    words = ["search", folder, "--data", text, "--test", text, "--budget", "2", "--local", "window:4+1"]
+    words += ["--length", "64", "--windows", "2", "--held-out-windows", "2", "--random-placements", "3"]
+    words += ["--out", str(out), "--json", str(record), "--plot", str(plot)]
+    assert run(capsys, *words)[0] == 0
+    plan = AttentionPlan.load(out)
+    assert len(plan.full_layers) == 2
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    first = out.read_text(), len((tmp_path / "found.yaml.journal").read_text().splitlines())
+    assert run(capsys, *words)[0] == 0
+    again = AttentionPlan.load(out), len((tmp_path / "found.yaml.journal").read_text().splitlines())
+    assert again == (plan, first[1])
+
+
 def test_bench_attention_records_raw_figures(capsys, tmp_path):
     record = tmp_path / "bench.json"
     code, out, _ = run(
@@ -165,6 +181,10 @@ def test_demo_on_another_model_and_text(capsys, folder, text, tmp_path):
             ["eval", "perplexity", "MODEL", "--data", "TEXT", "--documents", "0"],
             "limit of documents must be at least 1",
         ),
+        (["search", "MODEL", "--data", "TEXT"], "arguments are required"),
+        (["search", "MODEL", *SEARCH, "--budget", "much", "--out", "p.yaml"], "much"),
+        (["search", "MODEL", *SEARCH, "--budget", "2", "--out", "plan.txt"], "cannot tell the format of plan file"),
+        (["search", "MODEL", *SEARCH, "--budget", "9", "--out", "p.yaml", "--length", "64"], "9"),
         (["bench", "attention", "--heads", "3", "--kv-heads", "2"], "3 query heads are no multiple of 2 kv heads"),
         (["bench", "attention", "--span", "block:-1"], "block size must be at least 1, got -1"),
         (["demo", "--length", "5"], "length must be at least 64, got 5"),
@@ -198,7 +218,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_work(capsys, folder
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["plan"], ["convert"], ["demo"], ["eval", "perplexity"], ["bench", "attention"]]
+    "command", [[], ["plan"], ["convert"], ["demo"], ["search"], ["eval", "perplexity"], ["bench", "attention"]]
 )
 def test_every_command_explains_itself(capsys, command):
     with pytest.raises(SystemExit) as exit_:

@@ -8,6 +8,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 import jsonargparse
@@ -17,14 +18,14 @@ from docstring_parser import parse as parse_docstring
 from rich.console import Console
 
 import masformer
-from masformer import benchmarks, demo, records
+from masformer import benchmarks, demo, placement, records
 from masformer.cost import ModelShape, compare, cost_table
 from masformer.data import read_documents
 from masformer.errors import MasformerError
 from masformer.evaluation.perplexity import compare_plans, perplexity_table, prefix_token, tokenize
 from masformer.models.checkpoint import check_plan, load_config, load_model, save_model
 from masformer.models.positions import parse_max_positions
-from masformer.plan import AttentionPlan
+from masformer.plan import PLAN_SUFFIXES, AttentionPlan
 from masformer.plots import picture, plot_plan
 from masformer.progress import progress_bar
 from masformer.spans import Span
@@ -169,6 +170,94 @@ def _eval_perplexity(
     return {"model": model, "data": data, "dtype": str(loaded.dtype), "results": figures}
 
 
+def _search(
+    model: str,
+    *,
+    data: list[str],
+    budget: str,
+    local: str,
+    out: str,
+    length: int = 2048,
+    method: Literal["sensitivity", "greedy", "joint"] = "sensitivity",
+    criteria: str = "tail",
+    span: list[str] | None = None,
+    test: list[str] | None = None,
+    field: str = "text",
+    documents: int | None = None,
+    windows: int = 8,
+    held_out_windows: int = 8,
+    random_placements: int = 20,
+    seed: int = records.SEED,
+    batch_size: int = 1,
+    dtype: Dtype = "auto",
+    journal: str | None = None,
+    plot: str | None = None,
+) -> Figures:
+    """Finds the layers that need full attention, on your text, and holds them against other placements.
+
+    Args:
+        data: text or JSONL files to choose by; a part is held out, and results are reported on it.
+        budget: number of full layers (8), share of all-full's attention FLOPs (30%), or KV-cache size (64MiB@8192).
+        local: span of the layers that are not full, for example window:256+4.
+        out: plan file to write, .yaml or .json.
+        length: tokens of a window of text.
+        method: one layer at a time, the best next layer, or one span of a list per layer.
+        criteria: what must not suffer: tail, kl, retrieval, or a weighted mix like tail:1,kl:0.5.
+        span: for --method joint, a span to choose from; may be repeated.
+        test: files of other text to report on as well.
+        field: key of the text in JSONL files.
+        documents: use at most so many documents of each text.
+        windows: windows of text to choose by.
+        held_out_windows: windows of text to report on.
+        random_placements: random placements of the same budget, for comparison.
+        seed: of the random placements and retrieval probes.
+        batch_size: windows that run together.
+        dtype: dtype of the weights.
+        journal: file that keeps finished measurements, so that an interrupted search goes on (default: OUT.journal).
+        plot: image file for the map of the layers.
+    """
+    records.check_writable(out)
+    records.check_writable(plot)
+    if Path(out).suffix.lower() not in PLAN_SUFFIXES:
+        raise MasformerError(f"cannot tell the format of plan file {out}; allowed: {', '.join(PLAN_SUFFIXES)}")
+    rest, choices = Span.parse(local), [Span.parse(text) for text in span or ()]
+    placement.Budget.parse(budget)
+    texts = {name: list(read_documents([name], field=field, limit=documents)) for name in test or ()}
+    chosen = list(read_documents(data, field=field, limit=documents))
+    loaded, tokenizer = _load(model, load_config(model)[1], None, dtype)
+    if tokenizer is None:
+        raise MasformerError(f"{model} has no tokenizer")
+    with progress_bar() as progress:
+        task = progress.add_task("", total=None)
+        result = placement.search_layers(
+            loaded,
+            tokenize(tokenizer, chosen)[0],
+            budget,
+            rest,
+            length=length,
+            prefix=prefix_token(tokenizer),
+            method=method,
+            criteria=criteria,
+            spans=choices,
+            windows=windows,
+            held_out_windows=held_out_windows,
+            other_texts={name: tokenize(tokenizer, text)[0] for name, text in texts.items()},
+            tokenizer=tokenizer,
+            random_placements=random_placements,
+            seed=seed,
+            batch_size=batch_size,
+            journal=journal or f"{out}.journal",
+            progress=lambda stage, done, total: progress.update(task, description=stage, completed=done, total=total),
+        )
+    console.print(placement.placement_table(result))
+    result.save(out, model=model, data=data)
+    console.print(f"{out}: {result.plan}", markup=False)
+    if plot is not None:
+        placement.plot_search(result, plot)
+        console.print(f"map of the layers: {plot}", markup=False)
+    return {"model": model, "data": data, **result.to_dict()}
+
+
 def _bench_attention(
     span: list[str] | None = None,
     length: int = 8192,
@@ -275,6 +364,7 @@ COMMANDS: dict[str, Any] = {
     "demo": _run_demo,
     "plan": _plan,
     "convert": _convert,
+    "search": _search,
     "eval": {"perplexity": _eval_perplexity},
     "bench": {"attention": _bench_attention},
 }
@@ -288,6 +378,7 @@ EXAMPLES: dict[Command, str] = {
         "masformer eval perplexity MODEL --data books.jsonl.xz --lengths 1024,4096 \\\n"
         "      --plan full --plan window:512+4 --plan 'full@11-18; window:512+4'"
     ),
+    _search: "masformer search MODEL --data books.jsonl.xz --budget 8 --local window:256+4 --out plan.yaml",
     _bench_attention: "masformer bench attention --length 16384 --span window:512 --span block:1024x2",
 }
 
@@ -311,12 +402,14 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "plan": {"action": "append", "type": str},
     "span": {"action": "append", "type": str},
     "data": {"nargs": "+", "type": str, "metavar": "FILE"},
+    "test": {"nargs": "+", "type": str, "metavar": "FILE"},
 }
 """Options that are lists, and how each is written."""
 
 
 def _parser(command: Command) -> jsonargparse.ArgumentParser:
-    """The parser of a typed function with a docstring: parameters without default are positional, or required."""
+    """The parser of a typed function with a docstring: parameters without default are positional, or required
+    options where they are lists or keywords."""
     docs = parse_docstring(command.__doc__ or "")
     texts = SHARED | {each.arg_name: each.description for each in docs.params}
     hints = get_type_hints(command)
@@ -333,9 +426,10 @@ def _parser(command: Command) -> jsonargparse.ArgumentParser:
             options["default"] = parameter.default
         if hints[name] is bool:
             options = {"help": texts[name], "action": "store_true"}
-        if name in SPECIAL:
-            options = options | SPECIAL[name] | {"required": needed}
-        positional = needed and name not in SPECIAL
+        positional = needed and name not in SPECIAL and parameter.kind is not parameter.KEYWORD_ONLY
+        if needed and not positional:
+            options["required"] = True
+        options |= SPECIAL.get(name, {})
         parser.add_argument(name if positional else f"--{name.replace('_', '-')}", **options)
     if hints["return"] == Figures:
         parser.add_argument("--json", type=str | None, default=None, help="file for the raw figures")
@@ -362,7 +456,7 @@ def _line(error: Exception) -> str:
         return text
     name, value = found[1].rpartition(".")[2], found[2]
     allowed = "a whole number"
-    for command in (_run_demo, _plan, _convert, _eval_perplexity, _bench_attention):
+    for command in EXAMPLES:
         if choices := get_args(get_type_hints(command).get(name)):
             strings = [choice for choice in choices if isinstance(choice, str)]
             allowed = ", ".join(strings) or allowed

@@ -319,7 +319,7 @@ class _Prepared(nn.Module):
 
 
 @contextmanager
-def _prepared_base(model: PreTrainedModel, output: Any) -> Iterator[_Prepared]:
+def prepared_base(model: PreTrainedModel, output: Any) -> Iterator[_Prepared]:
     """Puts a stand-in where the model's base is: calling the model then runs its own head, whatever that does.
 
     The submodule is exchanged, not its forward, so that no hook of the base runs.
@@ -340,7 +340,7 @@ def _losses(model: PreTrainedModel, inputs: list[int], targets: list[int], chunk
     output = model.base_model(input_ids=tokens, use_cache=False, return_dict=True)
     first = len(inputs) - len(targets)
     losses = []
-    with _prepared_base(model, output) as prepared:
+    with prepared_base(model, output) as prepared:
         for start in range(0, len(targets), chunk):
             prepared.positions = slice(first + start, min(first + start + chunk, len(inputs)))
             logits = model(input_ids=tokens[:, prepared.positions], use_cache=False, return_dict=True).logits[0]

@@ -1,0 +1,342 @@
+"""Scores of many plans on the same windows: prefixes that plans share run once, finished measurements are kept.
+
+Plans are measured in lexicographic order of their spans, which walks the tree of their prefixes depth first: each
+plan starts at the first layer where it differs from the one before, on the kept output of the layer below.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from masformer.errors import MasformerError, check_int
+from masformer.evaluation.perplexity import prepared_base
+from masformer.models.bridge import apply_plan
+from masformer.placement.texts import Window
+from masformer.plan import AttentionPlan
+from masformer.spans import FullSpan
+
+CHUNK = 512
+"""Positions whose logits exist at the same time."""
+SAMPLE = 256
+"""Values of each weight that the fingerprint of a model reads."""
+
+
+class PrefixPasses:
+    """Runs a model's base under one plan after another on the same tokens, without repeating their common prefix.
+
+    The outputs of all layers under the last plan are kept: layers x tokens x hidden size values.
+
+    Attributes:
+        layers_run: layer evaluations so far, one layer over one sequence each.
+
+    Raises:
+        MasformerError: the model cannot take a plan, its layers are not found, or one layer hands the next one more
+            than its output, so that they cannot run apart.
+    """
+
+    def __init__(self, model: PreTrainedModel, backend: str = "auto") -> None:
+        self.model, self.backend = model, backend
+        self.full = AttentionPlan.uniform(model.config.num_hidden_layers, FullSpan())
+        apply_plan(model, self.full, backend)
+        self.layers = _decoder_layers(model)
+        self.layers_run = 0
+        self._checked = False
+
+    def start(self, tokens: Tensor) -> None:
+        """Takes other tokens: int64 [batch, length]."""
+        self._tokens, self._spans, self._outputs = tokens, (), []  # type: tuple[Tensor, tuple[Any, ...], list[Any]]
+
+    def run(self, plan: AttentionPlan) -> Any:
+        """The base model's output under a plan; its `last_hidden_state` is that of a whole pass."""
+        shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(self._spans, plan, strict=False))))
+        apply_plan(self.model, plan, self.backend)
+        output = self._pass(shared)
+        self._spans = plan.spans
+        if not self._checked:
+            self._check(output)
+        return output
+
+    def _pass(self, shared: int) -> Any:
+        """Calls the base with its first `shared` layers skipped.
+
+        Where layers are skipped, `forward` is called without the hooks of the base: they refuse a pass in which a
+        layer takes no part.
+        """
+        outputs = self._outputs[:shared]
+        self._outputs = []
+        base = self.model.base_model
+        with ExitStack() as stack:
+            for layer in self.layers[:shared]:
+                stack.enter_context(_returning(layer, outputs[-1]))
+            for layer in self.layers[shared:]:
+                hook = layer.register_forward_hook(lambda module, args, output: outputs.append(output))
+                stack.callback(hook.remove)
+            call = base.forward if shared else base
+            output = call(input_ids=self._tokens, use_cache=False, return_dict=True)
+        self._outputs = outputs
+        self.layers_run += (len(self.layers) - shared) * len(self._tokens)
+        return output
+
+    def _check(self, output: Any) -> None:
+        """Runs the last layer alone."""
+        kind = self.model.config.model_type
+        if len(self._outputs) != len(self.layers):
+            raise MasformerError(f"the layers of {kind} models cannot be run one by one: one of them runs twice")
+        try:
+            again = self._pass(len(self.layers) - 1).last_hidden_state
+        except Exception as error:
+            raise MasformerError(f"the layers of {kind} models cannot be run one by one: {error}") from error
+        if not torch.allclose(again, output.last_hidden_state, rtol=1e-3, atol=1e-3):
+            raise MasformerError(f"the layers of {kind} models cannot be run one by one: the last layer needs others")
+        self._checked = True
+
+
+def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    for blocks in model.base_model.modules():
+        if isinstance(blocks, nn.ModuleList) and len(blocks) == model.config.num_hidden_layers:
+            found = ({getattr(module, "layer_idx", None) for module in block.modules()} for block in blocks)
+            if all(layer in indices for layer, indices in enumerate(found)):
+                return list(blocks)
+    raise MasformerError(f"the layers of {model.config.model_type} models were not found")
+
+
+@contextmanager
+def _returning(layer: nn.Module, output: Any) -> Iterator[None]:
+    """Makes a layer return `output`, whatever it is given; its attributes stay in place."""
+    own = vars(layer).get("forward")
+    layer.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        del layer.forward
+        if own is not None:
+            layer.forward = own
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well one plan does on one window.
+
+    Attributes:
+        nll: mean negative log-likelihood of the scored tokens, in nats.
+        right: whether each scored token was the most likely one.
+        kl: mean KL divergence of the plan's distribution from that of full attention, KL(full || plan), in nats.
+    """
+
+    nll: float
+    right: bool
+    kl: float | None = None
+
+
+class Journal:
+    """Finished measurements, in memory and, one JSON object a line, in a file.
+
+    Args:
+        path: the file, made if missing; None: memory alone.
+
+    Raises:
+        MasformerError: the file cannot be read or written, or is no journal.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+        self.path = None if path is None else Path(path)
+        self._scores: dict[tuple[str, str], Score] = {}
+        if self.path is not None:
+            try:
+                self._read(self.path)
+            except OSError as error:
+                raise MasformerError(f"cannot use the journal {path}: {error.strerror}") from None
+
+    def _read(self, path: Path) -> None:
+        """Reads what is there, and cuts off a last line whose writing was interrupted."""
+        with path.open("a+b") as file:
+            file.seek(0)
+            content = file.read()
+            whole = content.rfind(b"\n") + 1
+            for number, line in enumerate(content[:whole].splitlines(), start=1):
+                try:
+                    row = json.loads(line)
+                    key = row.pop("window"), row.pop("plan")
+                    self._scores[key] = Score(**row)
+                except (ValueError, TypeError, KeyError, AttributeError):
+                    raise MasformerError(
+                        f"{path}, line {number}: not a measurement; name another file, or delete this one"
+                    ) from None
+            if whole < len(content):
+                if not content[whole:].startswith(b"{"):
+                    raise MasformerError(f"{path} is no journal of measurements; name another file")
+                file.truncate(whole)
+
+    def get(self, window: str, plan: AttentionPlan) -> Score | None:
+        """The score, if it is known."""
+        return self._scores.get((window, str(plan)))
+
+    def add(self, window: str, plan: AttentionPlan, score: Score) -> None:
+        """Keeps a score; it is in the file when this returns."""
+        self._scores[window, str(plan)] = score
+        if self.path is not None:
+            line = json.dumps({"window": window, "plan": str(plan)} | asdict(score)) + "\n"
+            try:
+                with self.path.open("ab") as file:
+                    file.write(line.encode())
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise MasformerError(f"cannot write the journal {self.path}: {error.strerror}") from None
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """Tells models apart by class, config (the plan left out) and evenly spaced values of every weight and buffer."""
+    digest = hashlib.sha256(type(model).__name__.encode())
+    skipped = ("masformer", "_name_or_path", "transformers_version", "_attn_implementation", "attn_implementation")
+    config = {key: value for key, value in model.config.to_dict().items() if key not in skipped}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        size = tensor.numel()
+        index = torch.arange(min(size, SAMPLE), device=tensor.device) * size // max(1, min(size, SAMPLE))
+        digest.update(tensor.detach().reshape(-1)[index].double().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Measurer:
+    """Measures plans on windows.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        backend: see `masformer.attend`.
+        batch_size: windows that run together. Each is scored apart, so a score does not depend on it beyond rounding.
+        kl: also measure the divergence from full attention, on windows that are no probes.
+        journal: see `Journal`.
+        advance: called after each step with the number of measurements (one plan on one window each) now done.
+
+    Attributes:
+        measured: measurements that were run.
+        recalled: measurements that the journal, or an earlier call, had already.
+        unshared: layer evaluations that whole passes would have taken for what was run.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        backend: str = "auto",
+        batch_size: int = 1,
+        kl: bool = False,
+        journal: str | os.PathLike[str] | None = None,
+        advance: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        check_int("batch size", batch_size, 1)
+        if model.training:
+            raise MasformerError("the model is in training mode; call model.eval() first")
+        if model.base_model is model:
+            raise MasformerError(f"{type(model).__name__} has no head apart from its base model")
+        self.passes = PrefixPasses(model, backend)
+        self.batch_size, self.kl, self.advance = batch_size, kl, advance
+        self.journal = Journal(journal)
+        self.measured = self.recalled = self.unshared = 0
+        self._model, self._fingerprint = model, model_fingerprint(model)
+
+    def scores(self, plans: Sequence[AttentionPlan], windows: Sequence[Window]) -> list[list[Score]]:
+        """The score of each plan on each window.
+
+        Raises:
+            MasformerError: a loss is not finite, or the journal cannot be written.
+        """
+        distinct = _in_order(plans)
+        todo: dict[tuple[Any, ...], list[Window]] = {}
+        for window in dict.fromkeys(windows):
+            missing = tuple(plan for plan in distinct if self._known(window, plan) is None)
+            if missing:
+                todo.setdefault((missing, len(window.tokens), window.scored, window.probe), []).append(window)
+        recalled = len(plans) * len(windows) - sum(len(group[0]) * len(each) for group, each in todo.items())
+        self.recalled += recalled
+        self.advance(recalled)
+        for (missing, *_), each in todo.items():
+            for start in range(0, len(each), self.batch_size):
+                self._measure(missing, each[start : start + self.batch_size])
+        return [[self._found(window, plan) for window in windows] for plan in plans]
+
+    def _key(self, window: Window) -> str:
+        return hashlib.sha256(f"{self._fingerprint} {window}".encode()).hexdigest()[:32]
+
+    def _known(self, window: Window, plan: AttentionPlan) -> Score | None:
+        score = self.journal.get(self._key(window), plan)
+        return None if score is not None and score.kl is None and self._needs_kl(window) else score
+
+    def _found(self, window: Window, plan: AttentionPlan) -> Score:
+        score = self._known(window, plan)
+        assert score is not None
+        return score
+
+    def _needs_kl(self, window: Window) -> bool:
+        return self.kl and not window.probe
+
+    @torch.inference_mode()
+    def _measure(self, plans: Sequence[AttentionPlan], windows: Sequence[Window]) -> None:
+        tokens = torch.tensor([window.tokens for window in windows], device=self._model.device)
+        self.passes.start(tokens[:, :-1])
+        reference = self.passes.run(self.passes.full) if self._needs_kl(windows[0]) else None
+        self.unshared += (
+            len(tokens) * len(self.passes.layers) * (reference is not None and self.passes.full != plans[0])
+        )
+        for plan in plans:
+            output = self.passes.run(plan)
+            self.unshared += len(tokens) * len(self.passes.layers)
+            for window, score in zip(windows, self._scores(output, reference, tokens, windows[0].scored), strict=True):
+                self.journal.add(self._key(window), plan, score)
+            self.measured += len(windows)
+            self.advance(len(windows))
+
+    def _scores(self, output: Any, reference: Any, tokens: Tensor, scored: int) -> list[Score]:
+        """One score per row of tokens [batch, length + 1]."""
+        batch, length = len(tokens), tokens.shape[1] - 1
+        nll, kl = torch.zeros(2, batch, dtype=torch.float64)
+        right = torch.ones(batch, dtype=torch.bool)
+        step = max(1, CHUNK // batch)
+        for start in range(length - scored, length, step):
+            positions = slice(start, min(start + step, length))
+            predicted = self._log_probabilities(output, tokens, positions)
+            targets = tokens[:, 1:][:, positions, None].to(predicted.device)
+            nll -= predicted.gather(-1, targets).double().sum((1, 2)).cpu()
+            right &= (predicted.argmax(-1, keepdim=True) == targets).all(1).all(1).cpu()
+            if reference is not None:
+                wanted = self._log_probabilities(reference, tokens, positions)
+                divergence = nn.functional.kl_div(predicted, wanted, reduction="none", log_target=True)
+                kl += divergence.sum(-1).double().sum(-1).cpu()
+        if not bool((nll + kl).isfinite().all()):
+            raise MasformerError(
+                f"the loss is not finite: the model's weights are damaged, or too coarse in {self._model.dtype}"
+            )
+        return [
+            Score(float(nll[row]) / scored, bool(right[row]), None if reference is None else float(kl[row]) / scored)
+            for row in range(batch)
+        ]
+
+    def _log_probabilities(self, output: Any, tokens: Tensor, positions: slice) -> Tensor:
+        """float32 [batch, positions, vocabulary], from the model's own head."""
+        with prepared_base(self._model, output) as prepared:
+            prepared.positions = positions
+            logits: Tensor = self._model(input_ids=tokens[:, positions], use_cache=False, return_dict=True).logits
+        return logits.float().log_softmax(-1)
+
+
+def _in_order(plans: Sequence[AttentionPlan]) -> list[AttentionPlan]:
+    """The distinct plans so that neighbours share the longest prefixes: lexicographic, full spans first."""
+    kinds = sorted(
+        {span for plan in plans for span in plan}, key=lambda span: (not isinstance(span, FullSpan), str(span))
+    )
+    rank = {span: index for index, span in enumerate(kinds)}
+    return sorted(set(plans), key=lambda plan: [rank[span] for span in plan])

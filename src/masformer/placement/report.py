@@ -1,0 +1,124 @@
+"""The result of a search for people to read: a table of placements, and a heat map of the layers."""
+
+from __future__ import annotations
+
+import io
+import os
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from masformer.errors import MasformerError
+from masformer.files import write_whole
+from masformer.placement.search import FOUND, FULL, RANDOM, SearchResult
+from masformer.plots import DPI, FULL_COLOR, INK, SUFFIXES
+
+
+def placement_table(result: SearchResult) -> Table:
+    """The found plan among its controls on every text not chosen by; random placements as best, median and worst."""
+    texts = list(result.placements)
+    ranks = ", ".join(f"{result.rank(text)} of {len(result.random(text)) + 1} on {text}" for text in texts)
+    work = result.work
+    saved = 1 - work.layer_evaluations / work.unshared_layer_evaluations if work.unshared_layer_evaluations else 0.0
+    table = Table(
+        title=f"Held-out text, windows of {result.length:,} tokens: perplexity of the second half",
+        caption=f"found: {result.plan}\nrank among random placements: {ranks}\n"
+        f"{work.measurements:,} measurements, {work.recalled:,} recalled; shared prefixes saved {saved:.0%} of "
+        f"{work.unshared_layer_evaluations:,} layer evaluations",
+        title_justify="left",
+        caption_justify="left",
+        min_width=72,
+    )
+    table.add_column("placement", no_wrap=True)
+    retrieval = "retrieval" in result.criteria
+    for text in texts:
+        table.add_column(text, justify="right")
+        if "kl" in result.criteria:
+            table.add_column("KL", justify="right")
+        if retrieval:
+            table.add_column("retrieved", justify="right")
+
+    rules = [score.name for score in result.placements[texts[0]] if not score.name.startswith(RANDOM)]
+    rows = {name: [result.score(name, text) for text in texts] for name in rules}
+    drawn = [result.random(text) for text in texts]
+    if drawn[0]:
+        for name, index in (("best", 0), ("median", (len(drawn[0]) - 1) // 2), ("worst", -1)):
+            rows[f"{RANDOM}: {name}"] = [scores[index] for scores in drawn]
+    for name, scores in rows.items():
+        cells = []
+        for score in scores:
+            cells.append(f"{score.tail_perplexity:.2f}")
+            if score.kl is not None:
+                cells.append(f"{score.kl:.4f}")
+            if score.retrieval_accuracy is not None:
+                cells.append(f"{score.retrieval_accuracy:.0%}")
+        table.add_row(name, *cells, style="bold" if name == FOUND else None)
+    return table
+
+
+def plot_search(result: SearchResult, path: str | os.PathLike[str]) -> None:
+    """Draws what was measured layer by layer, and where the plan stands among its controls on each text.
+
+    Args:
+        result: of `search_layers`.
+        path: file to write, whole or not at all; its suffix is one of `masformer.plots.SUFFIXES`.
+
+    Raises:
+        MasformerError: the suffix is unknown, or the folder does not exist.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise MasformerError(f"cannot tell the format of figure {path}; allowed: {', '.join(SUFFIXES)}")
+    buffer = io.BytesIO()
+    _figure(result).savefig(buffer, format=path.suffix.lower()[1:], dpi=DPI)
+    write_whole(path, buffer.getvalue())
+
+
+def _figure(result: SearchResult) -> Figure:
+    rows, layers, texts = len(result.evidence), len(result.plan), list(result.placements)
+    width = max(7.0, 0.32 * layers + 2.2)
+    heat = 0.34 * max(rows, 2)
+    height = 1.55 + heat + 1.25 * len(texts)
+    figure = Figure(figsize=(width, height), facecolor="white")
+    title = textwrap.shorten(f"{result.plan}", int(11 * width), placeholder=" …")
+    figure.text(0.02, 1 - 0.12 / height, title, va="top", fontsize=12, color=INK)
+
+    left, right = 1.3 / width, 0.85 / width
+    axes = figure.add_axes((left, 1 - (0.5 + heat) / height, 1 - left - right, heat / height))
+    values = np.array([[np.nan if value is None else value for value in row.values] for row in result.evidence], float)
+    top = max(float(np.nanmax(values)), 1e-12)
+    image = axes.imshow(values, cmap="YlOrRd", vmin=0, vmax=top, aspect="auto")
+    axes.set_yticks(range(rows), [row.name for row in result.evidence], fontsize=8)
+    axes.set_xticks(range(layers), [str(layer) for layer in range(layers)], fontsize=7)
+    axes.set_xlabel("layer (0 next to the embedding); marked: full in the plan", fontsize=8, color=INK)
+    for layer in result.plan.full_layers:
+        axes.get_xticklabels()[layer].set(color=FULL_COLOR, fontweight="bold")
+        axes.plot(layer, -0.5, marker="v", color=FULL_COLOR, markersize=7, clip_on=False)
+    bar = figure.add_axes((1 - right + 0.1 / width, 1 - (0.5 + heat) / height, 0.12 / width, heat / height))
+    figure.colorbar(image, cax=bar).ax.tick_params(labelsize=7)
+    bar.set_title("nats", fontsize=8, color=INK)
+
+    for index, text in enumerate(texts):
+        bottom = 0.5 + 1.25 * (len(texts) - 1 - index)
+        strip = figure.add_axes((left, bottom / height, 1 - left - right, 0.4 / height))
+        drawn = [score.tail_perplexity for score in result.random(text)]
+        strip.plot(drawn, [0] * len(drawn), "|", color=INK, alpha=0.5, markersize=14)
+        named = [score for score in result.placements[text] if not score.name.startswith(RANDOM)]
+        named.sort(key=lambda score: score.tail_perplexity)
+        for place, score in enumerate(named):
+            color = FULL_COLOR if score.name in (FOUND, FULL) else INK
+            strip.plot(score.tail_perplexity, 0, "o", color=color, markersize=5)
+            strip.annotate(
+                score.name, (score.tail_perplexity, 0), (0, 12 + 9 * (place % 4)), textcoords="offset points",
+                ha="center", fontsize=7, color=color,
+            )  # fmt: skip
+        strip.set_yticks([])
+        strip.tick_params(labelsize=7)
+        strip.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=8, color=INK)
+        strip.spines[["left", "right", "top"]].set_visible(False)
+    note = "Perplexity of the second half of the windows; bars: random placements of the same cost."
+    figure.text(left, 0.1 / height, note, fontsize=8, color=INK, alpha=0.75)
+    return figure
