@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from masformer import AttentionPlan, cli, models
+from masformer.cli.parser import all_commands, example
 from tiny import tiny
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -46,7 +47,7 @@ def test_the_attend_block_runs():
 
 
 COMMANDS = [line for line in README.splitlines() if line.startswith("masformer ")]
-EXAMPLES = [example.replace("\\\n", " ") for example in cli.EXAMPLES.values()]
+EXAMPLES = [example(command).replace("\\\n", " ") for command in all_commands(cli.COMMANDS)]
 
 
 @pytest.mark.parametrize("line", COMMANDS + EXAMPLES)

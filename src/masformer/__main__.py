@@ -1,0 +1,7 @@
+"""`python -m masformer`."""
+
+import sys
+
+from masformer.cli import main
+
+sys.exit(main())

@@ -1,0 +1,84 @@
+"""The command line: each command parses, calls what does the work, and prints."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jsonargparse
+import torch
+import transformers
+
+import masformer
+from masformer import records
+from masformer.cli import bench, evaluate, model, search, tour
+from masformer.cli.options import console
+from masformer.cli.parser import Command, Help, add_commands, error_line
+from masformer.errors import MasformerError
+
+DESCRIPTION = """\
+Mixed attention spans for pretrained language models (MASFormer, arXiv 2310.12442): full attention at a few
+layers, local attention at all the others, for a fraction of the cost of attention and of the KV cache.
+
+A plan says what each layer sees: 'full@11-18; window:512+4' is full attention at layers 11 to 18 and, at the
+others, the 512 newest tokens and the first 4 (attention sinks). Spans: full, window:SIZE, window:SIZE+SINKS,
+block:SIZE, block:SIZExBLOCKS.
+
+  masformer demo                                           see it work, in minutes on a laptop
+  masformer plan MODEL --full 8 --local window:512+4       what it saves
+  masformer convert MODEL OUT --full 8 --local window:512+4
+  masformer eval perplexity OUT --data FILE --lengths 1024,4096"""
+
+COMMANDS: dict[str, Any] = {
+    "demo": tour.run_demo,
+    "plan": model.show_plan,
+    "convert": model.convert,
+    "search": search.search,
+    "eval": {"perplexity": evaluate.eval_perplexity},
+    "bench": {"attention": bench.bench_attention},
+}
+
+
+def parse(words: Sequence[str]) -> tuple[Command, dict[str, Any]]:
+    """The command that the words name, and its options.
+
+    Raises:
+        jsonargparse.ArgumentError: they name none, or an option is wrong.
+    """
+    parser = jsonargparse.ArgumentParser(
+        prog="masformer", description=DESCRIPTION, formatter_class=Help, exit_on_error=False
+    )
+    parser.add_argument("--version", action="version", version=f"masformer {masformer.__version__}")
+    add_commands(parser, COMMANDS)
+    options = parser.parse_args(list(words)).as_dict()
+    command: Any = COMMANDS
+    while not callable(command):
+        name = options["command"]
+        command, options = command[name], options[name]
+    return command, options
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 2, with one line on standard error, for a wrong value."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    torch.manual_seed(records.SEED)
+    words = sys.argv[1:] if words is None else words
+    try:
+        command, options = parse(words)
+        json = options.pop("json", None)
+        records.check_writable(json)
+        figures = command(**options)
+        if json is not None:
+            records.write_record(json, ["masformer", *words], masformer.__version__, **figures)
+            console.print(f"figures: {json}", markup=False)
+    except (MasformerError, jsonargparse.ArgumentError) as error:
+        print(f"masformer: error: {error_line(error, COMMANDS)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("masformer: interrupted", file=sys.stderr)
+        return 130
+    return 0

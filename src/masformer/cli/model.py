@@ -1,0 +1,91 @@
+"""`masformer plan` and `masformer convert`: from a model and a plan to a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from masformer import benchmarks, records
+from masformer.cli.options import Dtype, Figures, console, lengths_of, load_for, named_plans
+from masformer.cost import ModelShape, compare, cost_table
+from masformer.errors import MasformerError
+from masformer.models.checkpoint import check_plan, load_config, save_model
+from masformer.plots import picture, plot_plan
+
+
+def show_plan(
+    model: str,
+    seq: str = "2048,8192,32768",
+    plan: list[str] | None = None,
+    full: int | None = None,
+    placement: str | None = None,
+    local: str | None = None,
+    cache_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+    plot: str | None = None,
+) -> Figures:
+    """Shows a plan's picture and what it costs, against full attention in every layer. Needs no weights.
+
+    Args:
+        model: hub id, folder, .gguf file, or config.json.
+        seq: sequence lengths in tokens, separated by commas.
+        cache_dtype: dtype of the KV cache.
+        plot: image file for the attention patterns layer by layer, at the longest sequence.
+
+    Example:
+        masformer plan HuggingFaceTB/SmolLM2-135M --full 8 --placement middle --local window:512+4
+    """
+    records.check_writable(plot)
+    lengths = lengths_of("--seq", seq)
+    config, own = load_config(model)
+    plans = named_plans(own, plan, full, placement, local)
+    for each in plans.values():
+        check_plan(config, each)
+    if plot is not None and len(plans) > 1:
+        raise MasformerError("--plot draws one plan; give one --plan")
+    shape = ModelShape.of(config)
+    width = torch.finfo(benchmarks.DTYPES[cache_dtype]).bits // 8
+    console.print(f"{model}: {config.model_type}, {shape.num_layers} layers, {shape.parameters:,} parameters")
+    figures = []
+    for each in plans.values():
+        console.print(f"\n{picture(each)}\n", markup=False)
+        costs = compare(shape, each, lengths, cache_bytes_per_value=width)
+        console.print(cost_table(costs))
+        figures.append({"plan": str(each), "costs": [cost.to_dict() for cost in costs]})
+        if plot is not None:
+            plot_plan(each, plot, max(lengths))
+            console.print(f"attention patterns: {plot}")
+    return {"model": model, "cache_dtype": cache_dtype, "plans": figures}
+
+
+def convert(
+    model: str,
+    out: str,
+    plan: list[str] | None = None,
+    full: int | None = None,
+    placement: str | None = None,
+    local: str | None = None,
+    max_positions: str | None = None,
+    dtype: Dtype = "auto",
+    overwrite: bool = False,
+) -> None:
+    """Writes a checkpoint that carries a plan, and longer positions if asked.
+
+    Args:
+        out: folder to write.
+        dtype: dtype of the written weights.
+        overwrite: replace a model folder that is already there.
+
+    Example:
+        masformer convert EleutherAI/gpt-neo-1.3B OUT --plan 'full@0-7; window:512' --max-positions 8192
+    """
+    if plan is None and full is None and placement is None and local is None and max_positions is None:
+        raise MasformerError("nothing to convert: give --plan, or --full N --local SPAN, or --max-positions N")
+    plans = named_plans(load_config(model)[1], plan, full, placement, local)
+    if len(plans) > 1:
+        raise MasformerError("a checkpoint carries one plan; give one --plan")
+    (chosen,) = plans.values()
+    loaded, tokenizer = load_for(model, chosen, max_positions, dtype)
+    save_model(loaded, out, tokenizer, overwrite=overwrite)
+    console.print(f"{out}: {chosen}", markup=False)
+    console.print(f"load it with masformer.load_model({out!r}); stock transformers refuses it", markup=False)

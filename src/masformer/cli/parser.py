@@ -1,0 +1,115 @@
+"""Parsers made of typed functions: a command's signature gives its options, its docstring their help and an example."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, get_args, get_type_hints
+
+import jsonargparse
+from docstring_parser import parse as parse_docstring
+
+from masformer.cli.options import Figures
+
+Command = Callable[..., Any]
+Commands = Mapping[str, Any]
+"""Name -> command, or the commands below that name."""
+
+SHARED = {
+    "model": "hub id, folder or .gguf file.",
+    "plan": "plan as text (full@0-3,17; window:512+4) or file; may be repeated. Default: the model's own spans.",
+    "full": "number of full layers, in place of --plan.",
+    "placement": "which layers are full: bottom, top, middle (default), spread, or a list like 0-3,17.",
+    "local": "span of the other layers, for example window:512+4 or block:1024x2.",
+    "max_positions": "N or N:METHOD, positions beyond the trained length.",
+    "dtype": "dtype of the weights.",
+    "backend": "implementation of attention.",
+}
+"""What options mean that several commands have."""
+
+SPECIAL: dict[str, dict[str, Any]] = {
+    "plan": {"action": "append", "type": str},
+    "span": {"action": "append", "type": str},
+    "data": {"nargs": "+", "type": str, "metavar": "FILE"},
+    "test": {"nargs": "+", "type": str, "metavar": "FILE"},
+}
+"""Options that are lists, and how each is written."""
+
+
+class Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of examples as they are."""
+
+
+def example(command: Command) -> str:
+    """The command line in the docstring's section `Example`."""
+    meta = parse_docstring(command.__doc__ or "").meta
+    return next(str(part.description) for part in meta if part.args == ["examples"])
+
+
+def command_parser(command: Command) -> jsonargparse.ArgumentParser:
+    """The parser of one command: parameters without default are positional, or required options where they are lists
+    or keywords."""
+    docs = parse_docstring(command.__doc__ or "")
+    texts = SHARED | {each.arg_name: each.description for each in docs.params}
+    hints = get_type_hints(command)
+    shown = example(command).replace("\n", "\n      ")
+    parser = jsonargparse.ArgumentParser(
+        description=docs.short_description,
+        epilog=f"example:\n  {shown}",
+        formatter_class=Help,
+        exit_on_error=False,
+    )
+    for name, parameter in inspect.signature(command).parameters.items():
+        options: dict[str, Any] = {"help": texts[name], "type": hints[name]}
+        needed = parameter.default is parameter.empty
+        if not needed:
+            options["default"] = parameter.default
+        if hints[name] is bool:
+            options = {"help": texts[name], "action": "store_true"}
+        positional = needed and name not in SPECIAL and parameter.kind is not parameter.KEYWORD_ONLY
+        if needed and not positional:
+            options["required"] = True
+        options |= SPECIAL.get(name, {})
+        parser.add_argument(name if positional else f"--{name.replace('_', '-')}", **options)
+    if hints["return"] == Figures:
+        parser.add_argument("--json", type=str | None, default=None, help="file for the raw figures")
+    return parser
+
+
+def add_commands(parser: jsonargparse.ArgumentParser, commands: Commands) -> None:
+    """Adds a tree of commands below a parser."""
+    choices = parser.add_subcommands(dest="command", required=True)
+    for name, command in commands.items():
+        if callable(command):
+            below = command_parser(command)
+            choices.add_subcommand(name, below, help=below.description)
+        else:
+            below = jsonargparse.ArgumentParser(exit_on_error=False)
+            choices.add_subcommand(name, below, help=f"one of: {', '.join(command)}")
+            add_commands(below, command)
+
+
+def all_commands(commands: Commands) -> Iterator[Command]:
+    """Every command of a tree."""
+    for command in commands.values():
+        if callable(command):
+            yield command
+        else:
+            yield from all_commands(command)
+
+
+def error_line(error: Exception, commands: Commands) -> str:
+    """An error's message in one line, in the words of the command line."""
+    text = " ".join(str(error).split())
+    found = re.match(r'Parser key "([\w.]+)":.*?(?:Given value|Got value): (.*)$', text)
+    if not found:
+        return text
+    name, value = found[1].rpartition(".")[2], found[2]
+    allowed = "a whole number"
+    for command in all_commands(commands):
+        if choices := get_args(get_type_hints(command).get(name)):
+            strings = [choice for choice in choices if isinstance(choice, str)]
+            allowed = ", ".join(strings) or allowed
+    return f"--{name.replace('_', '-')} {value!r} is not allowed; allowed: {allowed}"
