@@ -1,6 +1,7 @@
 """Mixed attention spans for pretrained language models (MASFormer, arXiv 2310.12442)."""
 
 from masformer.attention import attend
+from masformer.cache import SpanCache
 from masformer.errors import MasformerError
 from masformer.models.bridge import apply_plan
 from masformer.models.checkpoint import load_model, save_model
@@ -13,6 +14,7 @@ __all__ = [
     "BlockSpan",
     "FullSpan",
     "MasformerError",
+    "SpanCache",
     "WindowSpan",
     "apply_plan",
     "attend",

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from masformer.errors import MasformerError, check_int
 from masformer.plan import AttentionPlan
-from masformer.spans import FullSpan
+from masformer.spans import FullSpan, Span
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -143,13 +143,16 @@ class Cost:
         length: tokens.
         attention_flops: the products of queries with keys and of attention weights with values, visible pairs only.
         dense_flops: everything else that multiplies matrices; no plan changes it.
-        kv_cache_bytes: a cache that keeps, after `length` tokens, what the spans can still see and no more.
+        kv_cache_bytes: a cache that keeps, after `length` tokens, what the spans can still see and no more
+            (`SpanCache.nbytes`).
+        kv_storage_bytes: the same with the room to grow that full layers reserve (`SpanCache.storage_nbytes`).
     """
 
     length: int
     attention_flops: int
     dense_flops: int
     kv_cache_bytes: int
+    kv_storage_bytes: int
 
     @property
     def forward_flops(self) -> int:
@@ -165,7 +168,31 @@ class Cost:
         return 3 * self.forward_flops
 
 
-def cost(shape: ModelShape, plan: AttentionPlan, length: int, *, cache_bytes_per_value: int = 2) -> Cost:
+def stored_keys(span: Span, length: int, limit: int | None = None, past: int = 0) -> int:
+    """Keys that one layer of a `SpanCache` has storage for after `length` tokens of a row.
+
+    The next power of two, at least 16, but no more than the span can see; the limit where it is near.
+
+    Args:
+        span: the layer's span.
+        length: tokens.
+        limit: the most tokens that are to come, if known.
+        past: keys that are kept beside those the span can see, to take tokens back.
+    """
+    slots = max(16, 1 << (length - 1).bit_length())
+    if limit is not None and length <= limit <= 2 * length:
+        slots = limit
+    return slots if span.max_visible is None else min(slots, span.max_visible + past)
+
+
+def cost(
+    shape: ModelShape,
+    plan: AttentionPlan,
+    length: int,
+    *,
+    cache_bytes_per_value: int = 2,
+    cache_limit: int | None = None,
+) -> Cost:
     """Cost of one sequence.
 
     Args:
@@ -173,6 +200,7 @@ def cost(shape: ModelShape, plan: AttentionPlan, length: int, *, cache_bytes_per
         plan: one span per layer of it.
         length: tokens; at least 1.
         cache_bytes_per_value: 2 for bfloat16 and float16, 4 for float32.
+        cache_limit: of the `SpanCache`; `generate` sets it to the most tokens there can be.
 
     Raises:
         MasformerError: a number is out of range, or the plan has another number of layers.
@@ -182,12 +210,15 @@ def cost(shape: ModelShape, plan: AttentionPlan, length: int, *, cache_bytes_per
     layers = Counter(plan.for_layers(shape.num_layers))
     pairs = sum(count * span.visible_pairs(length) for span, count in layers.items())
     keys = sum(count * span.cached_keys(length) for span, count in layers.items())
+    slots = sum(count * stored_keys(span, length, cache_limit) for span, count in layers.items())
     values_per_head = shape.head_dim + shape.value_dim
+    bytes_per_key = values_per_head * shape.kv_heads * cache_bytes_per_value
     return Cost(
         length=length,
         attention_flops=2 * values_per_head * shape.query_heads * pairs,
         dense_flops=2 * shape.matmul_weights * length,
-        kv_cache_bytes=values_per_head * shape.kv_heads * keys * cache_bytes_per_value,
+        kv_cache_bytes=bytes_per_key * keys,
+        kv_storage_bytes=bytes_per_key * slots,
     )
 
 

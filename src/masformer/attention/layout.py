@@ -32,10 +32,13 @@ class Layout:
     Attributes:
         documents: [batch, key_len] int64, the document each token belongs to, -1 for padding.
         rows: the segments of each row, from left to right.
+        skipped: for keys out of a cache, with one document a row: how many positions of each row's document are missing
+            among the keys, all of them between the span's sinks and the rest. None: none are missing.
     """
 
     documents: Tensor
     rows: tuple[tuple[Segment, ...], ...]
+    skipped: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, padding_mask: Tensor | None, document_ids: Tensor | None) -> Layout | None:

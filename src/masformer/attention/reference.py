@@ -10,21 +10,27 @@ from masformer.attention.layout import Layout
 from masformer.spans import Span
 
 
-def visible_mask(span: Span, query_len: int, documents: Tensor) -> Tensor:
+def visible_mask(span: Span, query_len: int, layout: Layout) -> Tensor:
     """Bool mask [batch, query_len, key_len], True where the query may see the key.
 
     Args:
         span: the span.
         query_len: the queries are the last `query_len` positions.
-        documents: [batch, key_len] document of each token, -1 for padding. A token's position counts from the
-            first token of its document; padding sees nothing and is seen by nobody.
+        layout: the documents. A token's position counts from the first token of its document; padding sees nothing and
+            is seen by nobody.
     """
+    documents = layout.documents
     key_len = documents.shape[1]
     index = torch.arange(key_len, device=documents.device)
     same = (documents[:, :, None] == documents[:, None, :]) & (documents >= 0)[:, None, :]
     first = torch.where(same, index, key_len).amin(-1)
-    position = index - first
-    visible = same & span.visible(position[:, :, None], index[None, None, :] - first[:, :, None])
+    query_position, key_position = (index - first)[:, :, None], index[None, None, :] - first[:, :, None]
+    if layout.skipped is not None:
+        skipped = torch.tensor(layout.skipped, device=documents.device)[:, None, None]
+        query_position, key_position = (
+            position + skipped * (position >= span.sinks) for position in (query_position, key_position)
+        )
+    visible = same & span.visible(query_position, key_position)
     return visible[:, key_len - query_len :]
 
 
@@ -41,9 +47,18 @@ def reference_attention(
     """See `masformer.attention.attend` for the shapes."""
     if layout is None:
         documents = torch.zeros(key.shape[0], key.shape[2], dtype=torch.long, device=key.device)
-    else:
-        documents = layout.documents.to(key.device)
-    visible = visible_mask(span, query.shape[2], documents)[:, None]
+        layout = Layout(documents, ())
+    visible = visible_mask(span, query.shape[2], layout)[:, None].to(key.device)
+    return dense_attention(query, key, value, visible, scale, dropout, softcap)
+
+
+def dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float, dropout: float, softcap: float | None
+) -> Tensor:
+    """Softmax over the visible keys, at least in float32; zero where a query sees none.
+
+    `visible` is a bool tensor that broadcasts to [batch, query_heads, query_len, key_len].
+    """
     group = query.shape[1] // key.shape[1]
     dtype = torch.promote_types(query.dtype, torch.float32)
     keys, values = (x.to(dtype).repeat_interleave(group, dim=1) for x in (key, value))

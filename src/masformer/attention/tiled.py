@@ -36,13 +36,14 @@ def tiled_attention(
     """
     if tile is None:
         tile = 128 if span.sinks or (torch.is_grad_enabled() and query.requires_grad) else 64
-    kernel = _Kernel(scale, dropout, softcap)
+    kernel = Kernel(scale, dropout, softcap)
     if layout is None:
-        return _document(query, key, value, span, kernel, tile, None)
+        return _document(query, key, value, span, kernel, tile, None, 0)
     past = key.shape[2] - query.shape[2]
     rows = []
     for row, segments in enumerate(layout.rows):
         pieces, done = [], past
+        skipped = 0 if layout.skipped is None else layout.skipped[row]
         for segment in segments:
             first = max(segment.start, past)
             if segment.stop <= first:
@@ -50,7 +51,8 @@ def tiled_attention(
             q, k, v = query[row : row + 1], key[row : row + 1], value[row : row + 1]
             q = q[:, :, first - past : segment.stop - past]
             k, v = k[:, :, segment.start : segment.stop], v[:, :, segment.start : segment.stop]
-            pieces += [_zeros(q, v, first - done), _document(q, k, v, span, kernel, tile, _kept(segment, k))]
+            out = _document(q, k, v, span, kernel, tile, _kept(segment, k), skipped)
+            pieces += [_zeros(q, v, first - done), out]
             done = segment.stop
         pieces.append(_zeros(query[row : row + 1], value, key.shape[2] - done))
         rows.append(_join(pieces, 2))
@@ -70,7 +72,7 @@ def _kept(segment: Segment, key: Tensor) -> Tensor | None:
     return None if segment.keep is None else segment.keep.to(key.device)
 
 
-class _Kernel:
+class Kernel:
     """Dense attention on small pieces: softmax(cap(q k^T * scale) + mask) v, with dropout on the weights."""
 
     def __init__(self, scale: float, dropout: float, softcap: float | None) -> None:
@@ -106,13 +108,21 @@ class _Kernel:
 
 
 def _document(
-    query: Tensor, key: Tensor, value: Tensor, span: Span, kernel: _Kernel, tile: int, keep: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    span: Span,
+    kernel: Kernel,
+    tile: int,
+    keep: Tensor | None,
+    skipped: int,
 ) -> Tensor:
-    """Attention within one document: positions are indices, the queries are the last ones.
+    """Attention within one document: the queries are its last positions.
 
-    `keep` [key_len] marks the keys that are no padding, None where all are real.
+    `keep` [key_len] marks the keys that are no padding, None where all are real. So many positions as `skipped` lie
+    between the span's sinks and the other keys, seen by none of the queries; without them positions are indices.
     """
-    end = key.shape[2]
+    end = key.shape[2] + skipped
     at = start = end - query.shape[2]
     head = end if span.max_visible is None else min(end, span.max_visible)
     outputs = []
@@ -128,13 +138,15 @@ def _document(
             step, count = min(tile, end - at), 1
         part = query[:, :, at - start : at - start + count * step]
         families = [
-            _tiles(part, key, value, span, kernel, keep, at, count, step, range(first, min(first + tile, step)))
+            _tiles(
+                part, key, value, span, kernel, keep, skipped, at, count, step, range(first, min(first + tile, step))
+            )
             for first in range(0, step, tile)
         ]
         outputs.append(_join(families, 3).flatten(2, 3))
         at += count * step
     out = _join(outputs, 2)
-    return out if keep is None else out.masked_fill(~keep[start:, None], 0)
+    return out if keep is None else out.masked_fill(~keep[start - skipped :, None], 0)
 
 
 def _tiles(
@@ -142,8 +154,9 @@ def _tiles(
     key: Tensor,
     value: Tensor,
     span: Span,
-    kernel: _Kernel,
+    kernel: Kernel,
     keep: Tensor | None,
+    skipped: int,
     at: int,
     count: int,
     step: int,
@@ -163,7 +176,8 @@ def _tiles(
 
     def strided(x: Tensor) -> Tensor:
         """[heads, key_len, dim] -> [count, heads, sinks + length, dim], the keys each tile may see."""
-        tiles = x[:, low : low + length + (count - 1) * step].unfold(1, length, step).permute(1, 0, 3, 2)
+        first = low - skipped
+        tiles = x[:, first : first + length + (count - 1) * step].unfold(1, length, step).permute(1, 0, 3, 2)
         if sinks:
             tiles = torch.cat([x[:, :sinks].expand(count, -1, -1, -1), tiles], 2)
         return tiles

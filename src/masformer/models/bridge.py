@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import inspect
 from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +24,8 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from masformer.attention import BACKENDS, Layout, attend
+from masformer.attention.stored import attend_stored
+from masformer.cache import SpanCache
 from masformer.errors import MasformerError
 from masformer.models import adapters
 from masformer.models.sealing import seal_config
@@ -34,8 +38,20 @@ REFUSED = {
     "bloom": "it adds an attention bias (alibi)",
     "mpt": "it adds an attention bias (alibi)",
 }
-_packed: ContextVar[Tensor | None] = ContextVar("packed_documents", default=None)
-_served: ContextVar[set[int] | None] = ContextVar("served_layers", default=None)
+CACHE_NAMES = ("cache", "past_key_values")
+"""What transformers calls the cache: the first since 5.2x."""
+
+
+@dataclass
+class _Pass:
+    """One forward pass of a model: its packed documents, its cache if that is ours, and the layers that attended."""
+
+    documents: Tensor | None
+    cache: SpanCache | None
+    served: set[int] = field(default_factory=set)
+
+
+_pass: ContextVar[_Pass | None] = ContextVar("forward_pass", default=None)
 
 
 def apply_plan(model: PreTrainedModel, plan: AttentionPlan, backend: str = "auto") -> PreTrainedModel:
@@ -70,6 +86,7 @@ def apply_plan(model: PreTrainedModel, plan: AttentionPlan, backend: str = "auto
         base = model.base_model
         base.register_forward_pre_hook(_before_forward, with_kwargs=True)
         base.register_forward_hook(_after_forward, always_call=True)
+        model._prepare_cache_for_generation = MethodType(_prepare_cache_for_generation, model)
         model._masformer_hooked = True
     return model
 
@@ -122,22 +139,37 @@ def _attention(
             raise MasformerError(f"{type(module).__name__} passes {name}, which spans do not support")
     if isinstance(attention_mask, Tensor):
         raise MasformerError("an explicit attention mask is not supported; pass a 2-D padding mask or position_ids")
-    if attention_mask is not None and attention_mask.documents.shape[1] != key.shape[2]:
+    current = _pass.get()
+    span, backend = module.masformer_span, module.masformer_backend
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if current is not None:
+        current.served.add(module.layer_idx)  # type: ignore[arg-type]
+    if current is not None and current.cache is not None:
+        view = current.cache.view(module.layer_idx)  # type: ignore[arg-type]
+        attention_mask = view.layout
+        if view.stored:
+            out = attend_stored(
+                *(query, key, value, view.visible),
+                scale=scaling,
+                dropout=dropout,
+                softcap=softcap,
+                backend=backend,  # type: ignore[arg-type]
+            )
+            out = out if view.dead is None else out.masked_fill(view.dead, 0)
+            return out.transpose(1, 2).contiguous(), None
+    elif attention_mask is not None and attention_mask.documents.shape[1] != key.shape[2]:
         expected = attention_mask.documents.shape[1]
-        raise MasformerError(f"the cache holds {key.shape[2]} keys of {expected}; use DynamicCache")
-    served = _served.get()
-    if served is not None:
-        served.add(module.layer_idx)  # type: ignore[arg-type]
+        raise MasformerError(f"the cache holds {key.shape[2]} keys of {expected}; use SpanCache or DynamicCache")
     out = attend(
         query,
         key,
         value,
-        module.masformer_span,  # type: ignore[arg-type]
+        span,  # type: ignore[arg-type]
         scale=scaling,
         layout=attention_mask,
         dropout=dropout,
         softcap=softcap,
-        backend=module.masformer_backend,  # type: ignore[arg-type]
+        backend=backend,  # type: ignore[arg-type]
     )
     return out.transpose(1, 2).contiguous(), None
 
@@ -145,62 +177,93 @@ def _attention(
 def _mask(
     batch_size: int, kv_length: int, attention_mask: Tensor | None = None, device: Any = None, **kwargs: Any
 ) -> Layout | None:
-    """The mask function that transformers calls."""
+    """The mask function that transformers calls; a cache of ours knows more, and gives each layer its own layout."""
+    current = _pass.get()
+    if current is not None and current.cache is not None:
+        return None
     real = None if attention_mask is None else attention_mask[:, :kv_length]
-    return Layout.of(real, _packed.get())
+    return Layout.of(real, None if current is None else current.documents)
 
 
 def _before_forward(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     signature = inspect.signature(base.forward)
     given = signature.bind(*args, **kwargs).arguments
     given = given | given.get("kwargs", {})
-    cache = given.get("cache", given.get("past_key_values"))
-    past = 0
+    cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
     use_cache = given.get("use_cache")
     if cache is None and not base.training and (base.config.use_cache if use_cache is None else use_cache):
-        # the one that the model would make for itself drops keys by its config
-        name = "cache" if "cache" in signature.parameters else "past_key_values"
-        kwargs = {key: value for key, value in kwargs.items() if key != "past_key_values"} | {name: DynamicCache()}
-    if cache is not None:
-        _check_cache(cache)
-        past = cache.get_seq_length()
-    documents = None
-    positions = given.get("position_ids")
-    if positions is not None and positions.ndim == 2 and positions.shape[1] > 1:
-        padding = given.get("attention_mask")
-        restart = positions[:, 1:] != positions[:, :-1] + 1
-        if padding is not None and padding.ndim == 2:
-            real = padding[:, -positions.shape[1] :].bool()
-            restart = restart & real[:, 1:] & real[:, :-1]
-        if bool(restart.any()):
-            if past:
-                raise MasformerError("packed position_ids together with a filled cache are not supported")
-            documents = nn.functional.pad(restart.long().cumsum(-1), (1, 0))
-            tokens = given.get("input_ids", given.get("inputs_embeds"))
-            documents = documents.expand(tokens.shape[0], -1)
-    _packed.set(documents)
-    _served.set(set())
+        cache = SpanCache(AttentionPlan.from_dict(base.config.masformer))
+        name = next(name for name in CACHE_NAMES if name in signature.parameters)
+        kwargs = {key: value for key, value in kwargs.items() if key not in CACHE_NAMES} | {name: cache}
+    _check_cache(cache, base.config)
+    tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+    real = given.get("attention_mask")
+    real = real if isinstance(real, Tensor) and real.ndim == 2 else None
+    documents = _packed_documents(given.get("position_ids"), real, tokens)
+    if isinstance(cache, SpanCache):
+        cache.begin(tokens.shape[0], tokens.shape[1], real, documents)
+    elif documents is not None and cache is not None and cache.get_seq_length():
+        raise MasformerError("packed position_ids together with a filled cache are not supported")
+    _pass.set(_Pass(documents, cache if isinstance(cache, SpanCache) else None))
     return args, kwargs
 
 
+def _packed_documents(positions: Tensor | None, real: Tensor | None, tokens: Tensor) -> Tensor | None:
+    """[batch, length] number of the document of each token, where position_ids restart; None where they do not."""
+    if positions is None or positions.ndim != 2 or positions.shape[1] < 2:
+        return None
+    restart = positions[:, 1:] != positions[:, :-1] + 1
+    if real is not None:
+        own = real[:, -positions.shape[1] :].bool()
+        restart = restart & own[:, 1:] & own[:, :-1]
+    if not bool(restart.any()):
+        return None
+    return nn.functional.pad(restart.long().cumsum(-1), (1, 0)).expand(tokens.shape[0], -1)
+
+
 def _after_forward(base: Any, args: tuple[Any, ...], output: Any) -> None:
-    served = _served.get()
-    _packed.set(None)
-    _served.set(None)
-    if output is not None and served is not None and len(served) != base.config.num_hidden_layers:
-        missing = sorted(set(range(base.config.num_hidden_layers)) - served)
+    current = _pass.get()
+    _pass.set(None)
+    if output is not None and current is not None and len(current.served) != base.config.num_hidden_layers:
+        missing = sorted(set(range(base.config.num_hidden_layers)) - current.served)
         raise MasformerError(f"{base.config.model_type} models cannot take a plan: layers {missing} did not follow it")
 
 
-def _check_cache(cache: Any) -> None:
-    """Makes an empty cache keep every key in every layer: the plan, not the config, says what a layer may see."""
-    if type(cache) is not DynamicCache:
-        raise MasformerError(f"{type(cache).__name__} is not supported with a plan; use DynamicCache")
+def _check_cache(cache: Any, config: PretrainedConfig) -> None:
+    """Our cache must be of the same plan; an empty DynamicCache is made to keep every key in every layer."""
+    if cache is None:
+        return
+    if type(cache) is SpanCache:
+        if str(cache.plan) != config.masformer["plan"]:
+            raise MasformerError(f"the cache is of the plan {cache.plan}, the model of {config.masformer['plan']}")
+        return
+    if type(cache) is not DynamicCache or cache.offloading:
+        raise MasformerError(f"{_kind(cache)} is not supported with a plan; use SpanCache or DynamicCache")
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, DynamicSlidingWindowLayer):
             if layer.get_seq_length():
                 raise MasformerError("the cache has dropped keys that the plan may need; start with an empty one")
             cache.layers[index] = DynamicLayer()
+
+
+def _kind(cache: Any) -> str:
+    return f"an offloaded {type(cache).__name__}" if getattr(cache, "offloading", False) else type(cache).__name__
+
+
+def _prepare_cache_for_generation(
+    model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+) -> None:
+    """What `generate` calls: makes a SpanCache where transformers would make a DynamicCache."""
+    given = any(model_kwargs.get(name) is not None for name in CACHE_NAMES)
+    type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
+    name = next((name for name in CACHE_NAMES if type(model_kwargs.get(name)) is DynamicCache), None)
+    if given or name is None:
+        return
+    _check_cache(model_kwargs[name], model.config)
+    limit = None if generation_config.max_length is None else max(1, generation_config.max_length - 1)
+    model_kwargs[name] = SpanCache(AttentionPlan.from_dict(model.config.masformer), limit=limit)
+    if getattr(generation_config, "is_assistant", False):
+        model_kwargs[name].activate_past_recording()
 
 
 AttentionInterface.register(NAME, _attention)

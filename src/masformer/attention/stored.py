@@ -1,0 +1,45 @@
+"""Attention of one query per row over keys in any order: decoding out of a cache that stores them as a ring."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from masformer.attention.reference import dense_attention
+from masformer.attention.tiled import Kernel
+
+
+def attend_stored(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor | None,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax attention over the visible keys, wherever they lie: softmax does not ask for their order.
+
+    Args:
+        query: [batch, query_heads, 1, head_dim].
+        key: [batch, kv_heads, key_len, head_dim].
+        value: [batch, kv_heads, key_len, value_dim].
+        visible: bool [batch or 1, 1, 1, key_len], at least one key visible in each row; None: all are.
+        scale: factor on the scores.
+        dropout: see `masformer.attend`.
+        softcap: see `masformer.attend`.
+        backend: `reference` for dense scores in at least float32, any other for torch's fused kernels.
+
+    Returns:
+        [batch, query_heads, 1, value_dim].
+    """
+    if backend == "reference":
+        everything = torch.ones(1, dtype=torch.bool, device=key.device) if visible is None else visible
+        return dense_attention(query, key, value, everything, scale, dropout, softcap)
+    batch, heads, _, dim = query.shape
+    kv_heads = key.shape[1]
+    folded = query.reshape(batch, kv_heads, heads // kv_heads, dim)  # the queries of a group share their keys
+    out = Kernel(scale, dropout, softcap).masked(folded, key, value, visible)
+    return out.reshape(batch, heads, 1, -1)

@@ -1,0 +1,561 @@
+"""The span cache: grows where a layer's span is full, a ring buffer where it is not.
+
+A local layer stores the keys of a document by position: its sinks in the first slots, every later key in a ring that
+the newest overwrites, as many slots as the span can still see. A full layer stores every key in storage that doubles
+when it is full. Nothing is concatenated or moved when a token is added.
+
+The bridge announces each forward pass (`begin`), so that every layer knows which tokens are padding; each layer then
+stores its new keys and hands out those that the new queries may see, with a `View` that says what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from masformer.attention import Layout
+from masformer.attention.layout import Segment
+from masformer.cost import stored_keys
+from masformer.errors import MasformerError, check_int
+from masformer.plan import AttentionPlan
+from masformer.spans import Span
+
+PAST = 256
+"""Tokens that a cache which records its past can take back: assisted decoding proposes a few dozen at most."""
+
+
+@dataclass(frozen=True)
+class View:
+    """What the keys are that a layer hands out.
+
+    Attributes:
+        stored: there is one query in each row, and the keys lie in storage order (`masformer.attention.stored`).
+            Otherwise they end with the new ones, in order, and `layout` goes with them.
+        layout: see `masformer.attention.Layout`; None: one document a row, without padding.
+        visible: [batch or 1, 1, 1, key_len] bool, the stored keys that the query sees; None: all of them.
+        dead: [batch, 1, 1, 1] bool, the queries that are padding themselves; None: there are none.
+    """
+
+    stored: bool = False
+    layout: Layout | None = None
+    visible: Tensor | None = None
+    dead: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass, as `SpanCache.begin` announces it.
+
+    Attributes:
+        seen: tokens of each row in the cache before it.
+        new: tokens of each row that it adds.
+        starts: index in each row of the first token of its document; seen + new where there is none yet.
+        real: [batch, seen + new] bool, False for what nothing sees: padding, and packed documents before the last one
+            of the row; None: all tokens are of one document a row.
+        holes: there is padding within the documents.
+        layout: of the first pass, which may be packed; None later.
+        views: span -> the view of its layers.
+    """
+
+    seen: int
+    new: int
+    starts: tuple[int, ...]
+    real: Tensor | None
+    holes: bool
+    layout: Layout | None
+    views: dict[tuple[Span, int], View] = field(default_factory=dict)
+
+    @property
+    def even(self) -> bool:
+        """Every row's document is equally long, without padding in it, and begun before this pass."""
+        return len(set(self.starts)) == 1 and not self.holes and self.starts[0] <= self.seen
+
+
+class SpanLayer(CacheLayerMixin):  # type: ignore[misc]
+    """The cache of one layer; see `SpanCache`.
+
+    Attributes:
+        span: the layer's span.
+        length: tokens of each row so far, padding included.
+        keys: [batch, kv_heads, slots, head_dim], of which the first `filled` hold a token; None before the first one.
+        values: the same, with value_dim.
+        record_past: whether `activate_past_recording` was called.
+    """
+
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self, span: Span, limit: int | None = None) -> None:
+        super().__init__()
+        self.span, self.limit = span, limit
+        self.length = self.high = 0  # `high`: the greatest length since the last reset; later tokens were taken back
+        self.start = 0  # of the longest document
+        self.past = 0
+        self.record_past = False
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    @property
+    def ring(self) -> int | None:
+        """Slots after those of the sinks; None where the span is full."""
+        return None if self.span.max_visible is None else self.span.max_visible - self.span.sinks + self.past
+
+    @property
+    def filled(self) -> int:
+        """Slots that hold a token."""
+        if self.ring is None:
+            return self.length
+        return min(max(0, self.length - self.start), self.span.sinks + self.ring)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Makes storage without a slot, on the device and in the dtype of the keys."""
+        self.keys, self.values = (x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (key_states, value_states))
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, step: Step) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Stores new keys and values [batch, kv_heads, new, dim]; returns those that the step's view is about."""
+        if self.length != step.seen:
+            raise MasformerError("a forward pass did not end, and left the cache half filled; call its reset()")
+        if step.seen == 0 and not _alike(self.keys, key_states):
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        if not _alike(self.keys, key_states):
+            raise MasformerError("the cache holds keys of another batch size, dtype or device; call its reset() first")
+        self.start = min(step.starts)
+        self._make_room(step.seen + step.new)
+        if step.seen == 0:
+            out = key_states, value_states
+        elif self.ring is not None and step.new > 1:
+            out = self._before(self.keys, key_states, step), self._before(self.values, value_states, step)
+        else:
+            out = None
+        for storage, new in ((self.keys, key_states), (self.values, value_states)):
+            self._store(storage, new.detach(), step)
+        self.length += step.new
+        self.high = max(self.high, self.length)
+        if out is not None:
+            return out
+        first, stop = self._slice(step)
+        return self.keys[:, :, first:stop], self.values[:, :, first:stop]
+
+    def view(self, step: Step) -> View:
+        """What `update` returned in this step."""
+        if step.seen == 0:
+            return View(layout=step.layout)
+        if step.new == 1:
+            return self._stored_view(step)
+        if self.ring is not None:
+            return View(layout=self._recent_layout(step))
+        return View(layout=None if step.real is None else Layout.of(step.real, None))
+
+    # Where things lie
+
+    def _slot(self, position: int) -> int:
+        sinks = self.span.sinks
+        if self.ring is None or position < sinks:
+            return position
+        return sinks + (position - sinks) % self.ring
+
+    def _runs(self, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """The positions first..stop-1 in runs of neighbouring slots: (position, slot, how many)."""
+        while first < stop:
+            slot = self._slot(first)
+            room = stop - first
+            if self.ring is not None:
+                end = self.span.sinks if first < self.span.sinks else self.span.sinks + self.ring
+                room = min(room, end - slot)
+            yield first, slot, room
+            first += room
+
+    def _seen_by(self, position: int) -> tuple[int, int]:
+        """What a query at this position sees: so many sinks, and the positions from the second number on."""
+        low = int(self.span.first_visible(torch.tensor(position)))
+        return min(self.span.sinks, low), low
+
+    def _make_room(self, length: int) -> None:
+        assert self.keys is not None
+        assert self.values is not None
+        slots = stored_keys(self.span, length, self.limit, past=self.past)
+        if slots > self.keys.shape[2]:
+            self.keys, self.values = (self._grown(storage, slots) for storage in (self.keys, self.values))
+
+    def _grown(self, storage: Tensor, slots: int) -> Tensor:
+        """Storage grows only before the ring is full: until then, slots are positions.
+
+        Slots that a shorter row leaves empty are hidden, but must be finite: a weight of 0 does not hide a NaN.
+        """
+        grown = storage.new_zeros(*storage.shape[:2], slots, storage.shape[3])
+        grown[:, :, : storage.shape[2]] = storage
+        return grown
+
+    def _store(self, storage: Tensor, new: Tensor, step: Step) -> None:
+        if self.ring is None:
+            storage[:, :, step.seen : step.seen + step.new] = new
+        elif step.even:
+            self._store_rows(storage, new, step, step.starts[0])
+        else:
+            for row, start in enumerate(step.starts):
+                self._store_rows(storage[row : row + 1], new[row : row + 1], step, start)
+
+    def _store_rows(self, storage: Tensor, new: Tensor, step: Step, start: int) -> None:
+        """The sinks among the new positions, and the newest that fit into the ring."""
+        assert self.ring is not None
+        first, stop = max(0, step.seen - start), step.seen + step.new - start
+        kept = max(first, self.span.sinks, stop - self.ring)
+        for begin, end in ((first, min(stop, self.span.sinks)), (kept, stop)):
+            for position, slot, count in self._runs(begin, end):
+                at = position + start - step.seen
+                storage[:, :, slot : slot + count] = new[:, :, at : at + count]
+
+    # Several queries: what they see of the past, in order, and the new keys
+
+    def _past_runs(self, start: int, step: Step) -> list[tuple[int, int, int]]:
+        """The runs of the past that the first new query of a row sees."""
+        position = max(0, step.seen - start)
+        sinks, low = self._seen_by(position)
+        return [*self._runs(0, sinks), *self._runs(low, position)]
+
+    def _before(self, storage: Tensor, new: Tensor, step: Step) -> Tensor:
+        """The visible past and then the new keys; where rows have pasts of different lengths, they end together."""
+        if step.even:
+            pieces = [storage[:, :, slot : slot + count] for _, slot, count in self._past_runs(step.starts[0], step)]
+            return torch.cat([*pieces, new], 2)
+        runs = [self._past_runs(start, step) for start in step.starts]
+        lengths = [sum(count for _, _, count in row) for row in runs]
+        out = new.new_zeros(*new.shape[:2], max(lengths) + step.new, new.shape[3])
+        out[:, :, max(lengths) :] = new
+        for row, (length, row_runs) in enumerate(zip(lengths, runs, strict=True)):
+            at = max(lengths) - length
+            for _, slot, count in row_runs:
+                out[row, :, at : at + count] = storage[row, :, slot : slot + count]
+                at += count
+        return out
+
+    def _recent_layout(self, step: Step) -> Layout | None:
+        """The layout of what `_before` returns."""
+        total = step.seen + step.new
+        runs = [self._past_runs(start, step) for start in step.starts]
+        lengths = [sum(count for _, _, count in row) for row in runs]
+        past = max(lengths)
+        skipped = tuple(max(0, step.seen - start) - length for start, length in zip(step.starts, lengths, strict=True))
+        if step.even and not any(skipped):
+            return None
+        device = self.keys.device if self.keys is not None else None
+        documents = torch.full((len(runs), past + step.new), -1, dtype=torch.long, device=device)
+        rows: list[tuple[Segment, ...]] = []
+        for row, (start, length) in enumerate(zip(step.starts, lengths, strict=True)):
+            if start == total:
+                rows.append(())
+                continue
+            first = past - length if start <= step.seen else past + start - step.seen
+            documents[row, first:] = 0
+            keep = None
+            if step.holes and step.real is not None:
+                known = [step.real[row, at + start : at + start + count] for at, _, count in runs[row]]
+                keep = torch.cat([*known, step.real[row, max(start, step.seen) :]])
+                documents[row, first:].masked_fill_(~keep.to(documents.device), -1)
+                keep = None if bool(keep.all()) else keep
+            rows.append((Segment(first, past + step.new, keep),))
+        return Layout(documents, tuple(rows), skipped)
+
+    # One query: the keys stay where they are
+
+    def _slice(self, step: Step) -> tuple[int, int]:
+        """The slots handed out: those that the query sees where they are neighbours, else all that are filled."""
+        if self.ring is not None and step.even and step.new == 1:
+            position = self.length - 1 - step.starts[0]
+            sinks, low = self._seen_by(position)
+            first, last = self._slot(low), self._slot(position)
+            if first <= last and (not sinks or first == sinks):
+                return (0 if sinks else first), last + 1
+        return 0, self.filled
+
+    def _stored_view(self, step: Step) -> View:
+        dead = None
+        if step.real is not None and not bool((new := step.real[:, -1]).all()):
+            dead = ~new[:, None, None, None]
+        if self.ring is None:
+            visible = None if step.real is None else step.real[:, None, None, :]
+            return View(stored=True, visible=_alive(visible, dead), dead=dead)
+        first, stop = self._slice(step)
+        positions = [self.length - 1 - start for start in (step.starts[:1] if step.even else step.starts)]
+        if not step.holes and all(self._count(position) == stop - first for position in positions):
+            return View(stored=True, dead=dead)
+        device = self.keys.device if self.keys is not None else None
+        query = torch.tensor(positions, device=device)[:, None]
+        slot = torch.arange(stop, device=device)[None]
+        sinks = self.span.sinks
+        stored = torch.where(slot < sinks, slot, query - (query - slot) % self.ring)  # the newest position of the slot
+        visible = self.span.visible(query, stored) & (stored >= slot.clamp(max=sinks))
+        if step.holes and step.real is not None:
+            column = stored + torch.tensor(step.starts, device=device)[:, None]
+            visible &= step.real.to(visible.device).gather(1, column.clamp(0, self.length - 1))
+        return View(stored=True, visible=_alive(visible[:, None, None, :], dead), dead=dead)
+
+    def _count(self, position: int) -> int:
+        """How many keys a query at this position sees."""
+        sinks, low = self._seen_by(position)
+        return sinks + position - low + 1
+
+    # What transformers asks of a cache layer
+
+    def get_seq_length(self) -> int:
+        """Tokens of each row so far, padding included."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The mask is made for the whole row, whatever is stored."""
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: it grows."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.2x
+
+    def activate_past_recording(self) -> None:
+        """From now on, `crop` can take back the last `PAST` tokens. Only an empty cache can begin to record.
+
+        Raises:
+            MasformerError: there are tokens in the cache.
+        """
+        if self.ring is not None and not self.past:
+            if self.high:
+                raise MasformerError("a SpanCache records its past from the first token on; call its reset() first")
+            self.past = PAST
+            self.keys = self.values = None
+        self.record_past = True
+
+    def check_crop(self, length: int, starts: tuple[int, ...]) -> None:
+        """Raises MasformerError where keys that the span would see again are overwritten."""
+        if self.ring is None:
+            return
+        for start in starts:
+            position = max(0, length - start)
+            oldest = max(self._seen_by(position)[1], self.span.sinks)
+            if oldest < position and oldest < self.high - start - self.ring:
+                kept = "records its past, but not so far" if self.past else "does not record its past"
+                raise MasformerError(
+                    f"cannot take back {self.length - length} of {self.length} tokens: {self.span} has overwritten "
+                    f"keys that it would see again, and the cache {kept}; call activate_past_recording() on an empty "
+                    f"cache to take back up to {PAST} tokens, or reset() to start again"
+                )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back tokens; see `SpanCache.crop`."""
+        self.length -= tokens_to_remove
+
+    def reset(self) -> None:
+        """Empties the layer; its storage stays."""
+        self.length = self.high = self.start = 0
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the given rows of the batch, in their order."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = (x.index_select(0, indices.to(x.device)) for x in (self.keys, self.values))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """The same, under the name that beam search uses."""
+        self.batch_select_indices(beam_idx)
+
+
+def _alike(storage: Tensor | None, new: Tensor) -> bool:
+    return storage is not None and (storage.shape[0], storage.dtype, storage.device) == (
+        new.shape[0],
+        new.dtype,
+        new.device,
+    )
+
+
+def _alive(visible: Tensor | None, dead: Tensor | None) -> Tensor | None:
+    """A query that is padding sees everything, so that no softmax is empty; its output is dropped."""
+    return visible if visible is None or dead is None else visible | dead
+
+
+class SpanCache(Cache):  # type: ignore[misc]
+    """A KV cache for a model with a plan: each layer holds what its span can still see, and no more.
+
+    `model.generate()` and calls with `use_cache` make one by themselves; make one yourself to keep it between calls.
+    What it holds are constants: no gradient flows through it into earlier forward passes.
+
+    Args:
+        plan: the model's plan.
+        limit: the most tokens that are to come, if known: full layers then reserve no room beyond it.
+
+    Raises:
+        MasformerError: the limit is below 1.
+    """
+
+    def __init__(self, plan: AttentionPlan, *, limit: int | None = None) -> None:
+        if limit is not None:
+            check_int("limit", limit, 1)
+        self.plan, self.limit = plan, limit
+        self._empty()
+        super().__init__(layers=[SpanLayer(span, limit) for span in plan])
+
+    def _empty(self) -> None:
+        self._starts: tuple[int, ...] | None = None
+        self._real: Tensor | None = None
+        self._packed = False
+        self._step: Step | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values held: what `masformer.cost` predicts as `kv_cache_bytes`, for each row."""
+        return sum(layer.filled * _bytes_per_slot(layer) for layer in self.layers)
+
+    @property
+    def storage_nbytes(self) -> int:
+        """Bytes of storage, room to grow included: `kv_storage_bytes` of `masformer.cost`, for each row."""
+        return sum(0 if layer.keys is None else layer.keys.shape[2] * _bytes_per_slot(layer) for layer in self.layers)
+
+    def begin(self, batch: int, new: int, real: Tensor | None = None, documents: Tensor | None = None) -> None:
+        """Announces a forward pass; the bridge does so before each one.
+
+        Args:
+            batch: rows.
+            new: tokens of each row that are to be added.
+            real: [batch, tokens so far + new], 1 = real; None: none of the new tokens is padding.
+            documents: [batch, new], packed documents; allowed in an empty cache. The cache goes on with the last one of
+                each row.
+
+        Raises:
+            MasformerError: a shape that does not fit, packed documents in a filled cache, or a mask that hides tokens
+                which the cache took as real, or shows padding.
+        """
+        seen = self.get_seq_length()
+        total = seen + new
+        if any(layer.length != seen for layer in self.layers):
+            raise MasformerError("a forward pass did not end, and left the cache half filled; call its reset()")
+        if real is not None:
+            if real.shape[0] != batch or real.shape[1] < total:
+                raise MasformerError(f"attention_mask must be [batch, {total}] with this cache, got {list(real.shape)}")
+            real = real[:, :total].bool()
+        layout = None
+        if seen == 0:
+            self._empty()
+            layout = Layout.of(real, documents)
+            self._packed = documents is not None
+            if layout is not None:
+                last = layout.documents.amax(-1, keepdim=True)
+                self._real = (layout.documents == last) & (last >= 0)
+        elif documents is not None:
+            raise MasformerError("packed position_ids together with a filled cache are not supported")
+        else:
+            self._extend(real, seen, new)
+        starts = self._find_starts(batch, seen, total)
+        holes = False
+        if self._real is not None:
+            index = torch.arange(total, device=self._real.device)
+            holes = not bool((self._real | (index < torch.tensor(starts, device=index.device)[:, None])).all())
+        self._starts = starts
+        self._step = Step(seen, new, starts, self._real, holes, layout)
+
+    def _extend(self, real: Tensor | None, seen: int, new: int) -> None:
+        """Adds the new tokens to what is known of padding."""
+        if real is not None and self._real is None:
+            if bool(real.all()):
+                return
+            if not bool(real[:, :seen].all()):
+                raise MasformerError("attention_mask hides tokens that were real when the cache took them")
+            self._real = real
+        elif self._real is not None:
+            fresh = self._real.new_ones(len(self._real), new) if real is None else real[:, seen:].to(self._real.device)
+            if real is not None and not self._packed and not torch.equal(real[:, :seen].to(fresh.device), self._real):
+                raise MasformerError("attention_mask differs from the one with which the cache took its tokens")
+            self._real = torch.cat([self._real, fresh], 1)
+
+    def _find_starts(self, batch: int, seen: int, total: int) -> tuple[int, ...]:
+        if self._real is None:
+            return (0,) * batch
+        known = self._starts or (seen,) * batch
+        if all(start < seen for start in known):
+            return known
+        first = self._real.int().argmax(-1).tolist()
+        empty = (~self._real.any(-1)).tolist()
+        return tuple(total if none else start for start, none in zip(first, empty, strict=True))
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Stores one layer's new keys and values; returns those that `view` is about.
+
+        Raises:
+            MasformerError: the model has no plan, so that nobody announced the pass, or an earlier pass did not end.
+        """
+        if self._step is None or key_states.shape[2] != self._step.new:
+            raise MasformerError("a SpanCache serves models with a plan alone; call apply_plan first")
+        out: tuple[Tensor, Tensor] = self.layers[layer_idx].update(key_states, value_states, self._step)
+        return out
+
+    def view(self, layer_idx: int) -> View:
+        """What the last `update` of this layer returned. Layers with the same span share it."""
+        step, layer = self._step, self.layers[layer_idx]
+        assert step is not None
+        key = layer.span, layer.past
+        if key not in step.views:
+            step.views[key] = layer.view(step)
+        return step.views[key]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the newest tokens: exact, also past the window, or refused.
+
+        A window that has moved on has overwritten what it would see again. `activate_past_recording`, which assisted
+        decoding calls, makes room for the last 256 tokens.
+
+        Args:
+            tokens_to_remove: how many, as a negative number; a positive one is the length to keep.
+
+        Raises:
+            MasformerError: keys are needed that were overwritten. Nothing is changed then.
+        """
+        seen = self.get_seq_length()
+        length = min(seen, tokens_to_remove) if tokens_to_remove > 0 else max(0, seen + tokens_to_remove)
+        if length == seen:
+            return
+        if length == 0:
+            return self.reset()
+        starts = self._starts or (0,)
+        for layer in self.layers:
+            layer.check_crop(length, starts)
+        for layer in self.layers:
+            layer.crop(seen - length)
+        if self._real is not None:
+            self._real = self._real[:, :length]
+            self._starts = tuple(min(start, length) for start in starts)
+
+    def reset(self) -> None:
+        """Empties the cache; its storage stays for the next document."""
+        self._empty()
+        super().reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row beam_idx[i] was; nothing is copied where no row moves."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the given rows of the batch, in their order."""
+        rows = indices.tolist()
+        if self._starts is None or rows == list(range(len(self._starts))):
+            return
+        super().batch_select_indices(indices)
+        self._starts = tuple(self._starts[row] for row in rows)
+        if self._real is not None:
+            self._real = self._real.index_select(0, indices.to(self._real.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row, `repeats` times."""
+        rows = 0 if self._starts is None else len(self._starts)
+        self.batch_select_indices(torch.arange(rows).repeat_interleave(repeats))
+
+
+def _bytes_per_slot(layer: SpanLayer) -> int:
+    if layer.keys is None or layer.values is None:
+        return 0
+    return sum(x.shape[0] * x.shape[1] * x.shape[3] * x.element_size() for x in (layer.keys, layer.values))
