@@ -18,6 +18,7 @@ from tiny import ARCHITECTURES, PLAN, VOCABULARY, random_plan, tiny
 
 SPANS = [WindowSpan(5), WindowSpan(5, 2), WindowSpan(3, 7), BlockSpan(5), BlockSpan(4, 2)]
 PLANS = [AttentionPlan.uniform(4, span) for span in SPANS] + [PLAN]
+four_layers = st.lists(strategies.spans, min_size=4, max_size=4).map(AttentionPlan)
 EPS = {"atol": 1e-5, "rtol": 0}
 EXACT = {"atol": 1e-9, "rtol": 0}
 
@@ -117,7 +118,7 @@ def test_beam_search_equals_the_one_without_cache(kind):
 @st.composite
 def stories(draw):
     """A plan, rows with padding, and what happens to the cache: chunks, tokens taken back, other tokens instead."""
-    plan = AttentionPlan(draw(st.lists(strategies.spans, min_size=4, max_size=4)))
+    plan = draw(four_layers)
     length = draw(st.integers(2, 48))
     batch = draw(st.integers(1, 3))
     padding = draw(st.lists(st.integers(0, length - 1), min_size=batch, max_size=batch))
@@ -140,11 +141,13 @@ def test_any_story_of_chunks_padding_and_crops_ends_as_without_cache(story):
     torch.testing.assert_close(first[mask.bool()], without_cache(model, tokens, mask)[mask.bool()], **EXACT)
     other = torch.cat([tokens[:, : length - back], some_tokens(len(padding), 30, seed=2)], 1)
     mask = torch.cat([mask[:, : length - back], torch.ones(len(padding), 30, dtype=torch.long)], 1)
+    longest = length - min(padding)
+    overwritten = any(span.max_visible is not None and longest > span.max_visible for span in plan)
     try:
         cache.crop(-back)
-    except MasformerError as refusal:
+    except MasformerError:
+        assert overwritten
         assert not record
-        assert "cannot take back" in str(refusal)
         assert cache.get_seq_length() == length
         return
     assert cache.get_seq_length() == length - back
@@ -154,7 +157,7 @@ def test_any_story_of_chunks_padding_and_crops_ends_as_without_cache(story):
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(plan=strategies.plans.filter(lambda plan: len(plan) == 4) | st.just(PLAN), chunk=st.integers(1, 9), data=st.data())
+@given(plan=four_layers, chunk=st.integers(1, 9), data=st.data())
 def test_padding_inside_a_document_stays_hidden(plan, chunk, data):
     """Right padding before a continuation, as after a batched prefill of prompts of different lengths."""
     model = apply_plan(tiny("llama"), plan).double()
@@ -206,7 +209,7 @@ def test_what_a_window_has_overwritten_is_not_taken_back():
     tokens, mask = some_tokens(1, 20), torch.ones(1, 20, dtype=torch.long)
     cache = SpanCache(plan)
     in_chunks(model, cache, tokens, mask, [20])
-    with pytest.raises(MasformerError, match=r"cannot take back 6 of 20 tokens: window:5\+2 has overwritten keys .* does"):
+    with pytest.raises(MasformerError, match=r"cannot take back 6 of 20 tokens: window:5\+2 has overwritten"):
         cache.crop(-6)
     cache.crop(-1)
     assert cache.get_seq_length() == 19
@@ -228,7 +231,7 @@ def test_crop_below_the_window_reset_and_reuse():
     tokens, mask = some_tokens(2, 30), torch.ones(2, 30, dtype=torch.long)
     expected = without_cache(model, tokens, mask)
     cache = SpanCache(PLAN)
-    for how in (lambda: cache.crop(-30), cache.reset, lambda: cache.crop(-10**6)):
+    for how in (lambda: cache.crop(-30), cache.reset, lambda: cache.crop(-(10**6))):
         torch.testing.assert_close(in_chunks(model, cache, tokens, mask, [11, 1]), expected, **EXACT)
         how()
         assert (cache.get_seq_length(), cache.nbytes) == (0, 0)

@@ -515,8 +515,8 @@ class SpanCache(Cache):  # type: ignore[misc]
         Raises:
             MasformerError: keys are needed that were overwritten. Nothing is changed then.
         """
-        seen = self.get_seq_length()
-        length = min(seen, tokens_to_remove) if tokens_to_remove > 0 else max(0, seen + tokens_to_remove)
+        seen, change = self.get_seq_length(), int(tokens_to_remove)
+        length = min(seen, change) if change > 0 else max(0, seen + change)
         if length == seen:
             return
         if length == 0:
