@@ -14,7 +14,7 @@ from fastapi.testclient import TestClient
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from masformer import AttentionPlan, FullSpan, apply_plan, cli, load_model, save_model, serving
+from masformer import AttentionPlan, FullSpan, SpanCache, apply_plan, cli, load_model, save_model, serving
 from tiny import PLAN, tiny
 
 TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}<assistant>"
@@ -186,6 +186,19 @@ def test_an_answer_ends_with_the_positions_of_the_model():
         model="m", prompt="a" * 100, temperature=0
     )
     assert (answer.usage.total_tokens, answer.choices[0].finish_reason) == (128, "length")
+
+
+def test_every_request_has_a_span_cache_of_its_own():
+    model, caches = apply_plan(make_model("llama", sliding_window=None), PLAN), []
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, options: caches.append(options.get("past_key_values", options.get("cache"))),
+        with_kwargs=True,
+    )
+    client = client_of(serving.build_app(model, make_tokenizer(), "m"))
+    complete(client, max_tokens=5)
+    chat(client, max_tokens=5)
+    assert {type(cache) for cache in caches} == {SpanCache}
+    assert (len(caches), len(set(map(id, caches)))) == (10, 2)
 
 
 def test_a_checkpoint_is_served_with_the_plan_it_carries(folder, tmp_path, expected, monkeypatch, capsys):
