@@ -72,6 +72,10 @@ def _kept(segment: Segment, key: Tensor) -> Tensor | None:
     return None if segment.keep is None else segment.keep.to(key.device)
 
 
+FLASH_CPU = "_scaled_dot_product_flash_attention_for_cpu"
+"""What `scaled_dot_product_attention` calls on the CPU; returns the log-sum-exps as well."""
+
+
 class Kernel:
     """Dense attention on small pieces: softmax(cap(q k^T * scale) + mask) v, with dropout on the weights."""
 
@@ -86,6 +90,28 @@ class Kernel:
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=self.scale, dropout_p=self.dropout, enable_gqa=True
         )
+
+    def tells_sums(self, query: Tensor) -> bool:
+        """Whether torch has a kernel that also returns the log-sum-exp of the scores: on the CPU, without gradients."""
+        plain = self.softcap is None and not self.dropout and query.device.type == "cpu"
+        return plain and not torch.is_grad_enabled() and hasattr(torch.ops.aten, FLASH_CPU)
+
+    def causal_after(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Causal attention of the last positions, without a mask as long as the past.
+
+        Attention to the past, which all queries see, and causal attention among the queries' own positions, joined by
+        their log-sum-exps (Dao et al., arXiv 2205.14135, section 3.1).
+        """
+        flash = getattr(torch.ops.aten, FLASH_CPU)
+        batch, heads, new, dim = query.shape
+        kv_heads, past = key.shape[1], key.shape[2] - new
+        group = heads // kv_heads
+        folded = query.reshape(batch, kv_heads, group * new, dim)
+        old, old_sum = flash(folded, key[:, :, :past], value[:, :, :past], 0.0, False, scale=self.scale)
+        own_keys, own_values = (x[:, :, past:].repeat_interleave(group, 1) for x in (key, value))
+        own, own_sum = flash(query, own_keys, own_values, 0.0, True, scale=self.scale)
+        share = torch.sigmoid(own_sum - old_sum.reshape(own_sum.shape))[..., None]  # of the new keys in each softmax
+        return torch.lerp(old.reshape(own.shape).to(share.dtype), own.to(share.dtype), share).to(query.dtype)
 
     def masked(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """As many heads in `query` as in `key`; the scores are made anew in the backward pass."""
@@ -129,6 +155,8 @@ def _document(
     if start == 0 and keep is None and kernel.is_fused(query):
         outputs.append(kernel.causal(query[:, :, :head], key[:, :, :head], value[:, :, :head]))
         at = head
+    elif span.max_visible is None and keep is None and kernel.tells_sums(query):
+        return kernel.causal_after(query, key, value)
     while at < end:
         step = count = 0
         if span.period is not None and at >= head:

@@ -13,7 +13,7 @@ import transformers
 
 import masformer
 from masformer import records
-from masformer.cli import bench, evaluate, model, search, serve, tour
+from masformer.cli import bench, evaluate, generate, model, search, serve, tour
 from masformer.cli.options import console
 from masformer.cli.parser import Command, Help, add_commands, error_line
 from masformer.errors import MasformerError
@@ -36,6 +36,7 @@ COMMANDS: dict[str, Any] = {
     "plan": model.show_plan,
     "convert": model.convert,
     "search": search.search,
+    "generate": generate.generate,
     "serve": serve.serve,
     "eval": {"perplexity": evaluate.eval_perplexity},
     "bench": {"attention": bench.bench_attention},

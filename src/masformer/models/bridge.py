@@ -260,8 +260,11 @@ def _prepare_cache_for_generation(
     if given or name is None:
         return
     _check_cache(model_kwargs[name], model.config)
-    limit = None if generation_config.max_length is None else max(1, generation_config.max_length - 1)
-    model_kwargs[name] = SpanCache(AttentionPlan.from_dict(model.config.masformer), limit=limit)
+    mask = model_kwargs.get("attention_mask")
+    prompt = getattr(generation_config, "_mask_length", 0) if mask is None else mask.shape[1]
+    longest = generation_config.max_length or 0
+    reserve = longest if longest <= 2 * prompt else prompt  # all there can be, unless that is far more than there is
+    model_kwargs[name] = SpanCache(AttentionPlan.from_dict(model.config.masformer), reserve=reserve)
     if getattr(generation_config, "is_assistant", False):
         model_kwargs[name].activate_past_recording()
 
