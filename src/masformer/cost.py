@@ -7,7 +7,7 @@ kept apart, since a plan that saves most of the attention saves far less of the 
 >>> from transformers import LlamaConfig
 >>> shape = ModelShape.of(LlamaConfig(num_hidden_layers=2, vocab_size=32000))
 >>> cost(shape, AttentionPlan.parse("full,window:16"), length=64)
-Cost(length=64, attention_flops=48889856, dense_flops=68585259008, kv_cache_bytes=1310720)
+Cost(length=64, attention_flops=48889856, dense_flops=68585259008, kv_cache_bytes=1310720, kv_storage_bytes=1310720)
 """
 
 from __future__ import annotations

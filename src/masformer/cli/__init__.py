@@ -39,7 +39,11 @@ COMMANDS: dict[str, Any] = {
     "generate": generate.generate,
     "serve": serve.serve,
     "eval": {"perplexity": evaluate.eval_perplexity},
-    "bench": {"attention": bench.bench_attention},
+    "bench": {
+        "attention": bench.bench_attention,
+        "prefill": bench.bench_prefill,
+        "decode": bench.bench_decode,
+    },
 }
 
 
