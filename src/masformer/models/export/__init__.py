@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,9 @@ def _stock_config(folder: Path, content: str) -> Any:
     trial.mkdir()
     write_whole(trial / "config.json", content)
     try:
-        return AutoConfig.from_pretrained(trial)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of rope_scaling, which mlx-lm reads
+            return AutoConfig.from_pretrained(trial)
     finally:
         (trial / "config.json").unlink()
         trial.rmdir()

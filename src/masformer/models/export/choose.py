@@ -110,11 +110,21 @@ def objection(config: PretrainedConfig, plan: AttentionPlan, target: Target) -> 
             return f"it runs these models only with {name} {' or '.join(map(str, allowed))}, not {value}"
     if entry.form == "unchanged":
         return None
-    return _rope_objection(config, target) or _position_objection(config, plan, target, entry)
+    data = write_config(config, plan, target, entry)
+    written = type(config).from_dict(data) if data["model_type"] == config.model_type else config
+    if layer_positions(written) != layer_positions(config):
+        return (
+            f"the type of a layer also decides its rotary positions in {config.model_type}, so the layers that slide "
+            f"must be those it was trained with ({native_plan(config)})"
+        )
+    if target.name == "mlx-lm" and config.model_type in PERIODIC and period(data["layer_types"]) is None:
+        return entry.why
+    return _rope_objection(data, target)
 
 
-def _rope_objection(config: PretrainedConfig, target: Target) -> str | None:
-    parameters = getattr(config, "rope_parameters", None) or {}
+def _rope_objection(data: dict[str, Any], target: Target) -> str | None:
+    """Rotary positions that the tool would compute in another way than transformers, from a config.json."""
+    parameters = data.get("rope_parameters") or {}
     ropes = {key: rope for key, rope in parameters.items() if isinstance(rope, dict)} or {FULL: parameters}
     for key, rope in ropes.items():
         kind = rope.get("rope_type", "default")
@@ -125,24 +135,8 @@ def _rope_objection(config: PretrainedConfig, target: Target) -> str | None:
             return f"it reads {odd[0]} of yarn rotary positions in another way than transformers"
         if target.name == "mlx-lm" and key == SLIDING and kind != "default":
             return f"its sliding layers have no {kind} rotary positions"
-    thetas = {rope.get("rope_theta") for rope in ropes.values()}
-    if target.name == "mlx-lm" and config.model_type == "olmo3" and len(thetas) > 1:
-        return "its OLMo 3 has one rope_theta for all layers"
-    return None
-
-
-def _position_objection(config: PretrainedConfig, plan: AttentionPlan, target: Target, entry: Entry) -> str | None:
-    """Where the type of a layer also decides its positions, the layers that slide must stay those of the training."""
-    data = write_config(config, plan, target, entry)
-    written = type(config).from_dict(data) if data["model_type"] == config.model_type else None
-    if written is not None and layer_positions(written) != layer_positions(config):
-        trained = native_plan(config)
-        return (
-            f"the type of a layer also decides its rotary positions in {config.model_type}, so the layers that slide "
-            f"must be those it was trained with ({trained})"
-        )
-    if target.name == "mlx-lm" and config.model_type in PERIODIC and period(data["layer_types"]) is None:
-        return entry.why
+    if target.name == "mlx-lm" and len({rope.get("rope_theta") for rope in ropes.values()}) > 1:
+        return "it has one rope_theta for all layers"
     return None
 
 

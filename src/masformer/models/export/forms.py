@@ -177,13 +177,11 @@ def for_mlx_lm(data: dict[str, Any]) -> dict[str, Any]:
     """Adds what mlx-lm reads under other names: flat rope settings, and the pattern of the layers."""
     rope = data.get("rope_parameters") or {}
     full = rope.get(FULL) or rope
-    data["rope_theta"] = full.get("rope_theta")
-    scaling = {key: value for key, value in full.items() if key != "rope_theta"}
-    if scaling.get("rope_type") != "default" or data["model_type"] == "exaone4":
-        data["rope_scaling"] = scaling
+    if full:
+        data["rope_theta"] = full["rope_theta"]
+        if full["rope_type"] != "default" or data["model_type"] == "exaone4":
+            data["rope_scaling"] = {key: value for key, value in full.items() if key != "rope_theta"}
     types: list[str] = data.get("layer_types") or []
-    if data["model_type"] == "gemma3_text":
-        data["rope_local_base_freq"] = rope[SLIDING]["rope_theta"]
     if data["model_type"] in PERIODIC:
         data["sliding_window_pattern"] = period(types)
     elif data["model_type"] == "exaone4":
@@ -191,7 +189,7 @@ def for_mlx_lm(data: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
-PERIODIC = {"gemma3_text", "cohere2"}
+PERIODIC = {"cohere2"}
 """Model types whose full layers mlx-lm finds by a period."""
 
 

