@@ -73,7 +73,7 @@ def _masks(config: PretrainedConfig) -> dict[int, Any]:
     token = _seen.set(seen)
     try:
         with torch.device("meta"), torch.no_grad():
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME).eval()
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=NAME).eval()
             tokens = torch.zeros(1, 2, dtype=torch.long)
             model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
     except Exception as error:  # each class fails in its own way on settings that it does not know
