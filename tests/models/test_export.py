@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from masformer import AttentionPlan, FullSpan, MasformerError, WindowSpan, apply_plan, cli, load_model, save_model
+from masformer import AttentionPlan, MasformerError, apply_plan, cli, load_model, save_model
 from masformer.models import export as package
 from masformer.models.export import TARGETS, check_export, export_model
 from masformer.models.export.choose import kind_of, nearest, objection
@@ -24,7 +24,7 @@ from masformer.models.export.stock import check_stock
 from masformer.models.export.targets import KINDS
 from masformer.models.export.verify import check_installed, verify_export
 from masformer.models.sealing import native_plan
-from tiny import ARCHITECTURES, GPTS, VOCABULARY, random_plan, tiny, tiny_config
+from tiny import ARCHITECTURES, VOCABULARY, random_plan, tiny, tiny_config
 
 RUNNERS = Path(package.__file__).parent / "runners"
 LENGTH, NEW = 48, 8
@@ -240,20 +240,38 @@ def test_every_entry_has_a_form_a_source_and_a_reason():
         ("vllm", "llama", "window:9,full,window:5,window:9", "full@1; window:9 (use one window)"),
         ("transformers", "qwen3", "full@0; block:6x2", "full@0; window:12 (use windows in place of blocks)"),
         ("mlx-lm", "llama", "window:9", "full@1; window:9 (keep one layer full)"),
-        ("mlx-lm", "qwen3", "full@1; window:9", "it would run full attention, silently; nearest plan that it can: full"),
+        (
+            "mlx-lm",
+            "qwen3",
+            "full@1; window:9",
+            "it would run full attention, silently; nearest plan that it can: full",
+        ),
         ("transformers", "phi3", "full@1; window:9", "window:9 (use the window in every layer)"),
         ("transformers", "gpt2", "full@1,2,3; window:9", "its attention has no window; nearest plan that it can: full"),
-        ("transformers", "gemma3_text", "full@1; window:9+4", "window:9 (drop the sinks, use the window in every layer)"),
-        ("vllm", "gpt_neo", "full@1; window:9", "no GPT-Neo class, and its transformers backend needs a hook; --target"),
+        (
+            "transformers",
+            "gemma3_text",
+            "full@1; window:9+4",
+            "window:9 (drop the sinks, use the window in every layer)",
+        ),
+        (
+            "vllm",
+            "gpt_neo",
+            "full@1; window:9",
+            "no GPT-Neo class, and its transformers backend needs a hook; --target",
+        ),
         ("gguf", "llama", "full@1; window:9", "run full attention, silently; --target transformers can"),
         ("gguf", "gemma2", "full@1; block:9", "reads a period in place of a list of layers"),
+        ("transformers", "llama", "full@1; window:1", "full@1; window:2 (use windows of at least 2)"),
         ("onnx", "llama", "full", "unknown target 'onnx'; allowed: transformers, vllm, mlx-lm, gguf"),
         ("transformers", "llama", "full,full", "the plan has 2 layers, but the model has 4"),
     ],
 )
 def test_a_refusal_names_the_nearest_plan(target, kind, plan, message):
     with pytest.raises(MasformerError) as raised:
-        check_export(tiny_config(kind), AttentionPlan.parse(plan, None if "," in plan and "@" not in plan else 4), target)
+        check_export(
+            tiny_config(kind), AttentionPlan.parse(plan, None if "," in plan and "@" not in plan else 4), target
+        )
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -268,10 +286,12 @@ def test_a_refusal_names_the_nearest_plan(target, kind, plan, message):
         ("mlx-lm", "olmo2", YARN, "its sliding layers have no yarn rotary positions"),
         ("mlx-lm", "llama", {"hidden_act": "gelu"}, "only with hidden_act silu, not gelu"),
         ("vllm", "mistral", {"hidden_act": "gelu"}, "only with hidden_act silu, not gelu"),
+        ("vllm", "llama", {"quantization_config": {"quant_method": "fp8"}}, "its weights are quantised"),
+        ("vllm", "llama", rope("default", partial_rotary_factor=0.5), "does not agree with transformers on rotary"),
     ],
 )
 def test_settings_that_a_tool_reads_in_another_way_are_refused(target, kind, changes, message):
-    changes = changes if "hidden_act" in changes or "rope_parameters" in changes else {"rope_parameters": changes}
+    changes = {"rope_parameters": changes} if "rope_type" in changes else changes
     plan = SAMPLES["window"] if kind == "phi3" else SAMPLES["mixed"]
     with pytest.raises(MasformerError, match=message):
         check_export(tiny_config(kind, **changes), plan, target)
@@ -313,6 +333,10 @@ def test_stock_transformers_itself_is_asked():
             check_stock(tiny_config(kind, **changes), plan)
     with pytest.raises(MasformerError, match="would not run window:9 in layer 0 of a ministral model"):
         check_stock(tiny_config("ministral", **(wrong | {"sliding_window": 10})), plan)
+    with pytest.raises(MasformerError, match="would not run window:1 in layer 0 of a ministral model"):
+        check_stock(
+            tiny_config("ministral", **(wrong | {"sliding_window": 1})), AttentionPlan.parse("full@2; window:1", 4)
+        )
     with pytest.raises(MasformerError, match="would not run window:9 in layer 0 of a gpt_neo model"):
         check_stock(tiny_config("gpt_neo"), plan)
 
@@ -402,7 +426,11 @@ def test_the_command_carries_over_all_that_belongs_to_the_model(capsys, folder, 
     generation = json.loads((out / "generation_config.json").read_text())
     assert (generation["temperature"], generation["top_p"], generation["do_sample"]) == (0.7, 0.9, True)
     text = (out / "README.md").read_text()
-    command = {"transformers": "from_pretrained(\"out\")", "vllm": "vllm serve out", "mlx-lm": "mlx_lm.generate --model out"}
+    command = {
+        "transformers": 'from_pretrained("out")',
+        "vllm": "vllm serve out",
+        "mlx-lm": "mlx_lm.generate --model out",
+    }
     assert command[target] in text
     assert "Plan: `full@1; window:9`" in text
     assert "| 128 | " in text
@@ -487,7 +515,7 @@ OUT = ["export", "MODEL", "OUT", "--target"]
         ([*OUT, "gguf", "--plan", "full@1; window:9"], "llama.cpp reads no window for it"),
         ([*OUT, "transformers", "--plan", "full", "--plan", "window:4"], "a checkpoint carries one plan"),
         ([*OUT, "transformers", "--plan", "full@1; window:9", "--python", "python3"], "does nothing without --verify"),
-        ([*OUT, "vllm", "--plan", "full@1; window:9", "--verify", "--python", "no/python"], "cannot run no/python: No"),
+        ([*OUT, "vllm", "--plan", "full@1; window:9", "--verify", "--python", "no/python"], "no/python: No such file"),
         (["export", "MODEL", "MODEL", "--target", "vllm", "--plan", "window:9"], "exists already"),
         (["export", "MODEL", "TEXT", "--target", "vllm", "--plan", "window:9", "--overwrite"], "is no model folder"),
         (["export", "MODEL", "TEXT/out", "--target", "vllm", "--plan", "window:9"], "is no folder"),

@@ -181,6 +181,8 @@ def model_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> It
             whole, old = Path(temporary) / "model", Path(temporary) / "old"
             whole.mkdir()
             yield whole
+            for file in whole.rglob("*"):  # safetensors writes what only its owner may read
+                file.chmod(whole.stat().st_mode & (0o777 if file.is_dir() else 0o666))
             if path.exists():
                 path.rename(old)
             try:

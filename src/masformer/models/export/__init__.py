@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from masformer.errors import MasformerError
 from masformer.files import write_whole
 from masformer.models.checkpoint import model_folder
-from masformer.models.export.choose import check_export, entry_for, find_target, form_for, plain, write_config
+from masformer.models.export.choose import check_export, chosen_entry, form_for, write_config
 from masformer.models.export.forms import extra_weights
 from masformer.models.export.readme import folder_readme
 from masformer.models.export.stock import check_stock
@@ -56,10 +56,7 @@ def export_model(
     if not is_sealed(model.config):
         raise MasformerError("the model has no plan; call apply_plan first")
     config, plan = unseal(json.loads(model.config.to_json_string()))
-    check_export(config, plan, target)
-    tool, plan = find_target(target), plain(plan)
-    entry = entry_for(config, plan, tool)
-    assert entry is not None
+    tool, plan, entry = chosen_entry(config, plan, target)
     config.dtype = model.dtype
     with model_folder(path, overwrite=overwrite) as folder:
         weights = model.state_dict()
@@ -72,7 +69,7 @@ def export_model(
             tokenizer.save_pretrained(folder)
         config_file = json.dumps(data, indent=2, sort_keys=True) + "\n"
         stock = _stock_config(folder, config_file)
-        check_stock(stock, plan)
+        check_stock(stock, plan, cache=target == "transformers")
         if tokenizer is not None:
             _check_tokenizer(folder, tokenizer, stock)
         text = folder_readme(folder, Path(path).name, stock, plan, tool, tokenizer=tokenizer is not None)

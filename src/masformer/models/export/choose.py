@@ -105,11 +105,15 @@ def objection(config: PretrainedConfig, plan: AttentionPlan, target: Target) -> 
         return entry.why if not entry.plans else target.why.get(kind, entry.why)
     if getattr(config, "is_heterogeneous", False):
         return "its layers differ in shape"
+    if getattr(config, "quantization_config", None):
+        return "its weights are quantised; export the model before that"
     for name, allowed in entry.needs.items():
         if (value := getattr(config, name, None)) not in allowed:
             return f"it runs these models only with {name} {' or '.join(map(str, allowed))}, not {value}"
     if entry.form == "unchanged":
         return None
+    if target.name == "transformers" and WindowSpan(1) in plan.spans and entry.form != "gpt_neo":
+        return "its cache drops nothing under a window of 1, so generated tokens see more than their own"
     data = write_config(config, plan, target, entry)
     written = type(config).from_dict(data) if data["model_type"] == config.model_type else config
     if layer_positions(written) != layer_positions(config):
@@ -119,10 +123,10 @@ def objection(config: PretrainedConfig, plan: AttentionPlan, target: Target) -> 
         )
     if target.name == "mlx-lm" and config.model_type in PERIODIC and period(data["layer_types"]) is None:
         return entry.why
-    return _rope_objection(data, target)
+    return _rope_objection(data, target, entry)
 
 
-def _rope_objection(data: dict[str, Any], target: Target) -> str | None:
+def _rope_objection(data: dict[str, Any], target: Target, entry: Entry) -> str | None:
     """Rotary positions that the tool would compute in another way than transformers, from a config.json."""
     parameters = data.get("rope_parameters") or {}
     ropes = {key: rope for key, rope in parameters.items() if isinstance(rope, dict)} or {FULL: parameters}
@@ -130,6 +134,9 @@ def _rope_objection(data: dict[str, Any], target: Target) -> str | None:
         kind = rope.get("rope_type", "default")
         if kind not in target.ropes:
             return f"it does not compute {kind} rotary positions as transformers does"
+        part = rope.get("partial_rotary_factor") or 1.0
+        if part != 1.0 and (target.name == "mlx-lm" or entry.form not in ("native", "gpt_neo")):
+            return f"it does not agree with transformers on rotary positions in {part} of each head"
         odd = sorted(name for name, value in rope.items() if name not in _YARN and value is not None)
         if kind == "yarn" and odd and target.name != "transformers":
             return f"it reads {odd[0]} of yarn rotary positions in another way than transformers"
@@ -141,7 +148,12 @@ def _rope_objection(data: dict[str, Any], target: Target) -> str | None:
 
 
 def check_export(config: PretrainedConfig, plan: AttentionPlan, target: str) -> None:
-    """Whether the plan can go to the tool; needs no weights.
+    """Whether the plan can go to the tool; needs no weights. Arguments and errors as in `chosen_entry`."""
+    chosen_entry(config, plan, target)
+
+
+def chosen_entry(config: PretrainedConfig, plan: AttentionPlan, target: str) -> tuple[Target, AttentionPlan, Entry]:
+    """The tool, the plan as it is to be written, and what the tool does with the model.
 
     Args:
         config: the stock config, as `load_config` reads it.
@@ -149,12 +161,12 @@ def check_export(config: PretrainedConfig, plan: AttentionPlan, target: str) -> 
         target: name of the tool.
 
     Raises:
-        MasformerError: it cannot; the message has the reason and the nearest plan that can.
+        MasformerError: it cannot run the plan; the message has the reason and the nearest plan that it can.
     """
     tool, plan = find_target(target), plain(plan.for_layers(config.num_hidden_layers))
-    reason = objection(config, plan, tool)
-    if reason is None:
-        return
+    reason, entry = objection(config, plan, tool), entry_for(config, plan, tool)
+    if reason is None and entry is not None:
+        return tool, plan, entry
     message = f"{target} cannot run {plan} on {architecture(config)} models: {reason}"
     near = nearest(config, plan, tool)
     if near is not None:
@@ -182,6 +194,10 @@ def _candidates(config: PretrainedConfig, plan: AttentionPlan) -> Iterator[tuple
         yield AttentionPlan(tuple(spans)), words
     if any(isinstance(span, BlockSpan) for span in spans):
         words, spans = [*words, "use windows in place of blocks"], [_as_window(span) for span in spans]
+        yield AttentionPlan(tuple(spans)), words
+    if WindowSpan(1) in spans:
+        wider = [WindowSpan(2) if span == WindowSpan(1) else span for span in spans]
+        words, spans = [*words, "use windows of at least 2"], wider
         yield AttentionPlan(tuple(spans)), words
     windows = Counter(span for span in spans if isinstance(span, WindowSpan))
     if len(windows) > 1:

@@ -69,7 +69,7 @@ def folder_readme(
     run = _RUN[target.name].format(folder=name, limit=limit or 2048, attention=attention)
     note = _GPT_NEO if neo else _NOTES[target.name]
     lines = [
-        f"# A {config.model_type} model with mixed attention spans, for {target.name}",
+        f"# {name}: mixed attention spans, for {target.name}",
         f"Plan: `{plan}`. Written by masformer for {target.name} >= {target.least}, checked with {target.tested}.",
         "## Run",
         run,

@@ -72,7 +72,7 @@ def check_installed(target: str, python: str | os.PathLike[str] | None = None) -
     Raises:
         MasformerError: it is not there.
     """
-    tool, python = find_target(target), os.fspath(python or sys.executable)
+    tool, python = find_target(target), _interpreter(python)
     if not tool.package:
         raise MasformerError(f"there is nothing to verify an export for {target} with")
     code = (
@@ -167,6 +167,12 @@ def _logits(model: PreTrainedModel, tokens: Tensor, positions: Tensor) -> Tensor
     return logits.float().cpu()
 
 
+def _interpreter(python: str | os.PathLike[str] | None) -> str:
+    """Its path, not through links: an environment is known by the name of its interpreter."""
+    name = os.fspath(python or sys.executable)
+    return os.path.abspath(name) if os.path.dirname(name) else name
+
+
 def _run(
     tool: Target, folder: Path, tokens: Tensor, positions: Tensor, python: str | os.PathLike[str] | None
 ) -> dict[str, Any]:
@@ -181,7 +187,7 @@ def _run(
             "answer": str(answer),
         }
         jobs.write_text(json.dumps([job]), encoding="utf-8")
-        command = [os.fspath(python or sys.executable), "-I", str(script), str(jobs)]
+        command = [_interpreter(python), "-I", str(script), str(jobs)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=temporary, check=False)
         if done.returncode or not answer.is_file():
