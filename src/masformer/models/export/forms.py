@@ -23,6 +23,8 @@ SWITCHED = {"qwen2", "qwen3", "smollm3"}
 NO_FULL_POSITIONS = {"cohere2", "exaone4"}
 """Model types whose full layers have no positions, where there is a window."""
 
+_UNUSED = {"_name_or_path", "_model_name_or_path", "attn_implementation", "id2label", "label2id"}
+
 Form = Callable[[PretrainedConfig, AttentionPlan], dict[str, Any]]
 
 
@@ -59,7 +61,7 @@ def _base(config: PretrainedConfig, model_type: str, **changes: Any) -> dict[str
     data = config.to_dict() | changes
     data["model_type"] = model_type
     data["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]
-    return {key: value for key, value in data.items() if key not in ("_name_or_path", "attn_implementation")}
+    return {key: value for key, value in data.items() if key not in _UNUSED}
 
 
 def _native(config: PretrainedConfig, plan: AttentionPlan) -> dict[str, Any]:

@@ -37,7 +37,7 @@ _NOTES = {
     "transformers": "Any attention implementation of transformers follows the windows.",
     "vllm": (
         "Memory for the cache is set aside at the start (`--gpu-memory-utilization`; CPU: `VLLM_CPU_KVCACHE_SPACE`): "
-        "the figures below are what one sequence takes of it. `--disable-sliding-window` is not for this model."
+        "one sequence takes about what stands below of it. `--disable-sliding-window` is not for this model."
     ),
     "mlx-lm": (
         "Older versions ignore `layer_types` and run full attention without a word: check with `pip show mlx-lm`. "
