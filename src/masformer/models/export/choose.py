@@ -78,9 +78,8 @@ def write_config(config: PretrainedConfig, plan: AttentionPlan, target: Target, 
         entry: what it does with the model.
     """
     data = FORMS[form_for(config, plan, entry)](config, plan)
-    if target.name == "vllm" and not plan.is_full:
-        return for_vllm(data)
-    return for_mlx_lm(data) if target.name == "mlx-lm" else data
+    finish = {"vllm": for_vllm, "mlx-lm": for_mlx_lm}.get(target.name)
+    return finish(data) if finish else data
 
 
 def form_for(config: PretrainedConfig, plan: AttentionPlan, entry: Entry) -> str:

@@ -169,8 +169,8 @@ def extra_weights(config: PretrainedConfig, form: str, weights: dict[str, Tensor
 
 
 def for_vllm(data: dict[str, Any]) -> dict[str, Any]:
-    """Names vLLM's transformers backend, apart from Mistral: its own classes do not all read layer types."""
-    if data["model_type"] != "mistral":
+    """Names vLLM's transformers backend: not all of its own classes read layer types, or every bias (Qwen 3)."""
+    if data["model_type"] not in ("mistral", "llama", "gpt2"):
         data["architectures"] = ["TransformersForCausalLM"]
     return data
 

@@ -44,6 +44,10 @@ _NOTES = {
         "`--max-kv-size` is not for this model: it drops keys that full layers need."
     ),
 }
+_SOFTCAP = (
+    "Eager attention, because the model caps its attention scores: transformers up to 5.19 drops the cap without a word "
+    "in `sdpa`, its default there."
+)
 _GPT_NEO = (
     "GPT-Neo runs in eager attention, whose masks take (positions)^2 bytes in each layer beside the weights; "
     "`flash_attention_2` ignores the windows in stock transformers. Its cache keeps every key in every layer."
@@ -64,10 +68,10 @@ def folder_readme(
         tokenizer: whether the folder has a tokenizer.
     """
     limit = position_limit(config)
-    neo = config.model_type == "gpt_neo"
-    attention = ', attn_implementation="eager"' if neo else ""
+    neo, capped = config.model_type == "gpt_neo", bool(getattr(config, "attn_logit_softcapping", None))
+    attention = ', attn_implementation="eager"' if neo or capped else ""
     run = _RUN[target.name].format(folder=name, limit=limit or 2048, attention=attention)
-    note = _GPT_NEO if neo else _NOTES[target.name]
+    note = _GPT_NEO if neo else _SOFTCAP if capped and target.name == "transformers" else _NOTES[target.name]
     lines = [
         f"# {name}: mixed attention spans, for {target.name}",
         f"Plan: `{plan}`. Written by masformer for {target.name} >= {target.least}, checked with {target.tested}.",

@@ -6,12 +6,14 @@ import sys
 
 import numpy
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 with open(sys.argv[1], encoding="utf-8") as file:
     jobs = json.load(file)
 for job in jobs:
-    model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=torch.float32).eval()
+    capped = getattr(AutoConfig.from_pretrained(job["folder"]), "attn_logit_softcapping", None)
+    options = {"attn_implementation": "eager"} if capped else {}  # sdpa of older versions drops the cap
+    model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=torch.float32, **options).eval()
     tokens, positions = torch.tensor([job["tokens"]]), torch.tensor(job["positions"])
     with torch.no_grad():
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
