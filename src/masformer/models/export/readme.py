@@ -40,13 +40,13 @@ _NOTES = {
         "one sequence takes about what stands below of it. `--disable-sliding-window` is not for this model."
     ),
     "mlx-lm": (
-        "Older versions ignore `layer_types` and run full attention without a word: check with `pip show mlx-lm`. "
+        "Versions before 0.28.2 ignore `layer_types` and run full attention, silently: check with `pip show mlx-lm`. "
         "`--max-kv-size` is not for this model: it drops keys that full layers need."
     ),
 }
 _SOFTCAP = (
-    "Eager attention, because the model caps its attention scores: transformers up to 5.19 drops the cap without a word "
-    "in `sdpa`, its default there."
+    "Eager attention, because the model caps its attention scores: transformers up to 5.19 drops the cap in `sdpa`, "
+    "its default there, without a word."
 )
 _GPT_NEO = (
     "GPT-Neo runs in eager attention, whose masks take (positions)^2 bytes in each layer beside the weights; "
