@@ -170,7 +170,7 @@ def extra_weights(config: PretrainedConfig, form: str, weights: dict[str, Tensor
 
 def for_vllm(data: dict[str, Any]) -> dict[str, Any]:
     """Names vLLM's transformers backend: not all of its own classes read layer types, or every bias (Qwen 3)."""
-    if data["model_type"] not in ("mistral", "llama", "gpt2"):
+    if data["model_type"] not in ("mistral", "llama", "gpt2", "gpt_neox"):
         data["architectures"] = ["TransformersForCausalLM"]
     return data
 
