@@ -217,6 +217,7 @@ def test_demo_on_another_model_and_text(capsys, folder, text, tmp_path):
         (["search", "MODEL", *SEARCH, "--budget", "much", "--out", "p.yaml"], "much"),
         (["search", "MODEL", *SEARCH, "--budget", "2", "--out", "plan.txt"], "cannot tell the format of plan file"),
         (["search", "MODEL", *SEARCH, "--budget", "9", "--out", "p.yaml", "--length", "64"], "9"),
+        (["search", "MODEL", *SEARCH, "--budget", "2", "--out", "p.yaml", "--probes", "4"], "--probes does nothing"),
         (["bench", "attention", "--heads", "3", "--kv-heads", "2"], "3 query heads are no multiple of 2 kv heads"),
         (["bench", "attention", "--span", "block:-1"], "block size must be at least 1, got -1"),
         (["generate", "MODEL", "--file", "missing.txt"], "cannot read the prompt file missing.txt"),

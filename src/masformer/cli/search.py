@@ -32,6 +32,7 @@ def search(
     documents: int | None = None,
     windows: int = 8,
     held_out_windows: int = 8,
+    probes: int | None = None,
     random_placements: int = 20,
     seed: int = records.SEED,
     batch_size: int = 1,
@@ -55,6 +56,7 @@ def search(
         documents: use at most so many documents of each text.
         windows: windows of text to choose by.
         held_out_windows: windows of text to report on.
+        probes: for the criterion retrieval, questions to choose by, and as many to report on (default: 16).
         random_placements: random placements of the same budget, for comparison.
         seed: of the random placements and retrieval probes.
         batch_size: windows that run together.
@@ -70,6 +72,8 @@ def search(
         raise MasformerError(f"cannot tell the format of plan file {out}; allowed: {', '.join(PLAN_SUFFIXES)}")
     rest, choices = Span.parse(local), [Span.parse(text) for text in span or ()]
     placement.Budget.parse(budget)
+    if probes is not None and "retrieval" not in placement.parse_criteria(criteria):
+        raise MasformerError("--probes does nothing without the criterion retrieval")
     texts = {name: list(read_documents([name], field=field, limit=documents)) for name in test or ()}
     chosen = list(read_documents(data, field=field, limit=documents))
     loaded, tokenizer = load_for(model, load_config(model)[1], None, dtype)
@@ -91,6 +95,7 @@ def search(
             held_out_windows=held_out_windows,
             other_texts={name: tokenize(tokenizer, text)[0] for name, text in texts.items()},
             tokenizer=tokenizer,
+            probes=16 if probes is None else probes,
             random_placements=random_placements,
             seed=seed,
             batch_size=batch_size,
