@@ -76,6 +76,8 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         console = Console(quiet=True)
     for source in (*recipe.data.sources.values(), *recipe.evaluation.sources.values()):
         source.check()
+    if recipe.training.sharding == "fsdp" and arguments.world_size == 1:
+        console.print("training.sharding fsdp does nothing in one process; start several with torchrun", markup=False)
     checkpoint = _start(recipe, output, resume, first, console)
     if checkpoint is None and (output / "model").exists():
         console.print(f"{output / 'model'} is there already: the run is finished", markup=False)

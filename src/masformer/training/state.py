@@ -18,6 +18,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM
 
@@ -36,8 +37,16 @@ def whole(tensor: Tensor) -> Tensor:
     return (full.full_tensor() if isinstance(full, DTensor) else full).cpu().contiguous()
 
 
+def reshard(model: Any) -> None:
+    """After a pass without a backward, FSDP2 leaves some weights whole; the optimizer knows their shards alone."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def trained_weights(model: Any, names: tuple[str, ...], keep: bool) -> dict[str, Tensor]:
     """Name -> whole tensor of the trained parameters; empty unless `keep`, on processes that only take part."""
+    reshard(model)
     wanted, found = set(names), {}
     for name, weight in model.named_parameters():
         if name in wanted:
@@ -73,6 +82,7 @@ def write_weights(prepared: Prepared, weights: dict[str, Tensor], folder: Path) 
 
 def optimizer_state(model: Any, optimizer: Any, names: tuple[str, ...], keep: bool) -> dict[str, Tensor]:
     """`name/moment` -> whole tensor; empty unless `keep`, on processes that only take part."""
+    reshard(model)
     found = {}
     for name, weight in _named(model, names):
         for moment, value in optimizer.state.get(weight, {}).items():

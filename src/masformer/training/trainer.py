@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -40,7 +42,8 @@ def training_arguments(recipe: Recipe, steps: int, evaluate_first: bool) -> Trai
     """
     settings = recipe.training
     accelerator = torch.accelerator.is_available()
-    options: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}} if settings.sharding == "fsdp" else {}
+    sharded = settings.sharding == "fsdp" and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    options: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}} if sharded else {}
     try:
         arguments = TrainingArguments(
             output_dir=str(Path(recipe.output)),
@@ -121,6 +124,16 @@ class SpanTrainer(Trainer):  # type: ignore[misc]
             raise MasformerError("DeepSpeed is not supported; use DDP, or FSDP2 (training.sharding fsdp)")
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
             raise MasformerError("FSDP1 is not supported; use FSDP2 (fsdp_version 2, or training.sharding fsdp)")
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Also on CPUs, where accelerate would train unsharded in silence, though what it does works there."""
+        super().create_accelerator_and_postprocess()
+        shared = self.accelerator.state
+        asked = self.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        if asked and shared.distributed_type == DistributedType.MULTI_CPU:
+            shared.fsdp_plugin = FullyShardedDataParallelPlugin(**(self.args.fsdp_plugin_args or {}))
+            shared.distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
