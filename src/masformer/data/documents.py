@@ -27,7 +27,9 @@ COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open,
 JSON_LINES = (".jsonl", ".ndjson")
 PARQUET = ".parquet"
 NOT_TEXT = (".json", PARQUET, ".arrow", ".csv", ".tsv", ".zip", ".tar", ".zst", ".7z", ".pdf", ".docx", ".gguf")
-DATA_FORMS = f"text files and JSON lines ({', '.join(JSON_LINES)}), either also as {', '.join(COMPRESSED)}, and {PARQUET}"
+DATA_FORMS = (
+    f"text files and JSON lines ({', '.join(JSON_LINES)}), either also as {', '.join(COMPRESSED)}, and {PARQUET}"
+)
 PARQUET_ROWS = 16
 """Rows of a Parquet file that are in memory at the same time."""
 TEXT = "text"

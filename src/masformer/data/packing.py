@@ -82,7 +82,7 @@ class PackedRows(Dataset[Example]):
 
 
 class Schedule(Dataset[Example]):
-    """The rows of a whole training run, in order: every row once, in an order drawn from the seed, then again in another.
+    """The rows of a whole training run: every row once, in an order drawn from the seed, then again in another.
 
     Which row comes at which place depends on the seed and the place alone, so a run resumes exactly, on any number of
     devices.

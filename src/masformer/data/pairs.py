@@ -1,4 +1,4 @@
-"""Prompt/target pairs in rows of the training length: the target alone is predicted, over-long prompts are cut by a rule.
+"""Prompt/target pairs in rows of the training length: only targets are predicted, long prompts are cut by a rule.
 
 Of an over-long pair, the part of the prompt inside the template is shortened; the template's own words and the target
 stay. A target is cut at its end only where it is longer than `max_target`, or would leave no room for any prompt.

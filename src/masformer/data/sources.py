@@ -1,4 +1,4 @@
-"""Where training and evaluation texts come from: files, a hub dataset, or what every Python has; and which part of it."""
+"""Where texts come from: files, a hub dataset, or what every Python has; and which part of it is taken."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def model_card(
         f"# {config.model_type} with mixed attention spans",
         "",
         f"Trained from {origin} with masformer (MASFormer, arXiv 2310.12442); {how}. Load it with",
-        "`masformer.load_model(folder)`: stock transformers refuses it, since it would run full attention in every layer.",
+        "`masformer.load_model(folder)`: stock transformers refuses it, for it would run full attention everywhere.",
         "",
         "| | |",
         "|---|---|",

@@ -1,8 +1,8 @@
 """Checkpoints of a run: written whole, checked when they are read, the newest few kept.
 
-A checkpoint is a folder `checkpoint-STEP`. It is written under another name, every file is flushed to the disk, a list of
-the files with their sizes and checksums is written last, and then the folder is renamed. What lacks the list, or does
-not match it, is never used. The format knows nothing of processes: whole tensors under their parameter's name.
+A checkpoint is a folder `checkpoint-STEP`. It is written under another name, every file is flushed to the disk, a list
+of the files with their sizes and checksums is written last, and then the folder is renamed. What lacks the list, or
+does not match it, is never used. The format knows nothing of processes: whole tensors under their parameter's name.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def steps_saved(output: Path) -> list[tuple[int, Path]]:
 
 def newest(output: Path) -> tuple[Found | None, list[Found]]:
     """The newest whole checkpoint, and the faulty ones that are newer."""
-    faulty = []
+    faulty: list[Found] = []
     for step, path in steps_saved(output):
         found = Found(path, step, _fault(path))
         if found.fault is None:

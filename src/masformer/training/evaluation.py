@@ -1,4 +1,4 @@
-"""Perplexity on held-out texts while training, the same figures as `masformer eval perplexity`, on any number of devices."""
+"""Perplexity on held-out texts while training: as `masformer eval perplexity` has it, on any number of devices."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The training loss without logits of all positions: exact, in chunks of positions, for any head.
 
-Logits of 8192 positions and 49152 words are 1.5 GiB in float32, and a backward pass holds several such tensors. Here the
-model's own output layer (bias, soft cap, scale and all) runs on some positions at a time and is run again in the
-backward pass, so that one chunk of logits exists at any time. Where the head is a plain linear map in one dtype,
-torch's `linear_cross_entropy` does the same without running it twice.
+Logits of 8192 positions and 49152 words are 1.5 GiB in float32, and a backward pass holds several such tensors. Here
+the model's own output layer (bias, soft cap, scale and all) runs on some positions at a time, and again in the backward
+pass, so that one chunk of logits exists at any time. Where the head is a plain linear map in one dtype, torch's
+`linear_cross_entropy` does the same without running it twice.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from masformer.evaluation.perplexity import prepared_base
 from masformer.errors import check_int
+from masformer.evaluation.perplexity import prepared_base
 
 CHUNK = 512
 """Positions whose logits exist at the same time."""
@@ -37,8 +37,8 @@ def use_chunked_loss(model: PreTrainedModel, chunk: int = CHUNK) -> PreTrainedMo
     - `num_items_in_batch`: the sum of the losses is divided by it; by default by the number of predictions.
     - `per_token=True`: the loss of each position, float32 [batch, length], 0 where nothing is predicted.
 
-    Where the loss has further terms, or the head cannot be run apart from the base, the logits of all positions are made
-    as before, and a warning says why.
+    Where the loss has further terms, or the head cannot be run apart from the base, the logits of all positions are
+    made as before, and a warning says why.
 
     Args:
         model: a causal language model.

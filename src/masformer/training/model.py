@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
 from masformer.errors import MasformerError
@@ -80,7 +79,9 @@ def recipe_config(recipe: ModelRecipe, tokenizer: Any = None) -> tuple[Pretraine
     try:
         usual = AutoConfig.for_model(kind)
     except (ValueError, KeyError):
-        raise MasformerError(f"model.config: unknown model_type {kind!r}; transformers knows none of that name") from None
+        raise MasformerError(
+            f"model.config: unknown model_type {kind!r}; transformers knows none of that name"
+        ) from None
     known = [*usual.to_dict(), *usual.attribute_map]
     for name in settings:
         if name not in known:
@@ -234,7 +235,7 @@ def add_adapters(causal: Any, lora: LoraRecipe) -> Any:
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-    wanted = {name: [] for name in (*lora.targets, *lora.train)}  # type: dict[str, list[nn.Module]]
+    wanted: dict[str, list[Any]] = {name: [] for name in (*lora.targets, *lora.train)}
     for name, module in causal.named_modules():
         for ending in wanted:
             if name == ending or name.endswith(f".{ending}"):

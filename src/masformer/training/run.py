@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from accelerate import PartialState
 from rich.console import Console
@@ -77,10 +76,10 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     for source in (*recipe.data.sources.values(), *recipe.evaluation.sources.values()):
         source.check()
     if recipe.training.sharding == "fsdp" and arguments.world_size == 1:
-        console.print("training.sharding fsdp does nothing in one process; start several with torchrun", markup=False)
+        _say(console, "training.sharding fsdp does nothing in one process; start several with torchrun")
     checkpoint = _start(recipe, output, resume, first, console)
     if checkpoint is None and (output / "model").exists():
-        console.print(f"{output / 'model'} is there already: the run is finished", markup=False)
+        _say(console, f"{output / 'model'} is there already: the run is finished")
         return Outcome(output / "model", 0, None, {})
     PartialState().wait_for_everyone()
     rows, report = _read(recipe, arguments, console)
@@ -92,14 +91,14 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     prepared = prepare_model(recipe, checkpoint)
     tasks = evaluation_tasks(recipe, prepared.tokenizer)
     count = sum(weight.numel() for weight in prepared.model.parameters() if weight.requires_grad)
-    console.print(f"{count:,} weights are trained; plan: {prepared.plan}", markup=False)
+    _say(console, f"{count:,} weights are trained; plan: {prepared.plan}")
     start = bool(tasks) and recipe.evaluation.at_start and checkpoint is None
     arguments = training_arguments(recipe, steps, start)
     with _bar(console) as bar:
         task = bar.add_task("", total=steps)
         watch = Watch(
             recipe,
-            lambda head, figures: bar.console.print(f"{head}  {figures_text(figures)}", markup=False),
+            lambda head, figures: _say(bar.console, f"{head}  {figures_text(figures)}"),
             lambda done, total, what: bar.update(task, completed=done, total=total, description=what),
         )
         trainer = SpanTrainer(recipe, prepared, schedule, tasks, arguments, watch)
@@ -107,13 +106,13 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     done = int(trainer.state.global_step)
     if watch.is_stopped() and done < steps:
-        console.print(f"stopped after step {done}; --resume goes on from there", markup=False)
+        _say(console, f"stopped after step {done}; --resume goes on from there")
         return Outcome(None, done, watch.stopped_by, watch.evaluations)
     weights = state.trained_weights(trainer.model, prepared.trainable, first)
     if first:
         evaluations = read_evaluations(output / METRICS)
         _write_model(recipe, prepared, weights, output / "model", model_card(recipe, prepared, report, evaluations))
-        console.print(f"{output / 'model'}: {prepared.plan}", markup=False)
+        _say(console, f"{output / 'model'}: {prepared.plan}")
     PartialState().wait_for_everyone()
     return Outcome(output / "model", done, None, watch.evaluations)
 
@@ -164,16 +163,16 @@ def _start(recipe: Recipe, output: Path, resume: bool, first: bool, console: Con
         return None
     found, faulty = newest(output) if resume else (None, [])
     for each in faulty:
-        console.print(f"{each.path} is not used: {each.fault}", markup=False)
+        _say(console, f"{each.path} is not used: {each.fault}")
     if faulty and found is None:
         raise MasformerError(
             f"no checkpoint in {output} can be used ({faulty[0].path.name}: {faulty[0].fault}); "
             "remove its folder checkpoints to start again"
         )
     if found is not None:
-        console.print(f"going on from {found.path}", markup=False)
+        _say(console, f"going on from {found.path}")
     elif resume:
-        console.print(f"{output} holds no checkpoint yet: starting from the beginning", markup=False)
+        _say(console, f"{output} holds no checkpoint yet: starting from the beginning")
     if first:
         remove_partial(output)
         write_whole(output / RECIPE, recipe.to_yaml())
@@ -194,7 +193,7 @@ def _check_same(recipe: Recipe, path: Path, console: Console) -> None:
             change = f"{setting} was {was.get(setting)!r} and is {is_.get(setting)!r}"
             if name in FIXED or setting in ("training.rows", "training.seed"):
                 raise MasformerError(f"this run cannot be resumed with another recipe: {change}")
-            console.print(f"the recipe has changed: {change}", markup=False)
+            _say(console, f"the recipe has changed: {change}")
 
 
 def _flat(name: str, value: Any) -> dict[str, Any]:
@@ -217,16 +216,18 @@ def _read(
             def advance(documents: int, tokens: int, name: str = name, task: Any = task) -> None:
                 bar.update(task, description=f"reading {name}: {documents:,} documents, {tokens:,} tokens")
 
-            stores.append(
-                token_store(name, source, tokenizer, data.cache, template=data.template, progress=advance)
-            )
+            stores.append(token_store(name, source, tokenizer, data.cache, template=data.template, progress=advance))
     rows = make_rows(stores, data.length, data.packing, data.cut, data.max_target)
     report = report_rows(stores, rows)
     console.print(report_table(report))
-    console.print(report_text(report), markup=False)
+    _say(console, report_text(report))
     if arguments.process_index == 0:
         write_whole(Path(recipe.output) / REPORT, json.dumps(report, indent=2) + "\n")
     return rows, report
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, soft_wrap=True)
 
 
 def _bar(console: Console) -> Progress:
@@ -244,10 +245,11 @@ def _signals(watch: Watch, console: Console) -> Iterator[None]:
             os.kill(os.getpid(), number)
             return
         watch.stopped_by = number
-        console.print("stopping after this step, with a checkpoint; once more stops at once", markup=False)
+        _say(console, "stopping after this step, with a checkpoint; once more stops at once")
 
     try:
-        before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT)
+        before = {number: signal.signal(number, handle) for number in numbers}
     except ValueError:  # not in the main thread: signals are somebody else's
         yield
         return

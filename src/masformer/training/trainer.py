@@ -270,7 +270,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if "loss" in figures:
             if not math.isfinite(figures["loss"]):
                 raise MasformerError(
-                    f"the loss is not finite at step {step}; a smaller training.learning_rate, or a longer warm-up, may help"
+                    f"the loss is not finite at step {step}; try a smaller training.learning_rate or more warm-up"
                 )
             figures["tokens"] = self._tokens
             if self._seconds:
@@ -313,5 +313,5 @@ def summary_writer(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise MasformerError("logging.tensorboard needs the package tensorboard: pip install 'masformer[train]'") from None
+        raise MasformerError("logging.tensorboard needs tensorboard: pip install 'masformer[train]'") from None
     return SummaryWriter(str(folder), purge_step=step or None)
