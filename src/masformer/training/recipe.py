@@ -1,7 +1,8 @@
 """A training run as a file: every setting, its default, and what is allowed.
 
 A recipe is YAML. Settings on the command line (`--training.steps 60`, `--data.sources.books.limit 5`) take the place
-of those in the file. A name that does not exist, a value of the wrong kind, or a setting that would do nothing is an error.
+of those in the file. A name that does not exist, a value of the wrong kind, or a setting that would do nothing is an
+error.
 """
 
 from __future__ import annotations
