@@ -10,28 +10,24 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from masformer.cost import Comparison, ModelShape, bytes_text, compare, flops_text
 from masformer.data.packing import make_rows
 from masformer.data.report import report_rows, report_text
 from masformer.data.store import token_store
 from masformer.errors import MasformerError
-from masformer.models import adapters
-from masformer.models.bridge import NAME, apply_plan
 from masformer.models.checkpoint import load_config
-from masformer.models.positions import extend_positions
 from masformer.plan import AttentionPlan
 from masformer.plots import picture
 from masformer.training.model import (
     add_adapters,
     byte_tokenizer,
     check_expected,
-    check_lengths,
-    dtype_of,
     recipe_config,
     recipe_plan,
     recipe_tokenizer,
+    skeleton,
 )
 from masformer.training.recipe import BYTES, Recipe
 from masformer.training.run import step_count
@@ -120,8 +116,7 @@ def dry_run(recipe: Recipe, console: Console) -> Forecast:
     notes: list[str] = []
     config, own = _config(recipe, notes)
     plan = recipe_plan(recipe.model, own)
-    model = _skeleton(recipe, config, plan)
-    check_lengths(recipe, model.config)
+    model = skeleton(recipe, config, plan)
     shape = ModelShape.of(config)
     trained, total = _counts(recipe, model)
     for source in (*recipe.data.sources.values(), *recipe.evaluation.sources.values()):
@@ -226,23 +221,6 @@ def _config(recipe: Recipe, notes: list[str]) -> tuple[PretrainedConfig, Attenti
         )
     notes.append(f"{source} was not asked for: the shape is that of model.config")
     return recipe_config(recipe.model)
-
-
-def _skeleton(recipe: Recipe, config: PretrainedConfig, plan: AttentionPlan) -> Any:
-    """The model without weights, with its plan and positions."""
-    options = {"attn_implementation": NAME} if config.model_type == adapters.GPT_NEO else {}
-    dtype = torch.float32 if recipe.model.dtype == "auto" else dtype_of(recipe.model.dtype)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
-            apply_plan(model, plan, recipe.model.backend)
-    except MasformerError:
-        raise
-    except Exception as error:
-        raise MasformerError(f"cannot make a {config.model_type} model: {' '.join(str(error).split())}") from error
-    if recipe.model.max_positions is not None:
-        extend_positions(model, recipe.model.max_positions, recipe.model.position_method)
-    return model
 
 
 def _counts(recipe: Recipe, model: Any) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from masformer.errors import MasformerError
 from masformer.models import adapters
 from masformer.models.bridge import NAME, apply_plan
 from masformer.models.checkpoint import load_config, load_model, load_tokenizer
-from masformer.models.positions import position_limit
+from masformer.models.positions import extend_positions, position_limit
 from masformer.models.sealing import native_plan
 from masformer.plan import AttentionPlan
 from masformer.spans import Span
@@ -90,6 +90,8 @@ def recipe_config(recipe: ModelRecipe, tokenizer: Any = None) -> tuple[Pretraine
             raise MasformerError(f"model.config: {kind} models have no setting {name}; {hint}")
     if tokenizer is not None:
         settings.setdefault("vocab_size", len(tokenizer))
+        if (rows := settings["vocab_size"]) < len(tokenizer):
+            raise MasformerError(f"the tokenizer has {len(tokenizer)} tokens, but model.config.vocab_size is {rows}")
         for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
             settings.setdefault(token, getattr(tokenizer, token))
     try:
@@ -183,6 +185,21 @@ def new_model(config: PretrainedConfig, plan: AttentionPlan, settings: ModelReci
     except Exception as error:
         raise MasformerError(f"cannot make a {config.model_type} model: {' '.join(str(error).split())}") from error
     return apply_plan(causal, plan, settings.backend)
+
+
+def skeleton(recipe: Recipe, config: PretrainedConfig, plan: AttentionPlan) -> Any:
+    """The model without weights, with its plan and positions, to find out whether all that is possible.
+
+    Raises:
+        MasformerError: it is not.
+    """
+    settings = recipe.model
+    with torch.device("meta"):
+        causal = new_model(config, plan, settings)
+    if settings.max_positions is not None:
+        extend_positions(causal, settings.max_positions, settings.position_method)
+    check_lengths(recipe, causal.config)
+    return causal
 
 
 def check_expected(settings: ModelRecipe, config: PretrainedConfig) -> None:

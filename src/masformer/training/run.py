@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from accelerate import PartialState
 from rich.console import Console
@@ -25,12 +26,21 @@ from masformer.data.report import report_rows, report_table, report_text
 from masformer.data.store import token_store
 from masformer.errors import MasformerError
 from masformer.files import write_whole
-from masformer.models.checkpoint import save_model
+from masformer.models.checkpoint import load_config, save_model
 from masformer.training import state
 from masformer.training.card import model_card
 from masformer.training.checkpoints import newest, remove_partial, steps_saved
 from masformer.training.evaluation import evaluation_tasks
-from masformer.training.model import Prepared, prepare_model, recipe_tokenizer
+from masformer.training.model import (
+    Prepared,
+    add_adapters,
+    check_expected,
+    prepare_model,
+    recipe_config,
+    recipe_plan,
+    recipe_tokenizer,
+    skeleton,
+)
 from masformer.training.recipe import Recipe
 from masformer.training.trainer import METRICS, RECIPE, SpanTrainer, Watch, training_arguments
 
@@ -77,6 +87,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         source.check()
     if recipe.training.sharding == "fsdp" and arguments.world_size == 1:
         _say(console, "training.sharding fsdp does nothing in one process; start several with torchrun")
+    _check_model(recipe)
     checkpoint = _start(recipe, output, resume, first, console)
     if checkpoint is None and (output / "model").exists():
         _say(console, f"{output / 'model'} is there already: the run is finished")
@@ -115,6 +126,19 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         _say(console, f"{output / 'model'}: {prepared.plan}")
     PartialState().wait_for_everyone()
     return Outcome(output / "model", done, None, watch.evaluations)
+
+
+def _check_model(recipe: Recipe) -> None:
+    """Before anything is read or written: whether the model can be what the recipe makes of it."""
+    if recipe.model.source is None:
+        config, own = recipe_config(recipe.model, recipe_tokenizer(recipe.model))
+    else:
+        config, own = load_config(recipe.model.source)
+        check_expected(recipe.model, config)
+    causal = skeleton(recipe, config, recipe_plan(recipe.model, own))
+    if recipe.lora is not None:
+        with torch.device("meta"):
+            add_adapters(causal, recipe.lora)
 
 
 def step_count(recipe: Recipe, rows: int) -> int:
