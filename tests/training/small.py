@@ -69,7 +69,7 @@ def command(*words, processes=1):
     """A command line of masformer, in as many processes."""
     if processes == 1:
         return [sys.executable, "-m", "masformer", *map(str, words)]
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return [sys.executable, *torchrun, "-m", "masformer", *map(str, words)]
 
 
@@ -79,5 +79,5 @@ def environment():
 
 def run(*words, processes=1):
     return subprocess.run(
-        command(*words, processes=processes), env=environment(), capture_output=True, text=True, timeout=300
+        command(*words, processes=processes), env=environment(), capture_output=True, text=True, timeout=120
     )

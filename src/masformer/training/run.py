@@ -113,6 +113,8 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
             lambda done, total, what: bar.update(task, completed=done, total=total, description=what),
         )
         trainer = SpanTrainer(recipe, prepared, schedule, tasks, arguments, watch)
+        if trainer.is_fsdp_enabled:
+            _say(bar.console, f"weights and optimizer are shared by {arguments.world_size} processes (FSDP2)")
         with _signals(watch, bar.console):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     done = int(trainer.state.global_step)
