@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+import torch.distributed as dist
 from rich.console import Console
 
 from masformer.cli.options import Figures, console
@@ -33,6 +34,8 @@ def train(*, config: str, set: list[str] | None = None, resume: bool = False, dr
     from masformer.training.run import train as run
 
     outcome = run(recipe, resume=resume, console=Console(highlight=False))
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()  # its threads must not outlive it
     if outcome.signal == signal.SIGINT:
         raise KeyboardInterrupt
     if outcome.signal is not None:

@@ -53,6 +53,8 @@ def use_chunked_loss(model: PreTrainedModel, chunk: int = CHUNK) -> PreTrainedMo
         model.masformer_loss.give_up("it adds a term that balances experts")
     elif model.base_model is model:
         model.masformer_loss.give_up(f"{type(model).__name__} has no head apart from its base model")
+    else:
+        model.masformer_loss.choose(model)
     model.accepts_loss_kwargs = True  # type: ignore[assignment]
     model.forward = MethodType(_forward, model)  # type: ignore[method-assign]
     return model
@@ -63,24 +65,32 @@ class _Loss:
 
     def __init__(self, chunk: int) -> None:
         self.chunk = chunk
-        self.way: str | None = None
+        self.way = ""
 
     def give_up(self, reason: str) -> None:
         self.way = "plain"
         warnings.warn(f"the training loss needs the logits of all positions at once: {reason}", stacklevel=3)
 
-    def choose(self, model: Any, output: Any) -> None:
-        """Tries the head on one position, once."""
-        hidden = output.last_hidden_state[:1, -1:].detach()
+    def choose(self, model: Any) -> None:
+        """Tries the head on one position, before the model is wrapped: FSDP counts the calls of every module."""
+        training = model.training
+        model.eval()
         try:
             with torch.no_grad():
-                logits = _logits(model, output, hidden[0])
+                token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+                output = model.base_model(input_ids=token, use_cache=False, return_dict=True)
+                hidden = output.last_hidden_state[0]
+                # large, so that a soft cap shows, whatever the first token's own state is
+                hidden = torch.linspace(-100, 100, hidden.shape[-1]).to(hidden).expand_as(hidden)
+                logits = _logits(model, output, hidden)
                 head = model.get_output_embeddings()
-                linear = type(head) is nn.Linear and torch.equal(logits, head(hidden[0]))
+                linear = type(head) is nn.Linear and torch.equal(logits, head(hidden))
         except Exception as error:  # heads fail in their own ways
             self.give_up(f"the head of {type(model).__name__} cannot be run apart from its base ({error})")
-            return
-        self.way = "linear" if linear else "chunked"
+        else:
+            self.way = "linear" if linear else "chunked"
+        finally:
+            model.train(training)
 
 
 def _forward(
@@ -104,8 +114,6 @@ def _forward(
     extra = None
     if loss.way != "plain":
         output = model.base_model(input_ids, *args, **kwargs)
-        if loss.way is None:
-            loss.choose(model, output)
     if loss.way == "plain":
         losses, extra = _plain(model, input_ids, args, kwargs, shift_labels)
     elif not per_token and loss.way == "linear" and _suits(model, output.last_hidden_state):
