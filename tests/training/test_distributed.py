@@ -85,7 +85,7 @@ def test_accelerate_launch_shards_as_well(place, single):
     folder = place / "accelerate"
     folder.mkdir()
     file = recipe_file(folder, **TIED, data__cache=str(place / "cache"))
-    options = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    options = "--num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
     options += " --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP --rdzv_backend c10d"
     launch = [sys.executable, "-m", "accelerate.commands.launch", *options.split(), "-m", "masformer"]
     result = subprocess.run(

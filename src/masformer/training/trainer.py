@@ -125,6 +125,12 @@ class SpanTrainer(Trainer):  # type: ignore[misc]
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
             raise MasformerError("FSDP1 is not supported; use FSDP2 (fsdp_version 2, or training.sharding fsdp)")
 
+        parallel = getattr(self.accelerator, "parallelism_config", None)
+        if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled or parallel.tp_enabled):
+            raise MasformerError(
+                "sequence and tensor parallelism are not supported (docs/training.md says why); use FSDP2"
+            )
+
     def create_accelerator_and_postprocess(self) -> None:
         """Also on CPUs, where accelerate would train unsharded in silence, though what it does works there."""
         super().create_accelerator_and_postprocess()
