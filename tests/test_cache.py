@@ -258,26 +258,27 @@ def test_rows_are_repeated_selected_and_reordered():
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text", "phi3", "gpt2", "gpt_neo"])
-@pytest.mark.parametrize("limit", [None, 70])
-def test_the_cost_model_predicts_the_bytes(kind, limit):
+@pytest.mark.parametrize("reserve", [0, 36])
+def test_the_cost_model_predicts_the_bytes(kind, reserve):
     for plan in PLANS:
         model = apply_plan(tiny(kind), plan)
         shape = ModelShape.of(model.config)
         tokens = some_tokens(2, 70)
-        cache = SpanCache(plan, limit=limit)
+        cache = SpanCache(plan, reserve=reserve)
         ones = torch.ones_like(tokens)
         for end in (1, 2, 7, 19, 20, 36, 37, 70):
             in_chunks(model, cache, tokens[:, :end], ones[:, :end], [7, 1], start=cache.get_seq_length())
-            predicted = cost(shape, plan, end, cache_bytes_per_value=4, cache_limit=limit)
+            predicted = cost(shape, plan, end, cache_bytes_per_value=4, cache_reserve=reserve)
             assert cache.nbytes == 2 * predicted.kv_cache_bytes
             assert cache.storage_nbytes == 2 * predicted.kv_storage_bytes
 
 
-def test_generate_reserves_no_room_beyond_the_last_token():
+@pytest.mark.parametrize(("new", "slots"), [(20, 53), (60, 128)])
+def test_generate_reserves_all_there_can_be_unless_that_is_far_more_than_the_prompt(new, slots):
     model = apply_plan(tiny("llama"), PLAN)
-    out = model.generate(some_tokens(1, 33), max_new_tokens=20, eos_token_id=None, return_dict_in_generate=True)
+    out = model.generate(some_tokens(1, 33), max_new_tokens=new, eos_token_id=None, return_dict_in_generate=True)
     cache = out.get("cache") or out.get("past_key_values")
-    assert [layer.keys.shape[2] for layer in cache.layers] == [7, 52, 12, 9]
+    assert [layer.keys.shape[2] for layer in cache.layers] == [7, slots, 12, 9]
 
 
 def test_decoding_copies_no_cache_and_allocates_nothing_that_grows():
@@ -285,7 +286,7 @@ def test_decoding_copies_no_cache_and_allocates_nothing_that_grows():
     plan = AttentionPlan((WindowSpan(64, 4), FullSpan(), BlockSpan(64, 1), WindowSpan(64)))
     model = apply_plan(tiny("llama", max_position_embeddings=4096), plan)
     tokens, largest = some_tokens(1, 2010), []
-    cache = SpanCache(plan, limit=2010)
+    cache = SpanCache(plan)
     ones = torch.ones_like(tokens)
     for length in (1000, 2000):
         in_chunks(model, cache, tokens[:, :length], ones[:, :length], [100], start=cache.get_seq_length())
@@ -305,8 +306,8 @@ def test_wrong_use_is_refused():
     ones = torch.ones_like(tokens)
     with pytest.raises(MasformerError, match="the cache is of the plan window:5, the model of"):
         model(tokens, past_key_values=SpanCache(AttentionPlan.uniform(4, WindowSpan(5))))
-    with pytest.raises(MasformerError, match="limit must be at least 1, got 0"):
-        SpanCache(PLAN, limit=0)
+    with pytest.raises(MasformerError, match="reserve must be at least 0, got -1"):
+        SpanCache(PLAN, reserve=-1)
     with pytest.raises(MasformerError, match="a SpanCache serves models with a plan alone"):
         tiny("llama")(tokens, past_key_values=SpanCache(PLAN))
     with pytest.raises(MasformerError, match="an offloaded DynamicCache is not supported with a plan"):

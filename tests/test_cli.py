@@ -1,16 +1,15 @@
+import io
 import json
 import os
 import stat
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from masformer import AttentionPlan, cli
 from masformer.models.checkpoint import load_config
 from masformer.spans import FullSpan
-from tiny import PLAN, tiny, tiny_config
+from tiny import PLAN, letter_tokenizer, tiny, tiny_config
 
 SEARCH = ["--data", "TEXT", "--local", "window:4"]
 TEXT = "the quick brown fox jumps over the lazy dog and runs away from it . " * 30
@@ -20,12 +19,9 @@ TEXT = "the quick brown fox jumps over the lazy dog and runs away from it . " * 
 def folder(tmp_path_factory):
     """A stock model with a byte-level tokenizer, as people have it."""
     path = tmp_path_factory.mktemp("stock") / "model"
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tiny("llama", vocab_size=len(alphabet) + 1, sliding_window=None).save_pretrained(path)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(path)
+    tokenizer = letter_tokenizer(bos_token="<s>")
+    tiny("llama", vocab_size=len(tokenizer), sliding_window=None).save_pretrained(path)
+    tokenizer.save_pretrained(path)
     return str(path)
 
 
@@ -135,6 +131,42 @@ def test_bench_attention_records_raw_figures(capsys, tmp_path):
     assert rows[1]["ideal"] == pytest.approx(pairs / (16 * 17 / 2 + 64 * 16))
 
 
+def test_generate_streams_a_continuation_of_any_prompt(capsys, folder, tmp_path, monkeypatch):
+    file, record = tmp_path / "prompt.txt", tmp_path / "record.json"
+    file.write_text(TEXT[:70])
+    words = ["generate", folder, "--max-new-tokens", "9", "--plan", str(PLAN), "--prefill-chunk", "16"]
+    code, out, err = run(capsys, *words, "--file", str(file), "--prompt", "go on", "--json", str(record))
+    figures = json.loads(record.read_text())
+    assert (code, figures["prompt_tokens"], figures["plan"]) == (0, 77, str(PLAN))
+    assert out.startswith(figures["text"] + "\n")
+    assert "77 prompt tokens, " in err
+    assert "of all-full's" in err
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(f"{TEXT[:70]}\n\ngo on".encode())))
+    assert run(capsys, *words)[1] == figures["text"] + "\n"
+
+
+def test_bench_prefill_and_decode_compare_with_transformers_own_caches(capsys, folder, tmp_path):
+    for what, options in (("prefill", []), ("decode", ["--new", "2"])):
+        record = tmp_path / f"{what}.json"
+        words = ["bench", what, folder, "--lengths", "16,48", "--plan", "full@1; window:8+2", "--plan", "full"]
+        code, out, _ = run(capsys, *words, *options, "--repeats", "2", "--json", str(record))
+        rows = json.loads(record.read_text())["results"]
+        assert code == 0
+        assert "speed-up" in out
+        names = [row["name"] for row in rows if row["length"] == 48]
+        assert names == [
+            "full@1; window:8+2",
+            "all full, SpanCache",
+            "transformers, DynamicCache",
+            "transformers, StaticCache",
+            "transformers, sliding layers of full@1; window:8+2",
+        ]
+        assert all(len(row["seconds"]) == 2 and row["tokens_per_second"] > 0 for row in rows)
+        assert all(row["speedup"] == 1 for row in rows if row["name"] == "transformers, DynamicCache")
+        held = {row["name"]: row["cache_bytes"] for row in rows if row["length"] == 48}
+        assert held["full@1; window:8+2"] < held["all full, SpanCache"]
+
+
 def test_demo_on_another_model_and_text(capsys, folder, text, tmp_path):
     record = tmp_path / "demo.json"
     code, out, _ = run(capsys, "demo", "--model", folder, "--data", text, "--length", "64", "--json", str(record))
@@ -187,6 +219,15 @@ def test_demo_on_another_model_and_text(capsys, folder, text, tmp_path):
         (["search", "MODEL", *SEARCH, "--budget", "9", "--out", "p.yaml", "--length", "64"], "9"),
         (["bench", "attention", "--heads", "3", "--kv-heads", "2"], "3 query heads are no multiple of 2 kv heads"),
         (["bench", "attention", "--span", "block:-1"], "block size must be at least 1, got -1"),
+        (["generate", "MODEL", "--file", "missing.txt"], "cannot read the prompt file missing.txt"),
+        (["generate", "MODEL", "--prompt", " "], "the prompt is empty"),
+        (["generate", "MODEL", "--prompt", "x", "--system", "y"], "a system message needs a chat template"),
+        (["generate", "MODEL", "--prompt", "x", "--top-k", "3"], "top_p and top_k do nothing without"),
+        (["generate", "MODEL", "--prompt", "x", "--beams", "0"], "beams must be at least 1, got 0"),
+        (["generate", "MODEL", "--prompt", "x", "--plan", "full", "--plan", "window:4"], "one plan generates"),
+        (["bench", "prefill", "MODEL", "--lengths", "256"], "beyond the 128 positions of the model"),
+        (["bench", "decode", "MODEL", "--lengths", "64", "--new", "0"], "new tokens must be at least 1, got 0"),
+        (["bench", "decode", "MODEL", "--lengths", "x"], "--lengths 'x' is not allowed"),
         (["demo", "--length", "5"], "length must be at least 64, got 5"),
     ],
 )

@@ -46,7 +46,9 @@ ARCHITECTURES = {
     | EXPERTS
     | {"head_dim": 12, "v_head_dim": 8, "n_routed_experts": 4, "layer_types": ["full_attention"] * 4},
 }
-SHAPE = ModelShape(24, query_heads=16, kv_heads=16, head_dim=128, value_dim=128, matmul_weights=10**9, parameters=10**9)
+SHAPE = ModelShape(
+    24, query_heads=16, kv_heads=16, head_dim=128, value_dim=128, matmul_weights=10**9, parameters=10**9, widest=8192
+)
 
 
 def config(kind):
@@ -91,7 +93,9 @@ def test_a_config_that_carries_a_plan_has_the_same_shape():
 
 @given(plans, st.integers(1, 40))
 def test_attention_is_the_visible_pairs_and_the_cache_what_is_still_seen(plan, length):
-    shape = ModelShape(len(plan), query_heads=6, kv_heads=2, head_dim=5, value_dim=3, matmul_weights=70, parameters=100)
+    shape = ModelShape(
+        len(plan), query_heads=6, kv_heads=2, head_dim=5, value_dim=3, matmul_weights=70, parameters=100, widest=9
+    )
     positions = torch.arange(length)
     pairs = sum(int(span.visible(positions[:, None], positions).sum()) for span in plan)
     seen_by_one_query = sum(int(span.visible(positions[:, None], positions).sum(1).max()) for span in plan)
@@ -139,7 +143,7 @@ def test_the_example_in_the_docstring():
 
 
 def test_a_million_tokens_are_counted_exactly():
-    shape = ModelShape(30, query_heads=1, kv_heads=1, head_dim=1, value_dim=1, matmul_weights=1, parameters=1)
+    shape = ModelShape(30, query_heads=1, kv_heads=1, head_dim=1, value_dim=1, matmul_weights=1, parameters=1, widest=1)
     full, mixed = AttentionPlan.uniform(30, FullSpan()), AttentionPlan.mixed(30, 1, local=WindowSpan(1))
     assert cost(shape, full, 1_000_000).attention_flops == 4 * 30 * 500_000_500_000
     assert cost(shape, mixed, 1_000_000).attention_flops == 4 * (500_000_500_000 + 29 * 1_000_000)
@@ -202,7 +206,7 @@ def test_units(text, expected):
             lambda: cost(SHAPE, AttentionPlan.uniform(24, FullSpan()), 8, cache_bytes_per_value=0),
             "cache bytes per value must be at least 1, got 0",
         ),
-        (lambda: ModelShape(0, 1, 1, 1, 1, 1, 1), "num_layers must be at least 1, got 0"),
+        (lambda: ModelShape(0, 1, 1, 1, 1, 1, 1, 1), "num_layers must be at least 1, got 0"),
     ],
 )
 def test_wrong_values_are_named(make, message):

@@ -11,11 +11,9 @@ import openai
 import pytest
 import torch
 from fastapi.testclient import TestClient
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from masformer import AttentionPlan, FullSpan, SpanCache, apply_plan, cli, load_model, save_model, serving
-from tiny import PLAN, tiny
+from tiny import PLAN, letter_tokenizer, tiny
 
 TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}<assistant>"
 LETTERS = string.ascii_letters + string.digits + "<>.,Ġ"
@@ -36,10 +34,7 @@ def make_model(kind, **changes):
 
 
 def make_tokenizer(template=TEMPLATE):
-    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(LETTERS)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template)
+    return letter_tokenizer(LETTERS, chat_template=template)
 
 
 @pytest.fixture(scope="module")

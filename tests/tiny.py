@@ -3,7 +3,8 @@
 import random
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from masformer import AttentionPlan, BlockSpan, FullSpan, WindowSpan
 
@@ -56,3 +57,12 @@ def tiny(kind, **changes):
     """A stock model in evaluation mode, the same each time."""
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(tiny_config(kind, **changes)).eval()
+
+
+def letter_tokenizer(letters=None, **options):
+    """A tokenizer with a token for each letter, by default for each byte; options as of PreTrainedTokenizerFast."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet()) if letters is None else letters
+    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)

@@ -90,9 +90,9 @@ class SpanLayer(CacheLayerMixin):  # type: ignore[misc]
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, span: Span, limit: int | None = None) -> None:
+    def __init__(self, span: Span, reserve: int = 0) -> None:
         super().__init__()
-        self.span, self.limit = span, limit
+        self.span, self.reserve = span, reserve
         self.length = self.high = 0  # `high`: the greatest length since the last reset; later tokens were taken back
         self.start = 0  # of the longest document
         self.past = 0
@@ -181,9 +181,10 @@ class SpanLayer(CacheLayerMixin):  # type: ignore[misc]
     def _make_room(self, length: int) -> None:
         assert self.keys is not None
         assert self.values is not None
-        slots = stored_keys(self.span, length, self.limit, past=self.past)
+        slots = stored_keys(self.span, length, self.reserve, self.past)
         if slots > self.keys.shape[2]:
-            self.keys, self.values = (self._grown(storage, slots) for storage in (self.keys, self.values))
+            self.keys = self._grown(self.keys, slots)
+            self.values = self._grown(self.values, slots)
 
     def _grown(self, storage: Tensor, slots: int) -> Tensor:
         """Storage grows only before the ring is full: until then, slots are positions.
@@ -386,18 +387,17 @@ class SpanCache(Cache):  # type: ignore[misc]
 
     Args:
         plan: the model's plan.
-        limit: the most tokens that are to come, if known: full layers then reserve no room beyond it.
+        reserve: tokens of each row that full layers make room for at once; room for more is made by doubling.
 
     Raises:
-        MasformerError: the limit is below 1.
+        MasformerError: `reserve` is below 0.
     """
 
-    def __init__(self, plan: AttentionPlan, *, limit: int | None = None) -> None:
-        if limit is not None:
-            check_int("limit", limit, 1)
-        self.plan, self.limit = plan, limit
+    def __init__(self, plan: AttentionPlan, *, reserve: int = 0) -> None:
+        check_int("reserve", reserve, 0)
+        self.plan = plan
         self._empty()
-        super().__init__(layers=[SpanLayer(span, limit) for span in plan])
+        super().__init__(layers=[SpanLayer(span, reserve) for span in plan])
 
     def _empty(self) -> None:
         self._starts: tuple[int, ...] | None = None

@@ -7,7 +7,7 @@ kept apart, since a plan that saves most of the attention saves far less of the 
 >>> from transformers import LlamaConfig
 >>> shape = ModelShape.of(LlamaConfig(num_hidden_layers=2, vocab_size=32000))
 >>> cost(shape, AttentionPlan.parse("full,window:16"), length=64)
-Cost(length=64, attention_flops=48889856, dense_flops=68585259008, kv_cache_bytes=1310720)
+Cost(length=64, attention_flops=48889856, dense_flops=68585259008, kv_cache_bytes=1310720, kv_storage_bytes=1310720)
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class ModelShape:
             shares the embedding's weights), but no embedding, norm or bias; of a mixture of experts only the experts
             that one token visits.
         parameters: all weights, shared ones counted once; no formula needs it.
+        widest: values, for one token, on the wider side of the widest linear map; the output layer is left out.
     """
 
     num_layers: int
@@ -53,6 +54,7 @@ class ModelShape:
     value_dim: int
     matmul_weights: int
     parameters: int
+    widest: int
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -83,6 +85,13 @@ class ModelShape:
             value_dim=getattr(config, "v_head_dim", None) or head_dim,
             matmul_weights=sum(_matmul_weights(module, config) for module in model.modules()),
             parameters=model.num_parameters(),
+            widest=max(
+                max(weight.shape[-2:])
+                for module in model.base_model.modules()
+                if not isinstance(module, nn.Embedding)
+                for weight in module.parameters(recurse=False)
+                if weight.ndim > 1
+            ),
         )
         outputs = {
             "q_proj": shape.query_heads * shape.head_dim,
@@ -168,20 +177,18 @@ class Cost:
         return 3 * self.forward_flops
 
 
-def stored_keys(span: Span, length: int, limit: int | None = None, past: int = 0) -> int:
+def stored_keys(span: Span, length: int, reserve: int = 0, past: int = 0) -> int:
     """Keys that one layer of a `SpanCache` has storage for after `length` tokens of a row.
 
-    The next power of two, at least 16, but no more than the span can see; the limit where it is near.
+    What is reserved; beyond it the next power of two, at least 16; but no more than the span can see.
 
     Args:
         span: the layer's span.
         length: tokens.
-        limit: the most tokens that are to come, if known.
+        reserve: tokens that the cache makes room for at once.
         past: keys that are kept beside those the span can see, to take tokens back.
     """
-    slots = max(16, 1 << (length - 1).bit_length())
-    if limit is not None and length <= limit <= 2 * length:
-        slots = limit
+    slots = reserve if length <= reserve else max(16, 1 << (length - 1).bit_length())
     return slots if span.max_visible is None else min(slots, span.max_visible + past)
 
 
@@ -191,7 +198,7 @@ def cost(
     length: int,
     *,
     cache_bytes_per_value: int = 2,
-    cache_limit: int | None = None,
+    cache_reserve: int = 0,
 ) -> Cost:
     """Cost of one sequence.
 
@@ -200,17 +207,18 @@ def cost(
         plan: one span per layer of it.
         length: tokens; at least 1.
         cache_bytes_per_value: 2 for bfloat16 and float16, 4 for float32.
-        cache_limit: of the `SpanCache`; `generate` sets it to the most tokens there can be.
+        cache_reserve: `reserve` of the `SpanCache`.
 
     Raises:
         MasformerError: a number is out of range, or the plan has another number of layers.
     """
     check_int("length", length, 1)
     check_int("cache bytes per value", cache_bytes_per_value, 1)
+    check_int("cache reserve", cache_reserve, 0)
     layers = Counter(plan.for_layers(shape.num_layers))
     pairs = sum(count * span.visible_pairs(length) for span, count in layers.items())
     keys = sum(count * span.cached_keys(length) for span, count in layers.items())
-    slots = sum(count * stored_keys(span, length, cache_limit) for span, count in layers.items())
+    slots = sum(count * stored_keys(span, length, cache_reserve) for span, count in layers.items())
     values_per_head = shape.head_dim + shape.value_dim
     bytes_per_key = values_per_head * shape.kv_heads * cache_bytes_per_value
     return Cost(
@@ -220,6 +228,30 @@ def cost(
         kv_cache_bytes=bytes_per_key * keys,
         kv_storage_bytes=bytes_per_key * slots,
     )
+
+
+def prefill_bytes(
+    shape: ModelShape, plan: AttentionPlan, length: int, chunk: int, *, bytes_per_value: int = 2, reserve: int = 0
+) -> int:
+    """Memory that a prompt takes beside the weights, when it is read in chunks (`masformer.generation`).
+
+    The cache with its room to grow, and one chunk's activations in the widest part of a layer: for each token, the
+    gate, its activation, the other half and their product in a gated MLP (Shazeer, arXiv 2002.05202), or as much.
+
+    Args:
+        shape: the model.
+        plan: one span per layer of it.
+        length: tokens of the prompt and what follows it.
+        chunk: tokens of one forward pass.
+        bytes_per_value: 2 for bfloat16 and float16, 4 for float32.
+        reserve: of the `SpanCache`.
+
+    Raises:
+        MasformerError: as `cost`, or a chunk below 1.
+    """
+    check_int("chunk", chunk, 1)
+    held = cost(shape, plan, length, cache_bytes_per_value=bytes_per_value, cache_reserve=reserve).kv_storage_bytes
+    return held + 4 * min(chunk, length) * shape.widest * bytes_per_value
 
 
 def flops_text(flops: float) -> str:

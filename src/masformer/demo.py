@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, files
@@ -13,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import MinistralConfig, MinistralForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from masformer.benchmarks import Timing, compare_times, default_device
 from masformer.cost import ModelShape, compare, cost_table
@@ -29,6 +28,7 @@ from masformer.evaluation.perplexity import (
 from masformer.models.bridge import apply_plan
 from masformer.models.checkpoint import load_model
 from masformer.models.positions import position_limit
+from masformer.models.twins import sliding_twin
 from masformer.plan import PLACEMENTS, AttentionPlan
 from masformer.plots import picture
 from masformer.progress import progress_bar
@@ -203,7 +203,7 @@ def forward_times(
         return hidden
 
     calls = {name: partial(run, model, plan) for name, plan in plans.items()}
-    if (stock := _stock(model, window)) is not None:
+    if (stock := sliding_twin(model, plans[TILES])) is not None:
         calls[STOCK] = partial(run, stock, None)
     with progress_bar() as progress:
         task = progress.add_task("", total=len(calls) * ROUNDS)
@@ -217,31 +217,6 @@ def forward_times(
     with torch.inference_mode():
         ours, theirs = (each(short, use_cache=False, logits_to_keep=window).logits for each in (model, stock))
     return times, float((ours - theirs).abs().max())
-
-
-def _stock(model: PreTrainedModel, window: int) -> PreTrainedModel | None:
-    """The same weights in a class of transformers with a sliding window at every layer.
-
-    Llama-shaped models alone have such a class (Ministral); None for others.
-    """
-    if model.config.model_type not in ("llama", "mistral", "ministral"):
-        return None
-    keys: tuple[str, ...] = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-    )
-    keys += ("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps")
-    keys += ("tie_word_embeddings", "rope_parameters", "pad_token_id", "bos_token_id", "eos_token_id")
-    options = {key: copy.deepcopy(getattr(model.config, key)) for key in keys}
-    types = ["sliding_attention"] * options["num_hidden_layers"]
-    config = MinistralConfig(**options, sliding_window=window, layer_types=types)
-    config._attn_implementation = "sdpa"
-    stock = MinistralForCausalLM(config).to(model.device, model.dtype).eval()
-    wrong = stock.load_state_dict(model.state_dict(), strict=False, assign=True)
-    return None if wrong.unexpected_keys or wrong.missing_keys else stock
 
 
 def times_table(times: dict[str, Timing], length: int) -> Table:

@@ -38,6 +38,8 @@ def test_tiled_equals_reference_forward_and_backward(span, batch, heads, group, 
         )
         actual = attend(*inputs, span, backend="tiled", **options)
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(attend(*inputs, span, **options), expected, atol=tolerance, rtol=0)
     weight = torch.randn(expected.shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
     left = torch.autograd.grad((expected * weight).sum(), inputs, allow_unused=True, materialize_grads=True)
     if actual.requires_grad:

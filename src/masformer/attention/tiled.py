@@ -9,6 +9,8 @@ further query rows of their key head. Extra memory grows as N * (window + tile).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,9 +36,10 @@ def tiled_attention(
     Narrow tiles compute fewer scores that the mask hides; wide ones share more keys, which saves copies where there
     are sinks and additions in the backward pass.
     """
-    if tile is None:
-        tile = 128 if span.sinks or (torch.is_grad_enabled() and query.requires_grad) else 64
     kernel = Kernel(scale, dropout, softcap)
+    if tile is None:
+        tile = 64 if not span.sinks or kernel.tells_sums(query) else 128
+        tile = 128 if torch.is_grad_enabled() and query.requires_grad else tile
     if layout is None:
         return _document(query, key, value, span, kernel, tile, None, 0)
     past = key.shape[2] - query.shape[2]
@@ -72,6 +75,10 @@ def _kept(segment: Segment, key: Tensor) -> Tensor | None:
     return None if segment.keep is None else segment.keep.to(key.device)
 
 
+FLASH_CPU = "_scaled_dot_product_flash_attention_for_cpu"
+"""What `scaled_dot_product_attention` calls on the CPU; returns the log-sum-exps as well."""
+
+
 class Kernel:
     """Dense attention on small pieces: softmax(cap(q k^T * scale) + mask) v, with dropout on the weights."""
 
@@ -86,6 +93,35 @@ class Kernel:
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=self.scale, dropout_p=self.dropout, enable_gqa=True
         )
+
+    def tells_sums(self, query: Tensor) -> bool:
+        """Whether torch has a kernel that also returns the log-sum-exp of the scores: on the CPU, without gradients."""
+        plain = self.softcap is None and not self.dropout and query.device.type == "cpu"
+        return plain and not torch.is_grad_enabled() and hasattr(torch.ops.aten, FLASH_CPU)
+
+    def causal_after(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Causal attention of the last positions, without a mask as long as the past."""
+        batch, heads, new, dim = query.shape
+        kv_heads, past = key.shape[1], key.shape[2] - new
+        group = heads // kv_heads
+        folded = query.reshape(batch, kv_heads, group * new, dim)
+        old, old_sum = self._with_sums(folded, key[:, :, :past], value[:, :, :past])
+        own_keys, own_values = (x[:, :, past:].repeat_interleave(group, 1) for x in (key, value))
+        own, own_sum = self._with_sums(query, own_keys, own_values, is_causal=True)
+        return _joined(old.reshape(own.shape), old_sum.reshape(own_sum.shape), own, own_sum)
+
+    def masked_beside(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, first: Tensor, second: Tensor
+    ) -> Tensor:
+        """Attention to keys under a mask and to further keys and values, `first` and `second`, that all queries see."""
+        bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+        near, near_sum = self._with_sums(query, key, value, attn_mask=bias)
+        far, far_sum = self._with_sums(query, first, second)
+        return _joined(far, far_sum, near, near_sum)
+
+    def _with_sums(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False, **mask: Tensor) -> Any:
+        flash = getattr(torch.ops.aten, FLASH_CPU)
+        return flash(query, key, value, 0.0, is_causal, scale=self.scale, **mask)
 
     def masked(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """As many heads in `query` as in `key`; the scores are made anew in the backward pass."""
@@ -105,6 +141,15 @@ class Kernel:
             scores = scores.masked_fill(~mask, -torch.inf)
         weights = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(value.dtype)
         return F.dropout(weights, self.dropout) @ value
+
+
+def _joined(left: Tensor, left_sum: Tensor, right: Tensor, right_sum: Tensor) -> Tensor:
+    """Attention to two sets of keys from that to each: outputs [..., dim] and log-sum-exps of the scores [...].
+
+    As FlashAttention joins its blocks (Dao et al., arXiv 2205.14135, section 3.1).
+    """
+    share = torch.sigmoid(right_sum - left_sum)[..., None].to(right.dtype)
+    return torch.lerp(left, right, share)
 
 
 def _document(
@@ -129,6 +174,8 @@ def _document(
     if start == 0 and keep is None and kernel.is_fused(query):
         outputs.append(kernel.causal(query[:, :, :head], key[:, :, :head], value[:, :, :head]))
         at = head
+    elif span.max_visible is None and keep is None and kernel.tells_sums(query):
+        return kernel.causal_after(query, key, value)
     while at < end:
         step = count = 0
         if span.period is not None and at >= head:
@@ -174,27 +221,33 @@ def _tiles(
     length = at + width - low
     sinks = min(span.sinks, low)
 
+    beside = bool(sinks) and keep is None and kernel.tells_sums(query)  # sinks apart from the others, without a copy
+
     def strided(x: Tensor) -> Tensor:
         """[heads, key_len, dim] -> [count, heads, sinks + length, dim], the keys each tile may see."""
         first = low - skipped
         tiles = x[:, first : first + length + (count - 1) * step].unfold(1, length, step).permute(1, 0, 3, 2)
-        if sinks:
+        if sinks and not beside:
             tiles = torch.cat([x[:, :sinks].expand(count, -1, -1, -1), tiles], 2)
         return tiles
 
     index = torch.arange(at + width, device=key.device)
-    seen = torch.cat([index[:sinks], index[low:]])
+    seen = index[low:] if beside else torch.cat([index[:sinks], index[low:]])
     visible = span.visible(index[at:, None], seen)
     if keep is not None:
         own = seen == index[at:, None]  # padding sees itself, so that no softmax is empty; its output is dropped
         visible = visible & (strided(keep[None, :, None]).mT | own)
-    mask = None if visible.all() else visible.repeat(*[1] * (visible.ndim - 2), group, 1)
+    mask = None if visible.all() and not beside else visible.repeat(*[1] * (visible.ndim - 2), group, 1)
 
     rows = []
     for row in range(batch):
         folded = query[row].reshape(kv_heads, group, count, step, dim)[..., family.start : family.stop, :]
         folded = folded.permute(2, 0, 1, 3, 4).reshape(count, kv_heads, group * width, dim)
-        out = kernel.masked(folded, strided(key[row]), strided(value[row]), mask)
+        if beside and mask is not None:
+            first = (x[row, None, :, :sinks].expand(count, -1, -1, -1) for x in (key, value))
+            out = kernel.masked_beside(folded, strided(key[row]), strided(value[row]), mask, *first)
+        else:
+            out = kernel.masked(folded, strided(key[row]), strided(value[row]), mask)
         out = out.reshape(count, kv_heads, group, width, -1).permute(1, 2, 0, 3, 4)
         rows.append(out.reshape(1, heads, count, width, -1))
     return _join(rows, 0)

@@ -13,7 +13,7 @@ import transformers
 
 import masformer
 from masformer import records
-from masformer.cli import bench, evaluate, model, search, serve, tour, train
+from masformer.cli import bench, evaluate, generate, model, search, serve, tour, train
 from masformer.cli.options import console
 from masformer.cli.parser import Command, Help, add_commands, error_line
 from masformer.errors import MasformerError
@@ -37,9 +37,14 @@ COMMANDS: dict[str, Any] = {
     "convert": model.convert,
     "search": search.search,
     "train": train.train,
+    "generate": generate.generate,
     "serve": serve.serve,
     "eval": {"perplexity": evaluate.eval_perplexity},
-    "bench": {"attention": bench.bench_attention},
+    "bench": {
+        "attention": bench.bench_attention,
+        "prefill": bench.bench_prefill,
+        "decode": bench.bench_decode,
+    },
 }
 
 

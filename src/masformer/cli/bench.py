@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 
 from masformer import benchmarks, records
-from masformer.cli.options import Figures, console
+from masformer.cli.options import Dtype, Figures, console, lengths_of, load_for, named_plans
+from masformer.models.checkpoint import load_config
 from masformer.progress import progress_bar
 from masformer.spans import Span
 
@@ -67,3 +68,84 @@ def bench_attention(
         )
     console.print(benchmarks.attention_table(rows))
     return {**shape, "dtype": dtype, "backend": backend, "results": rows}
+
+
+def bench_prefill(
+    model: str,
+    lengths: str = "1024,2048,4096,8192",
+    plan: list[str] | None = None,
+    full: int | None = None,
+    placement: str | None = None,
+    local: str | None = None,
+    max_positions: str | None = None,
+    dtype: Dtype = "auto",
+    repeats: int = 3,
+    seed: int = records.SEED,
+) -> Figures:
+    """Times prompts up to the first token: plans, full attention, and transformers' own caches, in one run.
+
+    Args:
+        lengths: prompt lengths in tokens, separated by commas.
+        repeats: timed rounds, after one in which memory is measured.
+        seed: of the random tokens.
+
+    Example:
+        masformer bench prefill MODEL --lengths 2048,8192 --plan 'full@11-18; window:512+4'
+    """
+    return _bench("prefill", model, lengths, plan, full, placement, local, max_positions, dtype, seed, repeats=repeats)
+
+
+def bench_decode(
+    model: str,
+    lengths: str = "1024,2048,4096,7680",
+    new: int = 32,
+    plan: list[str] | None = None,
+    full: int | None = None,
+    placement: str | None = None,
+    local: str | None = None,
+    max_positions: str | None = None,
+    dtype: Dtype = "auto",
+    repeats: int = 5,
+    seed: int = records.SEED,
+) -> Figures:
+    """Times decoding after prompts: plans, full attention, and transformers' own caches, in one run.
+
+    Args:
+        lengths: prompt lengths in tokens, separated by commas.
+        new: tokens of one round.
+        repeats: timed rounds, after one for warming up.
+        seed: of the random tokens.
+
+    Example:
+        masformer bench decode MODEL --lengths 1024,7680 --new 32 --plan 'full@11-18; window:512+4'
+    """
+    options = {"repeats": repeats, "new": new}
+    return _bench("decode", model, lengths, plan, full, placement, local, max_positions, dtype, seed, **options)
+
+
+def _bench(
+    what: str,
+    model: str,
+    lengths: str,
+    plan: list[str] | None,
+    full: int | None,
+    placement: str | None,
+    local: str | None,
+    max_positions: str | None,
+    dtype: str,
+    seed: int,
+    **options: int,
+) -> Figures:
+    sizes = lengths_of("--lengths", lengths)
+    plans = named_plans(load_config(model)[1], plan, full, placement, local)
+    loaded, _ = load_for(model, next(iter(plans.values())), max_positions, dtype)
+    measure, title = {
+        "prefill": (benchmarks.bench_prefill, "Time to the first token"),
+        "decode": (benchmarks.bench_decode, f"Rounds of {options.get('new')} new tokens"),
+    }[what]
+    torch.manual_seed(seed)
+    with progress_bar() as progress:
+        task = progress.add_task("", total=None)
+        rows = measure(loaded, plans, sizes, progress=lambda name: progress.update(task, description=name), **options)
+    console.print(benchmarks.generation_table(f"{title}; speed-up over {benchmarks.STOCK}", rows))
+    return {"model": model, "dtype": str(loaded.dtype), "plans": list(map(str, plans.values())), "results": rows}

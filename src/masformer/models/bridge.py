@@ -193,8 +193,7 @@ def _before_forward(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     use_cache = given.get("use_cache")
     if cache is None and not base.training and (base.config.use_cache if use_cache is None else use_cache):
         cache = SpanCache(AttentionPlan.from_dict(base.config.masformer))
-        name = next(name for name in CACHE_NAMES if name in signature.parameters)
-        kwargs = {key: value for key, value in kwargs.items() if key not in CACHE_NAMES} | {name: cache}
+        kwargs = {key: value for key, value in kwargs.items() if key not in CACHE_NAMES} | {cache_name(base): cache}
     _check_cache(cache, base.config)
     tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
     real = given.get("attention_mask")
@@ -206,6 +205,12 @@ def _before_forward(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         raise MasformerError("packed position_ids together with a filled cache are not supported")
     _pass.set(_Pass(documents, cache if isinstance(cache, SpanCache) else None))
     return args, kwargs
+
+
+def cache_name(base: nn.Module) -> str:
+    """What a model calls its cache: `cache`, or `past_key_values` in older versions of transformers."""
+    parameters = inspect.signature(base.forward).parameters
+    return next(name for name in CACHE_NAMES if name in parameters)
 
 
 def _packed_documents(positions: Tensor | None, real: Tensor | None, tokens: Tensor) -> Tensor | None:
@@ -260,8 +265,11 @@ def _prepare_cache_for_generation(
     if given or name is None:
         return
     _check_cache(model_kwargs[name], model.config)
-    limit = None if generation_config.max_length is None else max(1, generation_config.max_length - 1)
-    model_kwargs[name] = SpanCache(AttentionPlan.from_dict(model.config.masformer), limit=limit)
+    mask = model_kwargs.get("attention_mask")
+    prompt = getattr(generation_config, "_mask_length", 0) if mask is None else mask.shape[1]
+    longest = generation_config.max_length or 0
+    reserve = longest if longest <= 2 * prompt else prompt  # all there can be, unless that is far more than there is
+    model_kwargs[name] = SpanCache(AttentionPlan.from_dict(model.config.masformer), reserve=reserve)
     if getattr(generation_config, "is_assistant", False):
         model_kwargs[name].activate_past_recording()
 

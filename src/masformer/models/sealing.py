@@ -33,6 +33,12 @@ def is_sealed(config: PretrainedConfig) -> bool:
     return getattr(type(config), "seals", False)
 
 
+def stock_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The config without a plan: what transformers itself would have read, positions added since included."""
+    stock: Any = type(config).__mro__[1] if is_sealed(config) else type(config)
+    return stock.from_dict({key: value for key, value in config.to_dict().items() if key != SEAL})  # type: ignore[no-any-return]
+
+
 @cache
 def _sealing_class(config_class: Any) -> Any:
     if getattr(config_class, "seals", False):

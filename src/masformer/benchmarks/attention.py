@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,62 +12,11 @@ from rich.table import Table
 from torch import Tensor
 
 from masformer.attention import BACKENDS, attend
+from masformer.benchmarks.timing import DTYPES, compare_times, default_device
 from masformer.errors import MasformerError, check_int
 from masformer.spans import FullSpan, Span
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FULL = "full causal SDPA"
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Wall-clock times of one call, in seconds, warm-up left out."""
-
-    name: str
-    seconds: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        """Seconds."""
-        return statistics.median(self.seconds)
-
-
-def compare_times(
-    calls: Mapping[str, Callable[[], object]],
-    repeats: int,
-    progress: Callable[[str], None] = lambda name: None,
-    warm_up: bool = True,
-) -> dict[str, Timing]:
-    """Times calls in turn, round after round, so that a slow spell of the machine meets all of them alike.
-
-    Args:
-        calls: name -> what to time.
-        repeats: timed rounds; at least 1.
-        progress: called with the name before each call.
-        warm_up: call each once more beforehand, untimed; not worth it where a call takes many seconds.
-    """
-    check_int("repeats", repeats, 1)
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for timed in [False] * warm_up + [True] * repeats:
-        for name, call in calls.items():
-            progress(name)
-            _finish()
-            start = time.perf_counter()
-            call()
-            _finish()
-            if timed:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: Timing(name, tuple(each)) for name, each in seconds.items()}
-
-
-def _finish() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def default_device() -> torch.device:
-    """CUDA where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def bench_attention(

@@ -1,0 +1,94 @@
+"""`masformer generate`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from masformer import generation, records
+from masformer.cli.options import Dtype, Figures, load_for, named_plans
+from masformer.errors import MasformerError
+from masformer.models.checkpoint import load_config
+
+
+def generate(
+    model: str,
+    prompt: str | None = None,
+    file: str | None = None,
+    system: str | None = None,
+    raw: bool = False,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    beams: int = 1,
+    prefill_chunk: int = generation.CHUNK,
+    seed: int = records.SEED,
+    plan: list[str] | None = None,
+    full: int | None = None,
+    placement: str | None = None,
+    local: str | None = None,
+    max_positions: str | None = None,
+    dtype: Dtype = "auto",
+) -> Figures:
+    """Streams a continuation of a prompt, and says what it took; a chat template is used where the tokenizer has one.
+
+    Args:
+        prompt: the prompt; without it and --file, standard input is read.
+        file: UTF-8 text file with the prompt; with --prompt, it comes before that, as the document a question is about.
+        system: system message of the chat.
+        raw: take the prompt as it is, without the chat template.
+        max_new_tokens: the most tokens to generate.
+        temperature: 0 takes the most likely token; above, tokens are sampled.
+        top_p: sample from the most likely tokens that together have this probability.
+        top_k: sample from so many of the most likely tokens.
+        beams: beam search with so many beams; its text is not streamed.
+        prefill_chunk: prompt tokens in one forward pass; memory beside the cache does not grow with the prompt.
+        seed: of sampling.
+
+    Example:
+        masformer generate MODEL --file report.txt --prompt 'What was decided?' --plan 'full@11-18; window:512+4'
+    """
+    text = _prompt(prompt, file)
+    plans = named_plans(load_config(model)[1], plan, full, placement, local)
+    if len(plans) > 1:
+        raise MasformerError("one plan generates; give one --plan")
+    (chosen,) = plans.values()
+    loaded, tokenizer = load_for(model, chosen, max_positions, dtype)
+    if tokenizer is None:
+        raise MasformerError(f"{model} has no tokenizer")
+    result = generation.generate(
+        loaded,
+        tokenizer,
+        generation.prompt_tokens(tokenizer, text, chat=False if raw else None, system=system),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        beams=beams,
+        chunk=prefill_chunk,
+        seed=seed,
+        on_text=lambda piece: print(piece, end="", flush=True),
+    )
+    print()
+    print(result.summary(), file=sys.stderr)
+    return {"model": model, "plan": str(chosen), **result.to_dict()}
+
+
+def _prompt(prompt: str | None, file: str | None) -> str:
+    parts = []
+    if file is not None:
+        try:
+            parts.append(Path(file).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise MasformerError(f"cannot read the prompt file {file}: {error}") from None
+    if prompt is not None:
+        parts.append(prompt)
+    if not parts:
+        if sys.stdin.isatty():
+            raise MasformerError("no prompt: give --prompt or --file, or pipe text into standard input")
+        try:
+            parts.append(sys.stdin.buffer.read().decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise MasformerError(f"standard input is not UTF-8 text: {error}") from None
+    return "\n\n".join(parts)

@@ -1,0 +1,94 @@
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from masformer import MasformerError, apply_plan
+from masformer.generation import generate, prompt_tokens
+from tiny import PLAN, letter_tokenizer, tiny
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
+PROMPT = "a rather long prompt that goes far past every window of the plan: " * 2
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return letter_tokenizer(eos_token="<e>")
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = tiny("llama", vocab_size=257, sliding_window=None, max_position_embeddings=512, eos_token_id=256)
+    return apply_plan(model, PLAN)
+
+
+def test_text_is_streamed_and_equals_the_models_own_generation(model, tokenizer):
+    prompt, pieces = prompt_tokens(tokenizer, PROMPT), []
+    result = generate(model, tokenizer, prompt, max_new_tokens=30, chunk=16, on_text=pieces.append)
+    expected = model.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False)[0, len(prompt) :]
+    assert "".join(pieces) == result.text == tokenizer.decode(expected, skip_special_tokens=True)
+    assert len(pieces) > 3
+    assert (result.prompt_tokens, result.tokens) == (len(prompt), len(expected))
+    assert 0 < result.first_seconds < result.seconds
+    assert result.tokens_per_second > 0
+    keys = [7, len(prompt) + 29, 12, 9]
+    assert result.cache_bytes == sum(keys) * 2 * 2 * 8 * 4
+    assert result.full_cache_bytes == 4 * keys[1] * 2 * 2 * 8 * 4
+    assert f"{len(prompt):,} prompt tokens, 30 new, first after" in result.summary()
+    assert result.to_dict()["tokens_per_second"] == result.tokens_per_second
+
+
+def test_sampling_follows_the_seed_and_beams_give_one_text(model, tokenizer):
+    prompt = prompt_tokens(tokenizer, PROMPT)
+    options = {"max_new_tokens": 12, "temperature": 1.0}
+    first, again, other = (generate(model, tokenizer, prompt, seed=seed, **options).text for seed in (1, 1, 2))
+    assert first == again != other
+    pieces = []
+    beams = generate(model, tokenizer, prompt, max_new_tokens=12, beams=3, on_text=pieces.append)
+    expected = model.generate(torch.tensor([prompt]), max_new_tokens=12, num_beams=3, do_sample=False)
+    assert pieces == [beams.text] == [tokenizer.decode(expected[0, len(prompt) :], skip_special_tokens=True)]
+    assert beams.first_seconds is beams.tokens_per_second is None
+    assert beams.cache_bytes < beams.full_cache_bytes
+    assert "12 new" in beams.summary()
+
+
+def test_chat_templates(tokenizer):
+    plain = prompt_tokens(tokenizer, "hello")
+    assert tokenizer.decode(plain) == "hello"
+    with pytest.raises(MasformerError, match="the tokenizer has no chat template"):
+        prompt_tokens(tokenizer, "hello", chat=True)
+    with pytest.raises(MasformerError, match="a system message needs a chat template"):
+        prompt_tokens(tokenizer, "hello", system="be brief")
+    chatty = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, chat_template=TEMPLATE)
+    assert chatty.decode(prompt_tokens(chatty, "hello", system="be brief")) == "<system>be brief<user>hello<a>"
+    assert prompt_tokens(chatty, "hello", chat=False) == plain
+    chatty.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(MasformerError, match="the chat template refuses the messages: no"):
+        prompt_tokens(chatty, "hello")
+
+
+def test_generation_ends_where_the_positions_end(model, tokenizer):
+    prompt = [5] * 505
+    assert generate(model, tokenizer, prompt, max_new_tokens=30).tokens <= 7
+    with pytest.raises(MasformerError, match="the prompt has 512 tokens, and the model 512 positions"):
+        generate(model, tokenizer, [5] * 512)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"beams": 0}, "beams must be at least 1, got 0"),
+        ({"chunk": 0}, "chunk must be at least 1, got 0"),
+        ({"temperature": -1.0}, "temperature must be at least 0, got -1.0"),
+        ({"temperature": 1.0, "top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"top_p": 0.9}, "top_p and top_k do nothing without a temperature"),
+        ({"prompt": []}, "the prompt holds no token"),
+    ],
+)
+def test_wrong_values_are_named(model, tokenizer, options, message):
+    with pytest.raises(MasformerError, match=message):
+        generate(model, tokenizer, **({"prompt": [5, 6, 7]} | options))

@@ -1,0 +1,52 @@
+"""Memory of a long prompt, in a process of its own: the peak above what the process holds beforehand."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import re, torch
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+from masformer import AttentionPlan, WindowSpan, apply_plan
+from masformer.cost import ModelShape, prefill_bytes
+
+torch.set_num_threads(1)
+LENGTH, CHUNK = 32768, 1024
+
+def memory(kind):
+    return 1024 * int(re.search(rf"{kind}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+config = LlamaConfig(
+    vocab_size=128, hidden_size=128, intermediate_size=384, num_hidden_layers=8, num_attention_heads=2,
+    num_key_value_heads=2, head_dim=64, max_position_embeddings=LENGTH + 4,
+)
+plan = AttentionPlan.mixed(8, 2, "middle", local=WindowSpan(512, 4))
+model = apply_plan(LlamaForCausalLM(config).eval(), plan)
+tokens = torch.randint(0, 128, (1, LENGTH))
+
+def peak(length):
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = memory("VmRSS")
+    model.generate(tokens[:, :length], max_new_tokens=4, do_sample=False, eos_token_id=None, prefill_chunk_size=CHUNK)
+    return memory("VmHWM") - before
+
+peak(4096)  # one-time allocations
+shape = ModelShape.of(config)
+for length in (8192, LENGTH):
+    predicted = prefill_bytes(shape, plan, length + 3, CHUNK, bytes_per_value=4, reserve=length + 4)
+    print(length, peak(length), predicted)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux, to reset the peak")
+def test_the_memory_of_a_prompt_of_32768_tokens_stays_within_the_prediction():
+    environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}  # what is freed goes back at once
+    result = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True, env=environment)
+    rows = [list(map(int, line.split())) for line in result.stdout.splitlines()]
+    short, long = rows
+    assert long[1] < 1.2 * long[2], long
+    cache = 2 * 2 * 2 * 64 * 4 * (long[0] - short[0])  # layers, keys and values, heads, head_dim, bytes, tokens
+    assert abs(long[1] - short[1] - cache) < 0.1 * cache  # nothing else grows with the prompt
