@@ -70,6 +70,19 @@ def test_two_processes_follow_the_curve_of_one_and_their_checkpoints_move(place,
         check_follows(moved, single)
 
 
+def test_adapters_are_sharded_and_merged_whole(place):
+    losses = []
+    for name, processes in (("adapters", 1), ("sharded", 2)):
+        words = ["--lora.rank", "2", "--lora.train", "[norm]", "--training.steps", "4", "--training.sharding", "fsdp"]
+        trained(place / name, *words, processes=processes)
+        losses.append(metrics(place / name))
+        assert len(load_file(place / name / "out" / "model" / "model.safetensors")) == 38
+    for step, loss in losses[0].items():
+        assert losses[1][step] == pytest.approx(loss, abs=1e-4)
+    one, two = (load_file(place / name / "out" / "model" / "model.safetensors") for name in ("adapters", "sharded"))
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-4
+
+
 def test_rows_that_cannot_be_shared_are_named(tmp_path):
     result = run("train", "--config", recipe_file(tmp_path, training__rows=3), processes=2)
     assert result.returncode != 0

@@ -50,6 +50,7 @@ def test_a_run_learns_and_leaves_a_checkpoint_with_its_card_and_recipe(whole):
     assert losses[6] < losses[1] - 0.5
     model, tokenizer = load_model(whole / "out" / "model")
     assert AttentionPlan.from_dict(model.config.masformer) == AttentionPlan.parse(PLAN, 4)
+    assert model.config.use_cache
     assert tokenizer.decode(tokenizer("Straße\n")["input_ids"]) == "Straße\n"
     assert load_recipe(whole / "out" / "model" / "recipe.yaml") == recipe(whole)
     card = (whole / "out" / "model" / "README.md").read_text()
@@ -354,3 +355,5 @@ def test_the_command_trains_and_records(tmp_path, capsys):
     assert figures["steps"] == 3
     assert figures["recipe"]["training"]["steps"] == 3
     assert main(words) == 2
+    assert main([*words, "--resume", "--dry-run"]) == 2
+    assert "--resume does nothing in a dry run" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from masformer.cli.options import Figures, console
+from masformer.errors import MasformerError
 from masformer.training.recipe import Recipe, load_recipe
 
 
@@ -27,6 +28,8 @@ def train(*, config: str, set: list[str] | None = None, resume: bool = False, dr
         masformer train --config recipes/tiny-from-scratch.yaml --training.steps 20 --output runs/tiny
     """
     recipe = load_recipe(config, [f"--{setting}" for setting in set or ()])
+    if dry_run and resume:
+        raise MasformerError("--resume does nothing in a dry run")
     if dry_run:
         from masformer.training.dry_run import dry_run as forecast
 

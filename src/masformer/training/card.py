@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +26,9 @@ def model_card(
         report: of `report_rows`.
         evaluations: step -> figures.
     """
-    config, training = prepared.causal.config, recipe.training
-    origin = f"`{recipe.model.source}`" if recipe.model.source else "random weights"
+    config, training, source = prepared.causal.config, recipe.training, recipe.model.source
+    on_hub = source is not None and not Path(source).exists()
+    origin = f"`{source}`" if source else "random weights"
     how = "full training" if recipe.lora is None else f"LoRA of rank {recipe.lora.rank}, merged"
     sources = ", ".join(
         f"{source['name']} ({source['documents']:,} documents, {source['tokens']:,} tokens)"
@@ -37,7 +39,7 @@ def model_card(
         "---",
         "library_name: masformer",
         "tags: [masformer, mixed-attention-spans]",
-        *([f"base_model: {recipe.model.source}"] if recipe.model.source and "." not in recipe.model.source else []),
+        *([f"base_model: {source}"] if on_hub else []),
         "---",
         "",
         f"# {config.model_type} with mixed attention spans",

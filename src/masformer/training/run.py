@@ -42,7 +42,7 @@ from masformer.training.model import (
     skeleton,
 )
 from masformer.training.recipe import Recipe
-from masformer.training.trainer import METRICS, RECIPE, SpanTrainer, Watch, training_arguments
+from masformer.training.trainer import METRICS, RECIPE, SpanTrainer, Watch, clock, training_arguments
 
 REPORT = "data.json"
 FIXED = ("model", "data", "lora")
@@ -159,8 +159,7 @@ def figures_text(figures: Mapping[str, float]) -> str:
     parts = [text.format(figures[name]) for name, text in named.items() if name in figures]
     parts += [f"{name} {value:.4f}" for name, value in figures.items() if name.startswith("eval_")]
     if "seconds_left" in figures:
-        hours, rest = divmod(int(figures["seconds_left"]), 3600)
-        parts.append(f"{hours}:{rest // 60:02}:{rest % 60:02} left")
+        parts.append(f"{clock(figures['seconds_left'])} left")
     return "  ".join(parts)
 
 
@@ -291,7 +290,11 @@ def _write_model(recipe: Recipe, prepared: Prepared, weights: Any, folder: Path,
     if prepared.model is prepared.causal:
         model = state.whole_model(prepared, weights)
     else:
-        model = prepared.model.merge_and_unload()
+        adapted = prepared.model
+        if state.is_sharded(adapted):
+            adapted = prepare_model(recipe).model
+            adapted.load_state_dict(weights, strict=False)
+        model = adapted.merge_and_unload()
     try:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".model.") as temporary:
             whole = Path(temporary) / "model"

@@ -44,6 +44,11 @@ def reshard(model: Any) -> None:
             module.reshard()
 
 
+def is_sharded(model: Any) -> bool:
+    """Whether this process holds a part of the weights alone."""
+    return any(isinstance(weight, DTensor) for weight in model.parameters())
+
+
 def trained_weights(model: Any, names: tuple[str, ...], keep: bool) -> dict[str, Tensor]:
     """Name -> whole tensor of the trained parameters; empty unless `keep`, on processes that only take part."""
     reshard(model)
@@ -58,7 +63,7 @@ def trained_weights(model: Any, names: tuple[str, ...], keep: bool) -> dict[str,
 
 def whole_model(prepared: Prepared, weights: dict[str, Tensor]) -> Any:
     """The causal language model with whole tensors: itself, or a copy where it is sharded."""
-    if not any(isinstance(weight, DTensor) for weight in prepared.causal.parameters()):
+    if not is_sharded(prepared.causal):
         return prepared.causal
     config = copy.deepcopy(prepared.causal.config)
     options = {"attn_implementation": NAME} if config.model_type == adapters.GPT_NEO else {}

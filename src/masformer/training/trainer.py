@@ -109,7 +109,8 @@ class SpanTrainer(Trainer):  # type: ignore[misc]
         arguments: TrainingArguments,
         watch: Watch,
     ) -> None:
-        eos = prepared.tokenizer.eos_token_id
+        eos, config = prepared.tokenizer.eos_token_id, prepared.causal.config
+        use_cache = getattr(config, "use_cache", None)
         super().__init__(
             model=prepared.model,
             args=arguments,
@@ -117,6 +118,8 @@ class SpanTrainer(Trainer):  # type: ignore[misc]
             data_collator=partial(collate, pad=0 if eos is None else eos),
             callbacks=[watch],
         )
+        if use_cache is not None:
+            config.use_cache = use_cache  # the Trainer turned it off, and every checkpoint would say so
         self.remove_callback(PrinterCallback)
         self.recipe, self.prepared, self.tasks, self.watch = recipe, prepared, tasks, watch
         self.output = Path(recipe.output)
@@ -214,7 +217,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.output = Path(recipe.output)
         self.stopped_by: int | None = None
         self.evaluations: dict[int, dict[str, float]] = {}
-        self._tokens = 0
+        self._tokens = self._all_tokens = 0
         self._seconds = self._all_seconds = self._begun = 0.0
         self._step = self._steps = self._done = 0
         self._board: Any = None
@@ -226,6 +229,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def saw(self, tokens: int) -> None:
         """Counts tokens that are trained on, over all processes."""
         self._tokens += tokens
+        self._all_tokens += tokens
 
     def evaluated(self, done: int, total: int) -> None:
         """Shows how far an evaluation is."""
@@ -255,7 +259,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             every = self.recipe.evaluation.every
             control.should_evaluate = last or (every is not None and step % every == 0)
         control.should_training_stop |= self.is_stopped()
-        self.advance(step, state.max_steps, "training")
+        speed = self._all_tokens / self._all_seconds if self._all_seconds else 0
+        left = clock(self._all_seconds / self._done * (state.max_steps - step))
+        self.advance(step, state.max_steps, f"{speed:,.0f} tokens/s, {left} left")
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The Trainer asks once more here, after the last step."""
@@ -294,6 +300,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]
                 self._board.add_scalar(name, value, step)
             self._board.flush()
         self.show(f"step {step}/{state.max_steps}", figures)
+
+
+def clock(seconds: float) -> str:
+    """3723 -> `1:02:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def cut_metrics(path: Path, step: int) -> None:
