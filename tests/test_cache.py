@@ -83,16 +83,30 @@ def test_greedy_generation_far_past_the_window_equals_the_forward_without_cache(
     assert isinstance(caches[0], SpanCache)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 5, 7, 16, 40])
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_neo"])
+@pytest.mark.parametrize("chunk", [1, 3, 5, 7, 30])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_prefill_in_chunks_of_any_size_equals_one_pass(kind, chunk):
+    """One token, less than a window of 5, just that, more, and all at once."""
+    model, tokens, mask = tiny(kind), some_tokens(3, 30), left_padded(3, 30)
     for plan in PLANS:
-        model = apply_plan(tiny(kind), plan)
-        tokens = some_tokens(3, 40)
-        for mask in (torch.ones_like(tokens), left_padded(3, 40)):
-            expected = without_cache(model, tokens, mask)
-            actual = in_chunks(model, SpanCache(plan), tokens, mask, [chunk])
-            torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], **EPS)
+        apply_plan(model, plan)
+        expected = without_cache(model, tokens, mask)
+        actual = in_chunks(model, SpanCache(plan), tokens, mask, [chunk])
+        torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], **EPS)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_other_tokens_after_a_crop_past_the_window_equal_one_pass(kind):
+    model, tokens, mask = tiny(kind), some_tokens(3, 30), left_padded(3, 30)
+    other = torch.cat([tokens[:, :19], some_tokens(3, 11, seed=2)], 1)
+    for plan in PLANS:
+        apply_plan(model, plan)
+        cache = SpanCache(plan)
+        cache.activate_past_recording()
+        in_chunks(model, cache, tokens, mask, [9, 1])
+        cache.crop(-11)
+        actual = in_chunks(model, cache, other, mask, [1, 1, 4], start=19)
+        torch.testing.assert_close(actual, without_cache(model, other, mask)[:, 19:], **EPS)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 64])
@@ -104,10 +118,11 @@ def test_generate_with_a_prefill_chunk_size(chunk):
     assert torch.equal(model.generate(tokens, prefill_chunk_size=chunk, **options), whole)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt2", "gpt_neo"])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_beam_search_equals_the_one_without_cache(kind):
-    for plan in PLANS:
-        model = apply_plan(tiny(kind), plan).double()
+    model = tiny(kind).double()
+    for plan in (PLAN, PLANS[1], PLANS[4]):
+        apply_plan(model, plan)
         options = {"attention_mask": left_padded(2, 11), "num_beams": 3, "num_return_sequences": 2}
         options |= {"do_sample": False, "max_new_tokens": 19, "min_new_tokens": 19}
         tokens = some_tokens(2, 11)

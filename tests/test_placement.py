@@ -23,8 +23,9 @@ from masformer.placement import (
     plot_search,
     search_layers,
 )
+from masformer.placement.budget import Purse
 from masformer.placement.measure import Journal, Measurer, PrefixPasses, model_fingerprint
-from masformer.placement.search import _joint, _Purse, _shuffled
+from masformer.placement.search import _joint, _shuffled
 from masformer.placement.texts import NAMES, NEEDLES, Window, retrieval_probes, split_windows, text_windows
 from tiny import ARCHITECTURES, PLAN, VOCABULARY, random_plan, tiny
 
@@ -170,7 +171,7 @@ def test_joint_takes_the_smallest_span_that_is_enough():
 def test_joint_is_the_best_of_all_choices(seed):
     choose = random.Random(seed)
     choices = [FullSpan(), WindowSpan(20), LOCAL, BlockSpan(5)][: choose.choice([2, 3, 4])]
-    purse = _Purse(Budget(flops_share=choose.uniform(0.4, 0.9)), induction_model(), LOCAL, LENGTH)
+    purse = Purse(Budget(flops_share=choose.uniform(0.4, 0.9)), induction_model(), LOCAL, LENGTH)
     evidence = [
         Evidence(str(span), tuple(round(choose.uniform(-0.1, 1), 6) for _ in range(LAYERS))) for span in choices[1:]
     ]
@@ -453,7 +454,7 @@ def test_wrong_budgets(text):
 @pytest.mark.parametrize("text", ["50%", "45%@300", "150KiB", "300KiB@300"])
 def test_a_budget_is_used_up_and_kept(text):
     model = induction_model()
-    purse = _Purse(Budget.parse(text), model, LOCAL, LENGTH)
+    purse = Purse(Budget.parse(text), model, LOCAL, LENGTH)
     full_layers = purse.full_layers(LOCAL)
     shape = ModelShape.of(LlamaForCausalLM.config_class.from_dict(model.config.to_dict()))
     at = int(text.partition("@")[2] or LENGTH)

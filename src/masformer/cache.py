@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class Step:
             of the row; None: all tokens are of one document a row.
         holes: there is padding within the documents.
         layout: of the first pass, which may be packed; None later.
-        views: span -> the view of its layers.
+        views: span, keys to take back and device -> the view of such layers.
     """
 
     seen: int
@@ -68,7 +69,7 @@ class Step:
     real: Tensor | None
     holes: bool
     layout: Layout | None
-    views: dict[tuple[Span, int], View] = field(default_factory=dict)
+    views: dict[tuple[Span, int, torch.device], View] = field(default_factory=dict)
 
     @property
     def even(self) -> bool:
@@ -114,7 +115,8 @@ class SpanLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Makes storage without a slot, on the device and in the dtype of the keys."""
-        self.keys, self.values = (x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (key_states, value_states))
+        with torch.inference_mode(False):  # a cache filled in inference mode may go on outside of it
+            self.keys, self.values = (x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (key_states, value_states))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, step: Step) -> tuple[Tensor, Tensor]:  # type: ignore[override]
@@ -175,7 +177,7 @@ class SpanLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _seen_by(self, position: int) -> tuple[int, int]:
         """What a query at this position sees: so many sinks, and the positions from the second number on."""
-        low = int(self.span.first_visible(torch.tensor(position)))
+        low = _first_visible(self.span, position)
         return min(self.span.sinks, low), low
 
     def _make_room(self, length: int) -> None:
@@ -191,7 +193,8 @@ class SpanLayer(CacheLayerMixin):  # type: ignore[misc]
 
         Slots that a shorter row leaves empty are hidden, but must be finite: a weight of 0 does not hide a NaN.
         """
-        grown = storage.new_zeros(*storage.shape[:2], slots, storage.shape[3])
+        with torch.inference_mode(False):
+            grown = storage.new_zeros(*storage.shape[:2], slots, storage.shape[3])
         grown[:, :, : storage.shape[2]] = storage
         return grown
 
@@ -247,8 +250,8 @@ class SpanLayer(CacheLayerMixin):  # type: ignore[misc]
         skipped = tuple(max(0, step.seen - start) - length for start, length in zip(step.starts, lengths, strict=True))
         if step.even and not any(skipped):
             return None
-        device = self.keys.device if self.keys is not None else None
-        documents = torch.full((len(runs), past + step.new), -1, dtype=torch.long, device=device)
+        assert self.keys is not None
+        documents = torch.full((len(runs), past + step.new), -1, dtype=torch.long, device=self.keys.device)
         rows: list[tuple[Segment, ...]] = []
         for row, (start, length) in enumerate(zip(step.starts, lengths, strict=True)):
             if start == total:
@@ -278,25 +281,26 @@ class SpanLayer(CacheLayerMixin):  # type: ignore[misc]
         return 0, self.filled
 
     def _stored_view(self, step: Step) -> View:
-        dead = None
-        if step.real is not None and not bool((new := step.real[:, -1]).all()):
+        assert self.keys is not None
+        device, dead = self.keys.device, None
+        real = None if step.real is None else step.real.to(device)
+        if real is not None and not bool((new := real[:, -1]).all()):
             dead = ~new[:, None, None, None]
         if self.ring is None:
-            visible = None if step.real is None else step.real[:, None, None, :]
+            visible = None if real is None else real[:, None, None, :]
             return View(stored=True, visible=_alive(visible, dead), dead=dead)
         first, stop = self._slice(step)
         positions = [self.length - 1 - start for start in (step.starts[:1] if step.even else step.starts)]
         if not step.holes and all(self._count(position) == stop - first for position in positions):
             return View(stored=True, dead=dead)
-        device = self.keys.device if self.keys is not None else None
         query = torch.tensor(positions, device=device)[:, None]
         slot = torch.arange(stop, device=device)[None]
         sinks = self.span.sinks
         stored = torch.where(slot < sinks, slot, query - (query - slot) % self.ring)  # the newest position of the slot
         visible = self.span.visible(query, stored) & (stored >= slot.clamp(max=sinks))
-        if step.holes and step.real is not None:
+        if step.holes and real is not None:
             column = stored + torch.tensor(step.starts, device=device)[:, None]
-            visible &= step.real.to(visible.device).gather(1, column.clamp(0, self.length - 1))
+            visible &= real.gather(1, column.clamp(0, self.length - 1))
         return View(stored=True, visible=_alive(visible[:, None, None, :], dead), dead=dead)
 
     def _count(self, position: int) -> int:
@@ -366,6 +370,11 @@ class SpanLayer(CacheLayerMixin):  # type: ignore[misc]
         self.batch_select_indices(beam_idx)
 
 
+@lru_cache(maxsize=4096)
+def _first_visible(span: Span, position: int) -> int:
+    return int(span.first_visible(torch.tensor(position)))
+
+
 def _alike(storage: Tensor | None, new: Tensor) -> bool:
     return storage is not None and (storage.shape[0], storage.dtype, storage.device) == (
         new.shape[0],
@@ -395,7 +404,7 @@ class SpanCache(Cache):  # type: ignore[misc]
 
     def __init__(self, plan: AttentionPlan, *, reserve: int = 0) -> None:
         check_int("reserve", reserve, 0)
-        self.plan = plan
+        self.plan, self.text = plan, str(plan)
         self._empty()
         super().__init__(layers=[SpanLayer(span, reserve) for span in plan])
 
@@ -498,7 +507,7 @@ class SpanCache(Cache):  # type: ignore[misc]
         """What the last `update` of this layer returned. Layers with the same span share it."""
         step, layer = self._step, self.layers[layer_idx]
         assert step is not None
-        key = layer.span, layer.past
+        key = layer.span, layer.past, layer.keys.device
         if key not in step.views:
             step.views[key] = layer.view(step)
         return step.views[key]

@@ -13,7 +13,7 @@ import transformers
 
 import masformer
 from masformer import records
-from masformer.cli import bench, evaluate, generate, model, search, serve, tour, train
+from masformer.cli import bench, evaluate, export, generate, model, search, serve, tour, train
 from masformer.cli.options import console
 from masformer.cli.parser import Command, Help, add_commands, error_line
 from masformer.errors import MasformerError
@@ -39,6 +39,7 @@ COMMANDS: dict[str, Any] = {
     "train": train.train,
     "generate": generate.generate,
     "serve": serve.serve,
+    "export": export.export,
     "eval": {"perplexity": evaluate.eval_perplexity},
     "bench": {
         "attention": bench.bench_attention,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, get_args, get_type_hints
 
 import jsonargparse
@@ -39,8 +39,23 @@ SPECIAL: dict[str, dict[str, Any]] = {
 """Options that are lists, and how each is written."""
 
 
+INSTEAD: dict[Command, dict[str, tuple[Callable[[], None], str]]] = {}
+"""Command -> options that show something in place of running it, as --help does, with their help."""
+
+
 class Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the lines of examples as they are."""
+
+
+class Show(argparse.Action):
+    """Calls `const`, a function, and stops."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, const: Any, help: str | None = None) -> None:
+        super().__init__(option_strings, dest=dest, nargs=0, const=const, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
+        self.const()
+        parser.exit()
 
 
 def example(command: Command) -> str:
@@ -74,6 +89,8 @@ def command_parser(command: Command) -> jsonargparse.ArgumentParser:
             options["required"] = True
         options |= SPECIAL.get(name, {})
         parser.add_argument(name if positional else f"--{name.replace('_', '-')}", **options)
+    for name, (show, text) in INSTEAD.get(command, {}).items():
+        parser.add_argument(f"--{name}", action=Show, const=show, help=text)
     if hints["return"] == Figures:
         parser.add_argument("--json", type=str | None, default=None, help="file for the raw figures")
     return parser

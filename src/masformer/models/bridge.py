@@ -8,8 +8,10 @@ transformers itself sees it only without a cache.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from types import MethodType
 from typing import Any
 
@@ -186,8 +188,8 @@ def _mask(
 
 
 def _before_forward(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    signature = inspect.signature(base.forward)
-    given = signature.bind(*args, **kwargs).arguments
+    signature = _signature(type(base).forward)
+    given = signature.bind(base, *args, **kwargs).arguments
     given = given | given.get("kwargs", {})
     cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
     use_cache = given.get("use_cache")
@@ -209,8 +211,12 @@ def _before_forward(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def cache_name(base: nn.Module) -> str:
     """What a model calls its cache: `cache`, or `past_key_values` in older versions of transformers."""
-    parameters = inspect.signature(base.forward).parameters
-    return next(name for name in CACHE_NAMES if name in parameters)
+    return next(name for name in CACHE_NAMES if name in _signature(type(base).forward).parameters)
+
+
+@cache
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(forward)
 
 
 def _packed_documents(positions: Tensor | None, real: Tensor | None, tokens: Tensor) -> Tensor | None:
@@ -239,8 +245,8 @@ def _check_cache(cache: Any, config: PretrainedConfig) -> None:
     if cache is None:
         return
     if type(cache) is SpanCache:
-        if str(cache.plan) != config.masformer["plan"]:
-            raise MasformerError(f"the cache is of the plan {cache.plan}, the model of {config.masformer['plan']}")
+        if cache.text != config.masformer["plan"]:
+            raise MasformerError(f"the cache is of the plan {cache.text}, the model of {config.masformer['plan']}")
         return
     if type(cache) is not DynamicCache or cache.offloading:
         raise MasformerError(f"{_kind(cache)} is not supported with a plan; use SpanCache or DynamicCache")

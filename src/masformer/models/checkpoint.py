@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -152,20 +154,35 @@ def save_model(
     Raises:
         MasformerError: the model has no plan, the folder exists (unless `overwrite`), or it cannot be written.
     """
-    path = Path(path)
     if not is_sealed(model.config):
         raise MasformerError("the model has no plan; call apply_plan first, or save it with save_pretrained")
-    if path.exists() and not overwrite:
-        raise MasformerError(f"{path} exists already; choose another folder or allow overwriting")
-    if path.exists() and not (path / "config.json").is_file() and not (path.is_dir() and not any(path.iterdir())):
-        raise MasformerError(f"{path} is no model folder, so it is not overwritten")
+    with model_folder(path, overwrite=overwrite) as folder:
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def model_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to write a model into, which gets its name once the block has ended well: whole or not at all.
+
+    Args:
+        path: the name it gets.
+        overwrite: replace a model folder that is already there.
+
+    Raises:
+        MasformerError: the folder exists (unless `overwrite`) or is no model folder, or it cannot be written.
+    """
+    path = Path(path)
+    check_folder(path, overwrite=overwrite)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
             whole, old = Path(temporary) / "model", Path(temporary) / "old"
-            model.save_pretrained(whole)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(whole)
+            whole.mkdir()
+            yield whole
+            for file in whole.rglob("*"):  # safetensors writes what only its owner may read
+                file.chmod(whole.stat().st_mode & (0o777 if file.is_dir() else 0o666))
             if path.exists():
                 path.rename(old)
             try:
@@ -176,3 +193,17 @@ def save_model(
                 raise
     except OSError as error:
         raise MasformerError(f"cannot write {path}: {error}") from error
+
+
+def check_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Before long work: whether `model_folder` could write there; errors as there."""
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise MasformerError(f"{path} exists already; choose another folder or allow overwriting")
+    if path.exists() and not (path / "config.json").is_file() and not (path.is_dir() and not any(path.iterdir())):
+        raise MasformerError(f"{path} is no model folder, so it is not overwritten")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise MasformerError(f"cannot write {path}: {above} is no folder")
+    if not os.access(above, os.W_OK):
+        raise MasformerError(f"cannot write {path}: folder {above} is not writable")

@@ -1,23 +1,15 @@
-"""The same weights in transformers as it is, to measure against: full attention, or its own sliding layers."""
+"""The same weights in transformers as it is, to measure against: its own attention, or its own sliding layers."""
 
 from __future__ import annotations
 
-import copy
-
 import torch
-from transformers import AutoModelForCausalLM, MinistralConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from masformer.errors import MasformerError
+from masformer.models.export.choose import chosen_entry, write_config
 from masformer.models.sealing import stock_config
 from masformer.plan import AttentionPlan
-from masformer.spans import FullSpan, WindowSpan
-
-LLAMAS = ("llama", "mistral", "ministral")
-SHARED = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps"),
-    *("tie_word_embeddings", "rope_parameters", "pad_token_id", "bos_token_id", "eos_token_id"),
-)
-"""Settings that mean the same in a Llama and in a Ministral."""
+from masformer.spans import WindowSpan
 
 
 def stock_twin(model: PreTrainedModel) -> PreTrainedModel:
@@ -26,18 +18,21 @@ def stock_twin(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def sliding_twin(model: PreTrainedModel, plan: AttentionPlan) -> PreTrainedModel | None:
-    """A class of transformers whose sliding layers are the plan's windows, sharing the model's weights.
+    """The class of transformers that has the plan's windows as sliding layers; the weights are shared.
 
-    Sinks are left out: transformers has none. None where it has no such class (it has one for Llama-shaped models), or
-    where the plan has blocks, windows of several sizes, or none.
+    Sinks are left out: transformers has none. None where it has no such class (`masformer export --list`), or where the
+    plan is full in every layer.
     """
-    config, windows = model.config, {span.size for span in plan if isinstance(span, WindowSpan)}
-    odd = [span for span in plan if not isinstance(span, (FullSpan, WindowSpan))]
-    if config.model_type not in LLAMAS or odd or len(windows) != 1 or getattr(config, "attention_bias", False):
+    config = stock_config(model.config)
+    bare = AttentionPlan(tuple(WindowSpan(span.size) if isinstance(span, WindowSpan) else span for span in plan))
+    if bare.is_full:
         return None
-    types = ["full_attention" if isinstance(span, FullSpan) else "sliding_attention" for span in plan]
-    options = {key: copy.deepcopy(getattr(config, key)) for key in SHARED}
-    return _twin(model, MinistralConfig(**options, sliding_window=windows.pop(), layer_types=types))
+    try:
+        tool, written, entry = chosen_entry(config, bare, "transformers")
+    except MasformerError:
+        return None
+    data = write_config(config, written, tool, entry)
+    return _twin(model, AutoConfig.for_model(data.pop("model_type"), **data))
 
 
 def _twin(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:

@@ -1,20 +1,13 @@
 """Choosing the layers that need full attention, by measurement on the user's own text.
 
 `texts` cuts windows and retrieval probes, `measure` scores plans on them with shared prefixes and a journal, `search`
-chooses a plan under a budget and holds it against controls, `report` shows the result.
+chooses a plan under a budget (`budget`) and holds it against controls (`result`), `report` shows the result.
 """
 
+from masformer.placement.budget import Budget
 from masformer.placement.report import placement_table, plot_search
-from masformer.placement.search import (
-    METHODS,
-    Budget,
-    Evidence,
-    PlacementScore,
-    SearchResult,
-    Work,
-    parse_criteria,
-    search_layers,
-)
+from masformer.placement.result import Evidence, PlacementScore, SearchResult, Work
+from masformer.placement.search import METHODS, parse_criteria, search_layers
 
 __all__ = [
     "METHODS",

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from masformer.errors import MasformerError
 from masformer.files import write_whole
-from masformer.placement.search import FOUND, FULL, RANDOM, SearchResult
+from masformer.placement.result import FOUND, FULL, RANDOM, SearchResult
 from masformer.plots import DPI, FULL_COLOR, INK, SUFFIXES
 
 

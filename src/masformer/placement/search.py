@@ -5,264 +5,37 @@ from __future__ import annotations
 import math
 import os
 import random
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from masformer.cost import ModelShape, bytes_text, cost
 from masformer.errors import MasformerError, check_int
 from masformer.models.bridge import apply_plan
 from masformer.models.positions import position_limit
+from masformer.placement.budget import Budget, Purse
 from masformer.placement.measure import Measurer, Score
+from masformer.placement.result import (
+    FOUND,
+    FULL,
+    HELD_OUT,
+    LOCAL,
+    RANDOM,
+    Evidence,
+    PlacementScore,
+    SearchResult,
+    Work,
+)
 from masformer.placement.texts import Window, retrieval_probes, split_windows, take_windows, text_windows
 from masformer.plan import PLACEMENTS, AttentionPlan
 from masformer.spans import FullSpan, Span
 
 METHODS = ("sensitivity", "greedy", "joint")
 CRITERIA = ("tail", "kl", "retrieval")
-BUDGET_FORMS = (
-    "a number of full layers (8), a share of all-full's attention FLOPs (30%), or KV-cache bytes (64MiB); "
-    "the last two may name a length in tokens (30%@8192)"
-)
-HELD_OUT = "held-out"
-"""Name of the part of the documents that nothing was chosen by."""
-FULL, LOCAL, FOUND, RANDOM = "all full", "all local", "found", "random"
-"""Names of placements, beside the rules; random ones are numbered."""
 DIGITS = 6
 """Losses that agree in so many decimals are taken as equal, so that rounding does not decide."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a plan may cost: exactly one of the first three.
-
-    Attributes:
-        full_layers: full layers, the others local.
-        flops_share: attention FLOPs, as a fraction of full attention in every layer; above 0, below 1.
-        cache_bytes: KV-cache bytes of one sequence, with values of 2 bytes.
-        length: tokens at which the cost is counted; None: those of the search.
-    """
-
-    full_layers: int | None = None
-    flops_share: float | None = None
-    cache_bytes: int | None = None
-    length: int | None = None
-
-    def __post_init__(self) -> None:
-        if (self.full_layers, self.flops_share, self.cache_bytes).count(None) != 2:
-            raise MasformerError(f"a budget is one of: {BUDGET_FORMS}")
-        if self.full_layers is not None:
-            check_int("number of full layers", self.full_layers, 0)
-        if self.flops_share is not None and not 0 < self.flops_share < 1:
-            raise MasformerError(f"a share of the FLOPs must lie between 0% and 100%, got {self.flops_share:.6g}")
-        if self.cache_bytes is not None:
-            check_int("KV-cache bytes", self.cache_bytes, 1)
-        if self.length is not None:
-            check_int("length of the budget", self.length, 1)
-
-    @classmethod
-    def parse(cls, text: str) -> Budget:
-        """Reads `8`, `30%`, `64MiB`, `30%@8192` or `64MiB@8192`.
-
-        Raises:
-            MasformerError: it is none of the forms, or out of range.
-        """
-        match = re.fullmatch(r"\s*(\d+|\d*\.\d+)\s*(%|B|KiB|MiB|GiB)?\s*(?:@\s*(\d+))?\s*", text)
-        if match is None or (match[2] is None and (match[3] or "." in match[1])):
-            raise MasformerError(f"cannot read the budget {text!r}; allowed: {BUDGET_FORMS}")
-        number, unit, length = match[1], match[2], int(match[3]) if match[3] else None
-        if unit is None:
-            return cls(full_layers=int(number))
-        if unit == "%":
-            return cls(flops_share=float(number) / 100, length=length)
-        scale = 1024 ** ("B", "KiB", "MiB", "GiB").index(unit)
-        return cls(cache_bytes=int(float(number) * scale), length=length)
-
-    def __str__(self) -> str:
-        at = "" if self.length is None else f" at {self.length} tokens"
-        if self.full_layers is not None:
-            return f"{self.full_layers} full layers"
-        if self.flops_share is not None:
-            return f"{self.flops_share:.4g} of all-full's attention FLOPs{at}"
-        return f"{bytes_text(self.cache_bytes or 0)} of KV cache{at}"
-
-
-class _Purse:
-    """A budget for one model: what a layer of each span costs, and what there is to spend."""
-
-    def __init__(self, budget: Budget, model: PreTrainedModel, local: Span, length: int) -> None:
-        self.layers = int(model.config.num_hidden_layers)
-        self.length = budget.length or length
-        self.shape = ModelShape.of(model.config)
-        self.figure = "attention_flops" if budget.cache_bytes is None else "kv_cache_bytes"
-        full = self.layers * self.price(FullSpan())
-        if budget.full_layers is not None:
-            if budget.full_layers > self.layers:
-                raise MasformerError(f"{budget} are more than the model's {self.layers} layers")
-            local_layers = self.layers - budget.full_layers
-            self.limit = budget.full_layers * self.price(FullSpan()) + local_layers * self.price(local)
-        elif budget.flops_share is not None:
-            self.limit = math.floor(budget.flops_share * full)
-        else:
-            self.limit = budget.cache_bytes or 0
-        if self.limit >= full:
-            raise MasformerError(f"a budget of {budget} lets every layer be full: there is nothing to choose")
-        if self.price(local) >= self.price(FullSpan()):
-            raise MasformerError(f"{local} costs as much as full at {self.length} tokens: there is nothing to choose")
-        self.budget = budget
-
-    def price(self, span: Span) -> int:
-        """Of one layer: FLOPs or bytes."""
-        whole = getattr(cost(self.shape, AttentionPlan.uniform(self.layers, span), self.length), self.figure)
-        return int(whole) // self.layers
-
-    def check(self, cheapest: Span) -> None:
-        """Raises MasformerError unless every layer can have this span."""
-        if self.layers * self.price(cheapest) > self.limit:
-            raise MasformerError(
-                f"a budget of {self.budget} is less than {cheapest} in every layer needs; give more or a smaller span"
-            )
-
-    def full_layers(self, local: Span) -> int:
-        """How many layers can be full when the others are local; below 0 where not even none can."""
-        if self.budget.full_layers is not None:
-            return self.budget.full_layers
-        left = self.limit - self.layers * self.price(local)
-        return left // (self.price(FullSpan()) - self.price(local))
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """One row of the heat map: what was measured layer by layer.
-
-    Attributes:
-        name: the span that one layer at a time was restricted to, or the step of the greedy search.
-        values: the rise of the criterion above all-full when that layer alone is restricted, or its fall when that
-            layer is made full in this step; in nats, larger for a layer that is needed more. None: not measured.
-    """
-
-    name: str
-    values: tuple[float | None, ...]
-
-
-@dataclass(frozen=True)
-class PlacementScore:
-    """One placement on one text.
-
-    Attributes:
-        name: `found`, `all full`, `all local`, a rule of `masformer.plan.PLACEMENTS`, or `random 1` and so on.
-        plan: its text form.
-        criterion: what was searched for: the weighted sum, in nats.
-        tail_nll: mean negative log-likelihood of the second half of the windows, in nats per token.
-        kl: mean KL(all-full || plan) there, in nats per token; None where it was not asked for.
-        retrieval_nll: the same of the answers to the probes, in nats per token; None where it was not asked for.
-        retrieval_accuracy: share of the probes answered right; None where it was not asked for.
-    """
-
-    name: str
-    plan: str
-    criterion: float
-    tail_nll: float
-    kl: float | None = None
-    retrieval_nll: float | None = None
-    retrieval_accuracy: float | None = None
-
-    @property
-    def tail_perplexity(self) -> float:
-        """exp(tail_nll)."""
-        return math.exp(self.tail_nll) if self.tail_nll < 709 else math.inf
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a search took; of a resumed one, the last run alone.
-
-    Attributes:
-        measurements: plans measured on a window each.
-        recalled: measurements that were known already.
-        layer_evaluations: times that one layer ran over one window.
-        unshared_layer_evaluations: the same if no prefix were shared.
-        seconds: wall-clock time.
-    """
-
-    measurements: int
-    recalled: int
-    layer_evaluations: int
-    unshared_layer_evaluations: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """The plan found, with the evidence.
-
-    Attributes:
-        plan: the plan.
-        method: one of `METHODS`.
-        criteria: criterion -> weight.
-        budget: in words.
-        local: the local span.
-        length: input tokens of a window.
-        windows: text windows that the plan was chosen by.
-        probes: retrieval probes that the plan was chosen by.
-        held_out_windows: text windows of each text of `placements`.
-        other_documents: whether the held-out windows are of other documents, or of other parts of the same.
-        seed: of the random placements and the probes.
-        evidence: rows of the heat map, from layer 0.
-        placements: text -> the plan among its controls.
-        work: what it took; not compared.
-    """
-
-    plan: AttentionPlan
-    method: str
-    criteria: dict[str, float]
-    budget: str
-    local: str
-    length: int
-    windows: int
-    probes: int
-    held_out_windows: int
-    other_documents: bool
-    seed: int
-    evidence: tuple[Evidence, ...]
-    placements: dict[str, tuple[PlacementScore, ...]]
-    work: Work = field(compare=False)
-
-    def score(self, name: str, text: str = HELD_OUT) -> PlacementScore:
-        """The placement of that name on that text."""
-        return next(score for score in self.placements[text] if score.name == name)
-
-    def random(self, text: str = HELD_OUT) -> list[PlacementScore]:
-        """The random placements on that text, best first by the criterion."""
-        scores = [score for score in self.placements[text] if score.name.startswith(RANDOM)]
-        return sorted(scores, key=lambda score: score.criterion)
-
-    def rank(self, text: str = HELD_OUT) -> int:
-        """Where the plan stands among the random placements by the criterion: 1 is best, their number + 1 worst."""
-        found = self.score(FOUND, text).criterion
-        return 1 + sum(score.criterion < found for score in self.random(text))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: the attributes, with perplexities and ranks."""
-        placements = {
-            text: [asdict(score) | {"tail_perplexity": score.tail_perplexity} for score in scores]
-            for text, scores in self.placements.items()
-        }
-        own = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "plan"}
-        evidence = [{"name": row.name, "values": list(row.values)} for row in self.evidence]
-        ranks = {text: {"rank": self.rank(text), "of": len(self.random(text)) + 1} for text in self.placements}
-        derived = {"evidence": evidence, "placements": placements, "ranks": ranks, "work": asdict(self.work)}
-        return self.plan.to_dict() | own | derived
-
-    def save(self, path: str | os.PathLike[str], **notes: Any) -> None:
-        """Writes a plan file that also says how the plan was found; arguments and errors as `AttentionPlan.save`."""
-        how = {key: value for key, value in self.to_dict().items() if key not in ("plan", "num_layers")}
-        self.plan.save(path, found_by=how, **notes)
 
 
 def parse_criteria(text: str) -> dict[str, float]:
@@ -374,7 +147,7 @@ def search_layers(
     if HELD_OUT in other_texts:
         raise MasformerError(f"a text cannot be named {HELD_OUT!r}: that is the part of the documents not chosen by")
     choices = list(dict.fromkeys(spans or (FullSpan(), local)))
-    purse = _Purse(budget, model, local, length)
+    purse = Purse(budget, model, local, length)
     purse.check(min(choices, key=purse.price))
     full_layers = purse.full_layers(local)
     if full_layers < 1 and method != "joint":
@@ -532,7 +305,7 @@ def _greedy(
     return plan, tuple(evidence)
 
 
-def _joint(evidence: Sequence[Evidence], choices: Sequence[Span], purse: _Purse) -> AttentionPlan:
+def _joint(evidence: Sequence[Evidence], choices: Sequence[Span], purse: Purse) -> AttentionPlan:
     """The multiple-choice knapsack, by dynamic programming over the layers; dominated partial choices are dropped."""
     rises = {row.name: row.values for row in evidence}
     prices = {span: purse.price(span) for span in choices}

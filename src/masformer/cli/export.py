@@ -1,0 +1,80 @@
+"""`masformer export`: checkpoints that other tools load."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from masformer.cli.options import Dtype, Figures, console, load_for, named_plans
+from masformer.cli.parser import INSTEAD
+from masformer.errors import MasformerError
+from masformer.models.checkpoint import check_folder, load_config
+from masformer.models.export import check_export, export_model, support_tables
+from masformer.models.export.verify import check_installed, verify_export
+
+
+def export(
+    model: str,
+    out: str,
+    *,
+    target: Literal["transformers", "vllm", "mlx-lm", "gguf"],
+    plan: list[str] | None = None,
+    full: int | None = None,
+    placement: str | None = None,
+    local: str | None = None,
+    max_positions: str | None = None,
+    dtype: Dtype = "auto",
+    overwrite: bool = False,
+    verify: bool = False,
+    python: str | None = None,
+) -> Figures:
+    """Writes a checkpoint that another tool loads as it is, or says why it cannot and what it could.
+
+    Args:
+        out: folder to write.
+        target: the tool; --list shows what each can run.
+        dtype: dtype of the written weights.
+        overwrite: replace a model folder that is already there.
+        verify: load the result in the tool and compare logits and a greedy continuation past the window.
+        python: for --verify, the Python of an environment that has the tool (default: this one).
+
+    Example:
+        masformer export HuggingFaceTB/SmolLM2-135M OUT --target transformers --plan 'full@11-18; window:512' --verify
+    """
+    if python is not None and not verify:
+        raise MasformerError("--python does nothing without --verify")
+    config, own = load_config(model)
+    plans = named_plans(own, plan, full, placement, local)
+    if len(plans) > 1:
+        raise MasformerError("a checkpoint carries one plan; give one --plan")
+    (chosen,) = plans.values()
+    check_export(config, chosen, target)
+    check_folder(out, overwrite=overwrite)
+    if verify:
+        check_installed(target, python)
+    loaded, tokenizer = load_for(model, chosen, max_positions, dtype)
+    if tokenizer is None and target != "transformers":
+        raise MasformerError(
+            f"{model} has no tokenizer, and {target} runs no text without one; put one beside the model"
+        )
+    export_model(loaded, out, target, tokenizer, overwrite=overwrite)
+    console.print(f"{out}: {chosen}, for {target}; {out}/README.md says how to run it", markup=False)
+    figures: Figures = {"model": model, "target": target, "plan": str(chosen)}
+    if verify:
+        found = verify_export(loaded, out, target, python)
+        console.print(
+            f"verified in {target} {found.version}: {found.tokens} tokens, window {found.window}; logits differ by "
+            f"{found.difference:.2g} (full attention: {found.full_difference:.2g}), the same {len(found.continuation)} "
+            "tokens follow",
+            markup=False,
+        )
+        figures["verification"] = found.to_dict()
+    return figures
+
+
+def show_targets() -> None:
+    """Prints what each tool can run, with reasons and sources."""
+    for table in support_tables():
+        console.print(table)
+
+
+INSTEAD[export] = {"list": (show_targets, "show what each tool can run on which architecture, and why, and stop.")}

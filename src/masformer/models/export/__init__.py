@@ -1,0 +1,118 @@
+"""Checkpoints that other tools load as they are, or a refusal: `targets` says which tool runs which plan right.
+
+Most tools that do not know a plan run full attention without a word. So nothing is written unless the table of the
+tool has an entry for the architecture and the plan, the positions of every layer stay those of the training, and the
+masks of the installed transformers agree with the plan, layer by layer (`stock`); config.json is written last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+from masformer.errors import MasformerError
+from masformer.files import write_whole
+from masformer.models.checkpoint import model_folder
+from masformer.models.export.choose import check_export, chosen_entry, form_for, write_config
+from masformer.models.export.forms import extra_weights
+from masformer.models.export.readme import folder_readme
+from masformer.models.export.stock import check_stock
+from masformer.models.export.targets import TARGETS
+from masformer.models.sealing import is_sealed, unseal
+
+__all__ = ["TARGETS", "check_export", "export_model", "support_tables"]
+
+_SAMPLE = "The quick brown fox, 12 jumps: naïve 東京 — don't!\n\n    def f(x):\treturn x"
+
+
+def export_model(
+    model: PreTrainedModel,
+    path: str | os.PathLike[str],
+    target: str,
+    tokenizer: Any = None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Writes a folder that another tool loads, whole or not at all: the same logits there, or an error here.
+
+    Args:
+        model: a model with a plan.
+        path: the folder to write.
+        target: the tool, a key of `TARGETS`.
+        tokenizer: carried over with its chat template, if given.
+        overwrite: replace a model folder that is already there.
+
+    Raises:
+        MasformerError: the model has no plan, the tool cannot run the plan on it (with the nearest plan that it can),
+            the folder exists (unless `overwrite`), or it cannot be written.
+    """
+    if not is_sealed(model.config):
+        raise MasformerError("the model has no plan; call apply_plan first")
+    config, plan = unseal(json.loads(model.config.to_json_string()))
+    tool, plan, entry = chosen_entry(config, plan, target)
+    config.dtype = model.dtype
+    with model_folder(path, overwrite=overwrite) as folder:
+        weights = model.state_dict()
+        model.save_pretrained(
+            folder, state_dict=weights | extra_weights(config, form_for(config, plan, entry), weights)
+        )
+        data = write_config(config, plan, tool, entry)
+        (folder / "config.json").unlink()
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        config_file = json.dumps(data, indent=2, sort_keys=True) + "\n"
+        stock = _stock_config(folder, config_file)
+        check_stock(stock, plan, cache=target == "transformers")
+        if tokenizer is not None:
+            _check_tokenizer(folder, tokenizer, stock)
+        text = folder_readme(folder, Path(path).name, stock, plan, tool, tokenizer=tokenizer is not None)
+        write_whole(folder / "README.md", text)
+        write_whole(folder / "config.json", config_file)
+
+
+def support_tables() -> Iterator[Table]:
+    """For people to read, a table for each tool: what it runs on which architecture, why no more, and the source."""
+    for target in TARGETS.values():
+        table = Table(
+            title=f"{target.name}: checked with {target.tested}", title_justify="left", caption_justify="left"
+        )
+        for column in ("architecture", "runs", "why no more; source"):
+            table.add_column(column, overflow="fold")
+        for name, entry in target.entries.items():
+            table.add_row(name, ", ".join(entry.plans) or "-", "; ".join(filter(None, (entry.why, entry.source))))
+        lines = [f"No {kind}: {why}." for kind, why in target.why.items()]
+        table.caption = "\n".join([*lines, f"Other architectures: {target.other}."])
+        yield table
+
+
+def _stock_config(folder: Path, content: str) -> Any:
+    """The config as stock transformers will read it."""
+    trial = folder / "trial"
+    trial.mkdir()
+    write_whole(trial / "config.json", content)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of rope_scaling, which mlx-lm reads
+            return AutoConfig.from_pretrained(trial)
+    finally:
+        (trial / "config.json").unlink()
+        trial.rmdir()
+
+
+def _check_tokenizer(folder: Path, tokenizer: Any, config: Any) -> None:
+    """Whether the folder's tokenizer, under the new model type, still splits text as the model's own did."""
+    if not hasattr(tokenizer, "encode"):
+        return
+    again = AutoTokenizer.from_pretrained(folder, config=config)
+    if again.encode(_SAMPLE) != tokenizer.encode(_SAMPLE):
+        raise MasformerError(
+            f"the tokenizer would split text in another way under model type {config.model_type}; "
+            "save it again with the installed transformers first"
+        )

@@ -1,0 +1,224 @@
+"""Whether a plan can go to a tool, and if not, why, and the nearest plan that can."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from masformer.errors import MasformerError
+from masformer.models.export.forms import (
+    FORMS,
+    FULL,
+    PERIODIC,
+    SLIDING,
+    architecture,
+    for_mlx_lm,
+    for_vllm,
+    layer_positions,
+    period,
+)
+from masformer.models.export.targets import KINDS, TARGETS, Entry, Target
+from masformer.models.sealing import native_plan
+from masformer.plan import AttentionPlan
+from masformer.spans import BlockSpan, FullSpan, Span, WindowSpan
+
+_YARN = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
+
+
+def find_target(name: str) -> Target:
+    """The tool of that name.
+
+    Raises:
+        MasformerError: there is no entry for such a tool.
+    """
+    if name not in TARGETS:
+        raise MasformerError(f"unknown target {name!r}; allowed: {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
+def kind_of(plan: AttentionPlan) -> str:
+    """The kind of a plan, one of `KINDS`: the hardest thing that it asks for."""
+    if any(isinstance(span, BlockSpan) for span in plan):
+        return "blocks"
+    if any(span.sinks for span in plan):
+        return "sinks"
+    windows = {span for span in plan if isinstance(span, WindowSpan)}
+    if len(windows) > 1:
+        return "windows"
+    return "full" if plan.is_full else "mixed" if plan.full_layers else "window"
+
+
+def plain(plan: AttentionPlan) -> AttentionPlan:
+    """The same plan with windows for blocks of one token, which are windows: j >= i - lookback."""
+    return AttentionPlan(
+        tuple(
+            WindowSpan(span.lookback + 1) if isinstance(span, BlockSpan) and span.size == 1 else span for span in plan
+        )
+    )
+
+
+def entry_for(config: PretrainedConfig, plan: AttentionPlan, target: Target) -> Entry | None:
+    """What the tool does with the model; for transformers the plan that a stock model has anyway needs no entry."""
+    entry = target.entries.get(architecture(config))
+    if entry is None and target.name == "transformers" and plan == native_plan(config):
+        return Entry(KINDS, "unchanged", "", "the model as it was trained")
+    return entry
+
+
+def write_config(config: PretrainedConfig, plan: AttentionPlan, target: Target, entry: Entry) -> dict[str, Any]:
+    """The content of config.json for a tool; the plan is one of those that the entry takes.
+
+    Args:
+        config: the stock config, with the layer types the model was trained with.
+        plan: one span per layer.
+        target: the tool.
+        entry: what it does with the model.
+    """
+    data = FORMS[form_for(config, plan, entry)](config, plan)
+    finish = {"vllm": for_vllm, "mlx-lm": for_mlx_lm}.get(target.name)
+    return finish(data) if finish else data
+
+
+def form_for(config: PretrainedConfig, plan: AttentionPlan, entry: Entry) -> str:
+    """The form of the checkpoint: under full attention a model keeps its own class, if the tool has it."""
+    if plan.is_full and config.model_type in ("llama", "mistral", "ministral"):
+        return "without window"
+    return "native" if plan.is_full and config.model_type in ("qwen2", "olmo2") else entry.form
+
+
+def objection(config: PretrainedConfig, plan: AttentionPlan, target: Target) -> str | None:
+    """Why the tool cannot run the plan on the model; None where it can.
+
+    Args:
+        config: the stock config, with the layer types the model was trained with.
+        plan: one span per layer.
+        target: the tool.
+    """
+    entry, kind = entry_for(config, plan, target), kind_of(plan)
+    if entry is None:
+        return target.other
+    if kind not in entry.plans:
+        return entry.why if not entry.plans else target.why.get(kind, entry.why)
+    if getattr(config, "is_heterogeneous", False):
+        return "its layers differ in shape"
+    if getattr(config, "quantization_config", None):
+        return "its weights are quantised; export the model before that"
+    for name, allowed in entry.needs.items():
+        if (value := getattr(config, name, None)) not in allowed:
+            return f"it runs these models only with {name} {' or '.join(map(str, allowed))}, not {value}"
+    if entry.form == "unchanged":
+        return None
+    if target.name == "transformers" and WindowSpan(1) in plan.spans and entry.form != "gpt_neo":
+        return "its cache drops nothing under a window of 1, so generated tokens see more than their own"
+    data = write_config(config, plan, target, entry)
+    written = type(config).from_dict(data) if data["model_type"] == config.model_type else config
+    if layer_positions(written) != layer_positions(config):
+        return (
+            f"the type of a layer also decides its rotary positions in {config.model_type}, so the layers that slide "
+            f"must be those it was trained with ({native_plan(config)})"
+        )
+    if target.name == "mlx-lm" and config.model_type in PERIODIC and period(data["layer_types"]) is None:
+        return entry.why
+    return _rope_objection(data, target, entry)
+
+
+def _rope_objection(data: dict[str, Any], target: Target, entry: Entry) -> str | None:
+    """Rotary positions that the tool would compute in another way than transformers, from a config.json."""
+    parameters = data.get("rope_parameters") or {}
+    ropes = {key: rope for key, rope in parameters.items() if isinstance(rope, dict)} or {FULL: parameters}
+    for key, rope in ropes.items():
+        kind = rope.get("rope_type", "default")
+        if kind not in target.ropes:
+            return f"it does not compute {kind} rotary positions as transformers does"
+        part = rope.get("partial_rotary_factor") or 1.0
+        if part != 1.0 and (target.name == "mlx-lm" or entry.form not in ("native", "gpt_neo")):
+            return f"it does not agree with transformers on rotary positions in {part} of each head"
+        odd = sorted(name for name, value in rope.items() if name not in _YARN and value is not None)
+        if kind == "yarn" and odd and target.name != "transformers":
+            return f"it reads {odd[0]} of yarn rotary positions in another way than transformers"
+        if target.name == "mlx-lm" and key == SLIDING and kind != "default":
+            return f"its sliding layers have no {kind} rotary positions"
+    if target.name == "mlx-lm" and len({rope.get("rope_theta") for rope in ropes.values()}) > 1:
+        return "it has one rope_theta for all layers"
+    return None
+
+
+def check_export(config: PretrainedConfig, plan: AttentionPlan, target: str) -> None:
+    """Whether the plan can go to the tool; needs no weights. Arguments and errors as in `chosen_entry`."""
+    chosen_entry(config, plan, target)
+
+
+def chosen_entry(config: PretrainedConfig, plan: AttentionPlan, target: str) -> tuple[Target, AttentionPlan, Entry]:
+    """The tool, the plan as it is to be written, and what the tool does with the model.
+
+    Args:
+        config: the stock config, as `load_config` reads it.
+        plan: one span per layer.
+        target: name of the tool.
+
+    Raises:
+        MasformerError: it cannot run the plan; the message has the reason and the nearest plan that it can.
+    """
+    tool, plan = find_target(target), plain(plan.for_layers(config.num_hidden_layers))
+    reason, entry = objection(config, plan, tool), entry_for(config, plan, tool)
+    if reason is None and entry is not None:
+        return tool, plan, entry
+    message = f"{target} cannot run {plan} on {architecture(config)} models: {reason}"
+    near = nearest(config, plan, tool)
+    if near is not None:
+        raise MasformerError(f"{message}; nearest plan that it can: {near[0]} ({near[1]})")
+    others = [name for name, other in TARGETS.items() if objection(config, plan, other) is None]
+    raise MasformerError(f"{message}; " + (f"--target {others[0]} can" if others else "masformer itself can run it"))
+
+
+def nearest(config: PretrainedConfig, plan: AttentionPlan, target: Target) -> tuple[AttentionPlan, str] | None:
+    """The plan with the fewest changed layers that the tool can run, and the changes in words; None where none is."""
+    found = []
+    for candidate, words in _candidates(config, plan):
+        if objection(config, candidate, target) is None:
+            changed = sum(ours != theirs for ours, theirs in zip(plan, candidate, strict=True))
+            found.append((changed, candidate, ", ".join(words)))
+    return min(found, key=lambda each: each[0])[1:] if found else None
+
+
+def _candidates(config: PretrainedConfig, plan: AttentionPlan) -> Iterator[tuple[AttentionPlan, list[str]]]:
+    """Ever simpler plans, each with the changes that lead to it."""
+    words: list[str] = []
+    spans = list(plan)
+    if any(span.sinks for span in spans):
+        words, spans = [*words, "drop the sinks"], [_without_sinks(span) for span in spans]
+        yield AttentionPlan(tuple(spans)), words
+    if any(isinstance(span, BlockSpan) for span in spans):
+        words, spans = [*words, "use windows in place of blocks"], [_as_window(span) for span in spans]
+        yield AttentionPlan(tuple(spans)), words
+    if WindowSpan(1) in spans:
+        wider = [WindowSpan(2) if span == WindowSpan(1) else span for span in spans]
+        words, spans = [*words, "use windows of at least 2"], wider
+        yield AttentionPlan(tuple(spans)), words
+    windows = Counter(span for span in spans if isinstance(span, WindowSpan))
+    if len(windows) > 1:
+        window = max(windows, key=lambda each: (windows[each], each.size))
+        words, spans = [*words, "use one window"], [span if isinstance(span, FullSpan) else window for span in spans]
+        yield AttentionPlan(tuple(spans)), words
+    layers, full = len(plan), FullSpan()
+    yield AttentionPlan.uniform(layers, full), [*words, "use full attention in every layer"]
+    trained = native_plan(config)
+    if not windows:
+        yield trained, [*words, "use the plan it was trained with"]
+        return
+    window = next(span for span in spans if isinstance(span, WindowSpan))
+    yield AttentionPlan.uniform(layers, window), [*words, "use the window in every layer"]
+    yield AttentionPlan.mixed(layers, 1, "middle", local=window), [*words, "keep one layer full"]
+    pattern = AttentionPlan(tuple(full if isinstance(span, FullSpan) else window for span in trained))
+    yield pattern, [*words, "keep full the layers that were trained so"]
+
+
+def _without_sinks(span: Span) -> Span:
+    return WindowSpan(span.size) if isinstance(span, WindowSpan) else span
+
+
+def _as_window(span: Span) -> Span:
+    return WindowSpan(span.size * (span.lookback + 1)) if isinstance(span, BlockSpan) else span

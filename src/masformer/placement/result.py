@@ -1,0 +1,144 @@
+"""What a search found: the plan, the evidence, and where it stands among its controls."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from masformer.plan import AttentionPlan
+
+HELD_OUT = "held-out"
+"""Name of the part of the documents that nothing was chosen by."""
+FULL, LOCAL, FOUND, RANDOM = "all full", "all local", "found", "random"
+"""Names of placements, beside the rules; random ones are numbered."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One row of the heat map: what was measured layer by layer.
+
+    Attributes:
+        name: the span that one layer at a time was restricted to, or the step of the greedy search.
+        values: the rise of the criterion above all-full when that layer alone is restricted, or its fall when that
+            layer is made full in this step; in nats, larger for a layer that is needed more. None: not measured.
+    """
+
+    name: str
+    values: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class PlacementScore:
+    """One placement on one text.
+
+    Attributes:
+        name: `found`, `all full`, `all local`, a rule of `masformer.plan.PLACEMENTS`, or `random 1` and so on.
+        plan: its text form.
+        criterion: what was searched for: the weighted sum, in nats.
+        tail_nll: mean negative log-likelihood of the second half of the windows, in nats per token.
+        kl: mean KL(all-full || plan) there, in nats per token; None where it was not asked for.
+        retrieval_nll: the same of the answers to the probes, in nats per token; None where it was not asked for.
+        retrieval_accuracy: share of the probes answered right; None where it was not asked for.
+    """
+
+    name: str
+    plan: str
+    criterion: float
+    tail_nll: float
+    kl: float | None = None
+    retrieval_nll: float | None = None
+    retrieval_accuracy: float | None = None
+
+    @property
+    def tail_perplexity(self) -> float:
+        """exp(tail_nll)."""
+        return math.exp(self.tail_nll) if self.tail_nll < 709 else math.inf
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a search took; of a resumed one, the last run alone.
+
+    Attributes:
+        measurements: plans measured on a window each.
+        recalled: measurements that were known already.
+        layer_evaluations: times that one layer ran over one window.
+        unshared_layer_evaluations: the same if no prefix were shared.
+        seconds: wall-clock time.
+    """
+
+    measurements: int
+    recalled: int
+    layer_evaluations: int
+    unshared_layer_evaluations: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The plan found, with the evidence.
+
+    Attributes:
+        plan: the plan.
+        method: one of `METHODS`.
+        criteria: criterion -> weight.
+        budget: in words.
+        local: the local span.
+        length: input tokens of a window.
+        windows: text windows that the plan was chosen by.
+        probes: retrieval probes that the plan was chosen by.
+        held_out_windows: text windows of each text of `placements`.
+        other_documents: whether the held-out windows are of other documents, or of other parts of the same.
+        seed: of the random placements and the probes.
+        evidence: rows of the heat map, from layer 0.
+        placements: text -> the plan among its controls.
+        work: what it took; not compared.
+    """
+
+    plan: AttentionPlan
+    method: str
+    criteria: dict[str, float]
+    budget: str
+    local: str
+    length: int
+    windows: int
+    probes: int
+    held_out_windows: int
+    other_documents: bool
+    seed: int
+    evidence: tuple[Evidence, ...]
+    placements: dict[str, tuple[PlacementScore, ...]]
+    work: Work = field(compare=False)
+
+    def score(self, name: str, text: str = HELD_OUT) -> PlacementScore:
+        """The placement of that name on that text."""
+        return next(score for score in self.placements[text] if score.name == name)
+
+    def random(self, text: str = HELD_OUT) -> list[PlacementScore]:
+        """The random placements on that text, best first by the criterion."""
+        scores = [score for score in self.placements[text] if score.name.startswith(RANDOM)]
+        return sorted(scores, key=lambda score: score.criterion)
+
+    def rank(self, text: str = HELD_OUT) -> int:
+        """Where the plan stands among the random placements by the criterion: 1 is best, their number + 1 worst."""
+        found = self.score(FOUND, text).criterion
+        return 1 + sum(score.criterion < found for score in self.random(text))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: the attributes, with perplexities and ranks."""
+        placements = {
+            text: [asdict(score) | {"tail_perplexity": score.tail_perplexity} for score in scores]
+            for text, scores in self.placements.items()
+        }
+        own = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "plan"}
+        evidence = [{"name": row.name, "values": list(row.values)} for row in self.evidence]
+        ranks = {text: {"rank": self.rank(text), "of": len(self.random(text)) + 1} for text in self.placements}
+        derived = {"evidence": evidence, "placements": placements, "ranks": ranks, "work": asdict(self.work)}
+        return self.plan.to_dict() | own | derived
+
+    def save(self, path: str | os.PathLike[str], **notes: Any) -> None:
+        """Writes a plan file that also says how the plan was found; arguments and errors as `AttentionPlan.save`."""
+        how = {key: value for key, value in self.to_dict().items() if key not in ("plan", "num_layers")}
+        self.plan.save(path, found_by=how, **notes)
