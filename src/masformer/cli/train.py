@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Sequence
 from dataclasses import fields
@@ -38,7 +39,8 @@ def train(*, config: str, set: list[str] | None = None, resume: bool = False, dr
 
     outcome = run(recipe, resume=resume, console=Console(highlight=False))
     if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()  # its threads must not outlive it
+        gc.collect()  # what is sharded holds the group, whose threads must not outlive it
+        dist.destroy_process_group()
     if outcome.signal == signal.SIGINT:
         raise KeyboardInterrupt
     if outcome.signal is not None:
