@@ -261,7 +261,17 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_work(capsys, folder
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["plan"], ["convert"], ["demo"], ["search"], ["serve"], ["eval", "perplexity"], ["bench", "attention"]],
+    [
+        [],
+        ["plan"],
+        ["convert"],
+        ["demo"],
+        ["search"],
+        ["train"],
+        ["serve"],
+        ["eval", "perplexity"],
+        ["bench", "attention"],
+    ],
 )
 def test_every_command_explains_itself(capsys, command):
     with pytest.raises(SystemExit) as exit_:

@@ -13,7 +13,7 @@ import transformers
 
 import masformer
 from masformer import records
-from masformer.cli import bench, evaluate, export, generate, model, search, serve, tour
+from masformer.cli import bench, evaluate, export, generate, model, search, serve, tour, train
 from masformer.cli.options import console
 from masformer.cli.parser import Command, Help, add_commands, error_line
 from masformer.errors import MasformerError
@@ -36,6 +36,7 @@ COMMANDS: dict[str, Any] = {
     "plan": model.show_plan,
     "convert": model.convert,
     "search": search.search,
+    "train": train.train,
     "generate": generate.generate,
     "serve": serve.serve,
     "export": export.export,
@@ -59,7 +60,7 @@ def parse(words: Sequence[str]) -> tuple[Command, dict[str, Any]]:
     )
     parser.add_argument("--version", action="version", version=f"masformer {masformer.__version__}")
     add_commands(parser, COMMANDS)
-    options = parser.parse_args(list(words)).as_dict()
+    options = parser.parse_args(train.gathered(list(words))).as_dict()
     command: Any = COMMANDS
     while not callable(command):
         name = options["command"]

@@ -32,6 +32,7 @@ SHARED = {
 SPECIAL: dict[str, dict[str, Any]] = {
     "plan": {"action": "append", "type": str},
     "span": {"action": "append", "type": str},
+    "set": {"action": "append", "type": str, "metavar": "NAME=VALUE"},
     "data": {"nargs": "+", "type": str, "metavar": "FILE"},
     "test": {"nargs": "+", "type": str, "metavar": "FILE"},
 }

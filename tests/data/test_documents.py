@@ -3,12 +3,14 @@ import gzip
 import json
 import lzma
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from masformer import MasformerError
-from masformer.data import Document, read_documents
+from masformer.data import Document, Row, read_documents, read_rows
 
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
 texts = st.text(st.characters(codec="utf-8"), max_size=30)
@@ -99,3 +101,53 @@ def test_what_can_be_known_beforehand_is_said_at_once(tmp_path):
     ]:
         with pytest.raises(MasformerError, match=message):
             read_documents(paths, limit=limit)
+
+
+ROWS = [
+    {"text": "one", "split": "train", "meta": {"kind": "a"}, "n": 1},
+    {"text": " ", "split": "test", "meta": {"kind": "b"}, "n": 2},
+    {"text": "three", "split": "train", "meta": {"kind": "b"}, "n": 3},
+]
+
+
+@pytest.fixture(params=["jsonl.xz", "parquet"])
+def rows_file(request, tmp_path):
+    path = tmp_path / f"rows.{request.param}"
+    if request.param == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    else:
+        path.write_bytes(lzma.compress("\n".join(map(json.dumps, ROWS)).encode()))
+    return path
+
+
+def test_documents_and_selected_rows_of_json_lines_and_parquet(rows_file):
+    assert [document.text for document in read_documents(rows_file)] == ["one", "three"]
+    assert list(read_rows([rows_file], ["text", "split"], {"meta.kind": "b"})) == [
+        Row(f"{rows_file}:2", {"text": " ", "split": "test"}),
+        Row(f"{rows_file}:3", {"text": "three", "split": "train"}),
+    ]
+    assert [row.texts["text"] for row in read_rows([rows_file], ["text"], {"n": "3", "split": "train"})] == ["three"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "where", "message"),
+    [
+        (["text", "body"], {}, "no field 'body'; the fields there are: text"),
+        (["n"], {}, "field 'n' holds a int, it must hold a string"),
+        (["text"], {"spilt": "train"}, "no field 'spilt' to select by; the fields there are: text"),
+        (["text"], {"meta.sort": "a"}, "no field 'meta.sort' to select by"),
+    ],
+)
+def test_wrong_fields_are_named(rows_file, fields, where, message):
+    with pytest.raises(MasformerError) as error:
+        list(read_rows([rows_file], fields, where))
+    assert message in str(error.value)
+
+
+def test_damaged_parquet_and_fields_of_plain_text_are_named(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and then nothing")
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(MasformerError, match=r"cannot read .*a\.parquet"):
+        list(read_documents([tmp_path / "a.parquet"]))
+    with pytest.raises(MasformerError, match=r"plain text, it has no fields \(asked for: split\)"):
+        read_rows([tmp_path / "a.txt"], ["text"], {"split": "train"})

@@ -1,0 +1,72 @@
+"""`masformer train`."""
+
+from __future__ import annotations
+
+import gc
+import signal
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch.distributed as dist
+from rich.console import Console
+
+from masformer.cli.options import Figures, console
+from masformer.errors import MasformerError
+from masformer.training.recipe import Recipe, load_recipe
+
+
+def train(*, config: str, set: list[str] | None = None, resume: bool = False, dry_run: bool = False) -> Figures:
+    """Trains a model as a recipe says: continual training on long rows, fine-tuning on pairs, or from scratch.
+
+    Args:
+        config: recipe, a YAML file.
+        set: a setting in place of the recipe's: NAME=VALUE; --training.steps 60 is --set training.steps=60.
+        resume: go on from the newest whole checkpoint of the output folder.
+        dry_run: show shapes, steps, cost and memory, and train nothing.
+
+    Example:
+        masformer train --config recipes/tiny-from-scratch.yaml --training.steps 20 --output runs/tiny
+    """
+    recipe = load_recipe(config, [f"--{setting}" for setting in set or ()])
+    if dry_run and resume:
+        raise MasformerError("--resume does nothing in a dry run")
+    if dry_run:
+        from masformer.training.dry_run import dry_run as forecast
+
+        return {"recipe": recipe.to_dict(), "forecast": forecast(recipe, console).to_dict()}
+    from masformer.training.run import train as run
+
+    outcome = run(recipe, resume=resume, console=Console(highlight=False))
+    if dist.is_available() and dist.is_initialized():
+        gc.collect()  # what is sharded holds the group, whose threads must not outlive it
+        dist.destroy_process_group()
+    if outcome.signal == signal.SIGINT:
+        raise KeyboardInterrupt
+    if outcome.signal is not None:
+        raise SystemExit(128 + outcome.signal)
+    evaluations = {str(step): dict(figures) for step, figures in outcome.evaluations.items()}
+    return {"recipe": recipe.to_dict(), "steps": outcome.steps, "evaluations": evaluations}
+
+
+def gather_settings(words: Sequence[str]) -> list[str]:
+    """Of the words after `masformer train`: settings, like `--training.steps 60`, become `--set NAME=VALUE`."""
+    names = {option.name for option in fields(Recipe)}
+    rest, found = list(words), []
+    while rest:
+        word = rest.pop(0)
+        name, separator, value = word.removeprefix("--").partition("=")
+        first = name.partition(".")[0]
+        if not word.startswith("--") or ("." not in name and first not in names):
+            found.append(word)
+            continue
+        if not separator and rest:
+            value = rest.pop(0)
+            separator = "="
+        found += ["--set", f"{name}{separator}{value}"]
+    return found
+
+
+def gathered(words: Sequence[str]) -> list[Any]:
+    """The words of any command line, with the settings of `train` gathered."""
+    return ["train", *gather_settings(words[1:])] if words[:1] == ["train"] else list(words)

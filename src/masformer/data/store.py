@@ -1,0 +1,229 @@
+"""Tokenized once, kept on disk: one array of token ids for a source, and where its documents lie in it.
+
+A store is a folder whose name is the fingerprint of the content, the tokenizer and every setting that changes a token.
+It is written beside its place and renamed when it is whole, so an interrupted run leaves no half store behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from masformer.data.documents import Row
+from masformer.data.sources import Source
+from masformer.errors import MasformerError
+
+VERSION = 1
+BATCH_CHARACTERS = 1 << 20
+"""Characters of text that are tokenized at the same time."""
+PROMPT = "{prompt}"
+STALE = 24 * 3600
+"""Seconds after which what an interrupted run left is removed."""
+TOKENS, OFFSETS, PARTS, FACTS = "tokens.bin", "offsets.npy", "parts.npy", "store.json"
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenStore:
+    """The tokens of one source.
+
+    Attributes:
+        name: of the source in the recipe.
+        tokens: [tokens] ids of all documents, one after the other; read from disk as needed.
+        offsets: [documents + 1] int64, where each document starts, and the end of the last one.
+        parts: of pairs: [documents, 3] int64, how many of a document's tokens come before the part of the prompt that
+            may be cut, before its end, and before the target; None for plain texts.
+        characters: characters that were read.
+        blank: rows that were left out since they hold no text.
+        end_token: the token that ends each document; None where the tokenizer has none.
+    """
+
+    name: str
+    tokens: NDArray[Any]
+    offsets: Ints
+    parts: Ints | None
+    characters: int
+    blank: int
+    end_token: int | None
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> Ints:
+        """[documents] int64, tokens of each document."""
+        return np.diff(self.offsets)
+
+    def document(self, index: int) -> Ints:
+        """[tokens] int64 of one document."""
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]].astype(np.int64)
+
+
+def default_cache() -> Path:
+    """Where stores are kept unless the recipe names a folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "masformer" / "tokens"
+
+
+def token_store(
+    name: str,
+    source: Source,
+    tokenizer: Any,
+    cache: str | os.PathLike[str] | None = None,
+    *,
+    template: str = PROMPT,
+    progress: Callable[[int, int], None] = lambda documents, tokens: None,
+) -> TokenStore:
+    """Tokenizes a source, or opens what was tokenized before.
+
+    A document is what the tokenizer makes of it, with the special tokens that it adds by itself, and an end-of-sequence
+    token if there is one. A pair is `template` with the prompt in it, the target, and an end-of-sequence token.
+
+    Args:
+        name: for messages and reports.
+        source: what to read.
+        tokenizer: of transformers.
+        cache: folder of the stores; `default_cache` by default.
+        template: of pairs: the words around the prompt; they are never cut.
+        progress: called with the documents and tokens done so far.
+
+    Raises:
+        MasformerError: something cannot be read or written, there is no text at all, or the template lacks `{prompt}`.
+    """
+    if template.count(PROMPT) != 1:
+        raise MasformerError(f"the template must hold {PROMPT} exactly once, got {template!r}")
+    place = Path(default_cache() if cache is None else cache)
+    folder = place / _fingerprint(source, tokenizer, template)
+    if (folder / FACTS).is_file() and (store := _opened(name, folder)) is not None:
+        return store
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        for left in place.glob(".*"):
+            if time.time() - left.stat().st_mtime > STALE:
+                shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=place, prefix=f".{folder.name}.") as temporary:
+            whole, old = Path(temporary) / "store", Path(temporary) / "old"
+            whole.mkdir()
+            _write(whole, name, source, tokenizer, template, progress)
+            try:
+                whole.rename(folder)
+            except OSError:  # another run was faster, or what is there is damaged
+                if _opened(name, folder) is None:
+                    folder.rename(old)
+                    whole.rename(folder)
+    except OSError as error:
+        raise MasformerError(f"cannot write the tokens of {name} to {place}: {error.strerror or error}") from error
+    store = _opened(name, folder)
+    if store is None:
+        raise MasformerError(f"the tokens of {name} in {folder} cannot be read back")
+    return store
+
+
+def _fingerprint(source: Source, tokenizer: Any, template: str) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
+    parts = [VERSION, source.fingerprint(), type(tokenizer).__name__, vocabulary, tokenizer.special_tokens_map]
+    parts += [template] if source.is_pairs else []
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _opened(name: str, folder: Path) -> TokenStore | None:
+    """None where the store is not whole."""
+    try:
+        facts = json.loads((folder / FACTS).read_text())
+        offsets = np.load(folder / OFFSETS, allow_pickle=False)
+        parts = np.load(folder / PARTS, allow_pickle=False) if facts["pairs"] else None
+        tokens = np.memmap(folder / TOKENS, dtype=facts["dtype"], mode="r")
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if len(tokens) != offsets[-1] or len(offsets) != facts["documents"] + 1:
+        return None
+    return TokenStore(name, tokens, offsets, parts, facts["characters"], facts["blank"], facts["end_token"])
+
+
+def _write(
+    folder: Path,
+    name: str,
+    source: Source,
+    tokenizer: Any,
+    template: str,
+    progress: Callable[[int, int], None],
+) -> None:
+    end = tokenizer.eos_token_id
+    dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
+    offsets, parts = [0], []
+    characters = blank = 0
+    with (folder / TOKENS).open("wb") as file:
+        for rows in _batches(source.rows()):
+            characters += sum(len(text) for row in rows for text in row.texts.values())
+            kept = [row for row in rows if all(text.strip() for text in row.texts.values())]
+            blank += len(rows) - len(kept)
+            pieces = [list(row.texts.values()) for row in kept]
+            for tokens, part in _pairs(pieces, tokenizer, template) if source.is_pairs else _texts(pieces, tokenizer):
+                if end is not None and (not tokens or tokens[-1] != end):
+                    tokens = [*tokens, end]
+                file.write(np.asarray(tokens, dtype=dtype).tobytes())
+                offsets.append(offsets[-1] + len(tokens))
+                parts.append(part)
+            progress(len(parts), offsets[-1])
+        file.flush()
+        os.fsync(file.fileno())
+    if not offsets[-1]:
+        raise MasformerError(f"source {name} ({source.place}) holds no text: every row in it is blank")
+    np.save(folder / OFFSETS, np.asarray(offsets, dtype=np.int64))
+    if source.is_pairs:
+        np.save(folder / PARTS, np.asarray(parts, dtype=np.int64))
+    facts = {"documents": len(parts), "characters": characters, "blank": blank, "end_token": end}
+    facts |= {"dtype": dtype.name, "pairs": source.is_pairs, "source": source.place}
+    (folder / FACTS).write_text(json.dumps(facts))
+
+
+def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    batch: list[Row] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += sum(len(text) for text in row.texts.values())
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(tokenizer: Any, pieces: Sequence[str], special: bool) -> list[list[int]]:
+    if not pieces:
+        return []
+    found: list[list[int]] = tokenizer(list(pieces), add_special_tokens=special, verbose=False)["input_ids"]
+    return found
+
+
+def _texts(pieces: Sequence[list[str]], tokenizer: Any) -> Iterator[tuple[list[int], tuple[int, ...]]]:
+    for tokens in _encode(tokenizer, [text for (text,) in pieces], True):
+        yield tokens, ()
+
+
+def _pairs(
+    pieces: Sequence[list[str]], tokenizer: Any, template: str
+) -> Iterator[tuple[list[int], tuple[int, int, int]]]:
+    """Each part is tokenized by itself, so that what is cut is a number of whole tokens."""
+    before, after = template.split(PROMPT)
+    head = tokenizer(before, add_special_tokens=True, verbose=False)["input_ids"]
+    if head and head[-1] == tokenizer.eos_token_id:
+        head = head[:-1]
+    tail = tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"] if after else []
+    prompts = _encode(tokenizer, [prompt for prompt, _ in pieces], False)
+    targets = _encode(tokenizer, [target for _, target in pieces], False)
+    for prompt, target in zip(prompts, targets, strict=True):
+        start, stop = len(head), len(head) + len(prompt)
+        yield [*head, *prompt, *tail, *target], (start, stop, stop + len(tail))

@@ -1,0 +1,251 @@
+"""What a run would be, without running it: shapes, steps, cost and memory. No hub is asked and no weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PretrainedConfig
+
+from masformer.cost import Comparison, ModelShape, bytes_text, compare, flops_text
+from masformer.data.packing import make_rows
+from masformer.data.report import report_rows, report_text
+from masformer.data.store import token_store
+from masformer.errors import MasformerError
+from masformer.models.checkpoint import load_config
+from masformer.plan import AttentionPlan
+from masformer.plots import picture
+from masformer.training.model import (
+    add_adapters,
+    byte_tokenizer,
+    check_expected,
+    recipe_config,
+    recipe_plan,
+    recipe_tokenizer,
+    skeleton,
+)
+from masformer.training.recipe import BYTES, Recipe
+from masformer.training.run import step_count
+
+TILE = 128
+"""Queries of a tile in the tiled backend where gradients are needed."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """An estimate of what one process holds, in bytes; with `training.sharding fsdp`, the first three are shared.
+
+    Attributes:
+        weights: all weights.
+        gradients: of the trained weights.
+        optimizer: AdamW's two moments of the trained weights.
+        activations: what the backward pass needs of the forward pass.
+        logits: one chunk of logits, its gradient and its float32 copy.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run would be.
+
+    Attributes:
+        kind: model type.
+        parameters: all weights.
+        trained: weights that are trained.
+        plan: one span per layer.
+        steps: optimizer steps; None where the data would have to be read to tell.
+        rows: rows of a step.
+        length: tokens of a row.
+        comparison: cost of one row, against full attention.
+        flops: of the whole run, recomputation included; None as `steps`.
+        memory: of one process.
+        notes: what a reader should know about these figures.
+    """
+
+    kind: str
+    parameters: int
+    trained: int
+    plan: AttentionPlan
+    steps: int | None
+    rows: int
+    length: int
+    comparison: Comparison
+    flops: float | None
+    memory: Memory
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        plain = {name: getattr(self, name) for name in ("kind", "parameters", "trained", "steps", "rows", "length")}
+        memory = vars(self.memory) | {"total": self.memory.total}
+        cost = self.comparison.to_dict()
+        return plain | {
+            "plan": str(self.plan),
+            "cost": cost,
+            "flops": self.flops,
+            "memory": memory,
+            "notes": self.notes,
+        }
+
+
+def dry_run(recipe: Recipe, console: Console) -> Forecast:
+    """Checks a recipe as far as that is possible without a network, and prints what it would do.
+
+    A model on this machine gives its own config; one on the hub is not asked, `model.config` stands in for it. Local
+    data is read (and the tokens kept) only where the steps depend on it.
+
+    Raises:
+        MasformerError: the recipe cannot be carried out.
+    """
+    notes: list[str] = []
+    config, own = _config(recipe, notes)
+    plan = recipe_plan(recipe.model, own)
+    model = skeleton(recipe, config, plan)
+    shape = ModelShape.of(config)
+    trained, total = _counts(recipe, model)
+    for source in (*recipe.data.sources.values(), *recipe.evaluation.sources.values()):
+        source.check()
+        if source.hub:
+            notes.append(f"dataset {source.hub} was not asked for")
+    steps = recipe.training.steps or _steps(recipe, notes)
+    (comparison,) = compare(shape, plan, [recipe.data.length])
+    per_row = comparison.plan.training_flops + comparison.plan.forward_flops * recipe.training.checkpointing
+    forecast = Forecast(
+        kind=config.model_type,
+        parameters=total,
+        trained=trained,
+        plan=plan,
+        steps=steps,
+        rows=recipe.training.rows,
+        length=recipe.data.length,
+        comparison=comparison,
+        flops=None if steps is None else float(steps * recipe.training.rows * per_row),
+        memory=estimate_memory(recipe, model.config, shape, plan, total, trained),
+        notes=tuple(notes),
+    )
+    for line in forecast_lines(forecast, recipe):
+        console.print(line, markup=False, soft_wrap=True)
+    return forecast
+
+
+def forecast_lines(forecast: Forecast, recipe: Recipe) -> Iterator[str]:
+    """The forecast for people to read."""
+    training, memory = recipe.training, forecast.memory
+    yield f"{recipe.model.source or 'from scratch'}: {forecast.kind}, {forecast.parameters:,} weights"
+    yield f"trained: {forecast.trained:,} weights" + (f", LoRA of rank {recipe.lora.rank}" if recipe.lora else "")
+    yield f"\n{picture(forecast.plan)}\n"
+    steps = "as many steps as the data gives" if forecast.steps is None else f"{forecast.steps:,} steps"
+    yield (
+        f"{steps} of {forecast.rows} rows of {forecast.length:,} tokens ({forecast.rows * forecast.length:,} tokens), "
+        f"{training.device_rows} rows at a time on a device"
+    )
+    plan, fractions = forecast.comparison.plan, forecast.comparison.fractions
+    step = plan.training_flops * forecast.rows
+    yield (
+        f"a step: {flops_text(step)}, {fractions['training_flops']:.1%} of all full "
+        f"(attention {fractions['attention_flops']:.1%})"
+        + (", and a forward pass more for checkpointing" if training.checkpointing else "")
+    )
+    if forecast.flops is not None:
+        yield f"the run: {flops_text(forecast.flops)}"
+    parts = ", ".join(f"{name} {bytes_text(size)}" for name, size in vars(memory).items())
+    yield f"memory of one process, estimated: {bytes_text(memory.total)} ({parts})"
+    if training.sharding == "fsdp":
+        yield "weights, gradients and optimizer are shared by the processes"
+    for note in forecast.notes:
+        yield f"note: {note}"
+
+
+def estimate_memory(
+    recipe: Recipe, config: PretrainedConfig, shape: ModelShape, plan: AttentionPlan, total: int, trained: int
+) -> Memory:
+    """From the shape alone; real runs lie around it, since kernels and allocators differ.
+
+    Per layer and token the backward pass needs the inputs of both norms, of the projections and of the residual sums (6
+    times the hidden size), queries, keys, values and the output of attention, and three times the inner size of the
+    feed-forward part. Local spans with sinks keep a copy of the keys and values of each tile. With checkpointing it
+    needs the input of each layer, and all of this for one layer at a time.
+    """
+    training = recipe.training
+    bits = 4 if recipe.model.dtype in ("auto", "float32") else 2
+    width = 2 if training.precision == "bfloat16" else bits
+    hidden = config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
+    keys = shape.kv_heads * (shape.head_dim + shape.value_dim)
+    queries = shape.query_heads * (shape.head_dim + shape.value_dim)
+    layers = []
+    for span in plan:
+        copies = (span.max_visible or 0) / TILE + 1 if span.sinks else 1.0
+        layers.append(6 * hidden + queries + keys * copies + 3 * inner)
+    tokens = training.device_rows * recipe.data.length
+    kept = len(layers) * hidden + max(layers) if training.checkpointing else sum(layers)
+    positions = min(training.loss_chunk, tokens)
+    return Memory(
+        weights=total * bits,
+        gradients=trained * bits,
+        optimizer=2 * trained * bits,
+        activations=int(tokens * (kept + 2 * hidden) * width),
+        logits=positions * config.vocab_size * (width + 8),
+    )
+
+
+def _config(recipe: Recipe, notes: list[str]) -> tuple[PretrainedConfig, AttentionPlan]:
+    source = recipe.model.source
+    if source is None:
+        return recipe_config(recipe.model, byte_tokenizer() if recipe.model.tokenizer == BYTES else None)
+    if Path(source).exists():
+        config, own = load_config(source)
+        check_expected(recipe.model, config)
+        return config, own
+    if source.endswith((".gguf", ".json")):
+        raise MasformerError(f"model file {source} does not exist")
+    if recipe.model.config is None:
+        raise MasformerError(
+            f"a dry run does not ask for {source}: give model.config, its model type and sizes, or name a folder"
+        )
+    notes.append(f"{source} was not asked for: the shape is that of model.config")
+    return recipe_config(recipe.model)
+
+
+def _counts(recipe: Recipe, model: Any) -> tuple[int, int]:
+    """Trained weights, and all weights."""
+    if recipe.lora is not None:
+        with torch.device("meta"):
+            model = add_adapters(model, recipe.lora)
+    sizes = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
+    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+
+
+def _steps(recipe: Recipe, notes: list[str]) -> int | None:
+    """From the data, where it and the tokenizer are on this machine."""
+    data, settings = recipe.data, recipe.model
+    tokenizer = None
+    if settings.tokenizer == BYTES or Path(settings.tokenizer or settings.source or "").exists():
+        with suppress(MasformerError):
+            tokenizer = recipe_tokenizer(settings)
+    if tokenizer is None or any(source.hub for source in data.sources.values()):
+        notes.append("training.epochs: the number of steps is known when the data has been read")
+        return None
+    stores = [
+        token_store(name, source, tokenizer, data.cache, template=data.template)
+        for name, source in data.sources.items()
+    ]
+    rows = make_rows(stores, data.length, data.packing, data.cut, data.max_target)
+    notes.append(report_text(report_rows(stores, rows)))
+    return step_count(recipe, len(rows))

@@ -1,0 +1,477 @@
+"""A training run as a file: every setting, its default, and what is allowed.
+
+A recipe is YAML. Settings on the command line (`--training.steps 60`, `--data.sources.books.limit 5`) take the place
+of those in the file. A name that does not exist, a value of the wrong kind, or a setting that would do nothing is an
+error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from masformer.attention import BACKENDS
+from masformer.data.packing import PACKINGS
+from masformer.data.pairs import CUTS
+from masformer.data.sources import Source
+from masformer.data.store import PROMPT
+from masformer.errors import MasformerError, check_int
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+SCHEDULES = ("cosine", "constant", "linear")
+SHARDINGS = ("none", "fsdp")
+BYTES = "bytes"
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """What is trained.
+
+    Attributes:
+        source: hub id, folder or .gguf file; None: from scratch, by `config`.
+        config: model type and sizes, as in transformers. From scratch: the model. Beside a source: what its config is
+            expected to say; checked when it is loaded, and all that a dry run needs.
+        tokenizer: hub id or folder, or `bytes` (one token a byte); by default the model's own.
+        plan: spans as text or plan file; by default the model's own.
+        full: number of full layers, in place of `plan`.
+        placement: which layers are full.
+        local: span of the other layers.
+        max_positions: longest sequence, beyond the trained length.
+        position_method: how positions are extended.
+        dtype: of the weights while they are trained; 16 bits lose small updates, so use `training.precision` for speed.
+        backend: implementation of attention.
+    """
+
+    source: str | None = None
+    config: dict[str, Any] | None = None
+    tokenizer: str | None = None
+    plan: str | None = None
+    full: int | None = None
+    placement: str | None = None
+    local: str | None = None
+    max_positions: int | None = None
+    position_method: str | None = None
+    dtype: str = "float32"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.source is None and self.config is None:
+            raise MasformerError("model needs a source (hub id, folder, .gguf file), or a config to start from scratch")
+        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+            raise MasformerError("model.config needs a model_type, for example llama")
+        if self.source is None and self.tokenizer is None:
+            raise MasformerError("model.tokenizer is needed to start from scratch: hub id, folder, or bytes")
+        _choice("model.dtype", self.dtype, DTYPES)
+        _choice("model.backend", self.backend, BACKENDS)
+        if self.plan is not None and (self.full is not None or self.placement is not None or self.local is not None):
+            raise MasformerError("model: give either plan or full, placement and local")
+        if self.local is None and (self.full is not None or self.placement is not None):
+            raise MasformerError("model: full and placement need local, the span of the other layers")
+        if self.local is not None and self.full is None and self.placement is None:
+            raise MasformerError("model: local needs full or placement, which say what layers stay full")
+        if self.position_method is not None and self.max_positions is None:
+            raise MasformerError("model.position_method does nothing without max_positions")
+        if self.source is None and self.max_positions is not None:
+            raise MasformerError("model.max_positions does nothing from scratch; set max_position_embeddings in config")
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """What it is trained on.
+
+    Attributes:
+        sources: name -> source; all plain texts or all pairs.
+        length: tokens of a row.
+        packing: `across` documents (default for texts), or `separate` (each sees only itself; always so for pairs).
+        shuffle: rows in random order, a new one each time round.
+        template: of pairs: the words around the prompt.
+        cut: of pairs: which part of an over-long prompt is cut out.
+        max_target: of pairs: the most tokens of a target.
+        cache: folder for what was tokenized; by default masformer/tokens in the user's cache folder.
+    """
+
+    sources: dict[str, Source]
+    length: int = 2048
+    packing: str | None = None
+    shuffle: bool = True
+    template: str = PROMPT
+    cut: str = "tail"
+    max_target: int | None = None
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        pairs = _kind("data.sources", self.sources)
+        check_int("data.length", self.length, 2)
+        if self.packing is not None:
+            _choice("data.packing", self.packing, PACKINGS)
+        _choice("data.cut", self.cut, CUTS)
+        if pairs and self.packing == "across":
+            raise MasformerError("data.packing across is for texts; pairs are always separate")
+        for name, usual in (("template", PROMPT), ("cut", "tail"), ("max_target", None)):
+            if not pairs and getattr(self, name) != usual:
+                raise MasformerError(f"data.{name} does nothing for texts; it is for sources with prompt and target")
+
+
+@dataclass(frozen=True)
+class EvaluationRecipe:
+    """Perplexity on held-out texts while training.
+
+    Attributes:
+        sources: name -> source, of the kind that is trained on.
+        lengths: context lengths in tokens; by default the training length.
+        every: steps between evaluations; None: only before and after.
+        at_start: evaluate before the first step.
+        max_tokens: use at most the first so many tokens of each document.
+    """
+
+    sources: dict[str, Source] = field(default_factory=dict)
+    lengths: list[int] = field(default_factory=list)
+    every: int | None = None
+    at_start: bool = True
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            if self.lengths or self.every is not None or self.max_tokens is not None:
+                raise MasformerError("evaluation does nothing without evaluation.sources")
+            return
+        if _kind("evaluation.sources", self.sources) and self.lengths:
+            raise MasformerError("evaluation.lengths does nothing for pairs: they are evaluated at data.length")
+        for length in self.lengths:
+            check_int("evaluation.lengths", length, 1)
+        for name in ("every", "max_tokens"):
+            if getattr(self, name) is not None:
+                check_int(f"evaluation.{name}", getattr(self, name), 1)
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """How it is trained. A recipe means the same on any number of devices: `rows` counts all of them together.
+
+    Attributes:
+        steps: optimizer steps; give either these or `epochs`.
+        epochs: times that every row is seen.
+        rows: rows of one step, over all devices.
+        device_rows: rows at the same time on one device; the rest is accumulated.
+        learning_rate: the highest.
+        schedule: after the warm-up: `cosine` to zero, `constant`, or `linear` to zero.
+        warmup_steps: steps in which the rate rises to the highest.
+        weight_decay: of AdamW, on matrices.
+        betas: of AdamW.
+        clip: largest norm of a gradient; 0: none.
+        precision: `bfloat16` runs matrix products in 16 bits (autocast); the weights keep their dtype.
+        checkpointing: make activations anew in the backward pass: less memory, a third more time.
+        loss_chunk: positions whose logits exist at the same time.
+        sharding: `fsdp` spreads weights and optimizer over the processes (FSDP2).
+        seed: of the order of rows, of new weights and dropout.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    rows: int = 8
+    device_rows: int = 1
+    learning_rate: float = 1e-4
+    schedule: str = "cosine"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    clip: float = 1.0
+    precision: str = "float32"
+    checkpointing: bool = False
+    loss_chunk: int = 512
+    sharding: str = "none"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise MasformerError("training needs either steps or epochs")
+        for name in ("rows", "device_rows", "loss_chunk"):
+            check_int(f"training.{name}", getattr(self, name), 1)
+        for name in ("warmup_steps", "seed"):
+            check_int(f"training.{name}", getattr(self, name), 0)
+        if self.steps is not None:
+            check_int("training.steps", self.steps, 1)
+            if self.warmup_steps > self.steps:
+                raise MasformerError(f"training.warmup_steps {self.warmup_steps} is more than the {self.steps} steps")
+        for name in ("epochs", "learning_rate"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
+                raise MasformerError(f"training.{name} must be above 0, got {getattr(self, name)}")
+        for name in ("weight_decay", "clip"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise MasformerError(f"training.{name} must be at least 0, got {getattr(self, name)}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise MasformerError(f"training.betas must be two numbers from 0 to below 1, got {self.betas}")
+        if self.rows % self.device_rows:
+            raise MasformerError(
+                f"training.rows {self.rows} must be a multiple of training.device_rows {self.device_rows}"
+            )
+        _choice("training.schedule", self.schedule, SCHEDULES)
+        _choice("training.precision", self.precision, ("float32", "bfloat16"))
+        _choice("training.sharding", self.sharding, SHARDINGS)
+
+
+@dataclass(frozen=True)
+class LoraRecipe:
+    """Low-rank adapters through peft, in place of training all weights; merged into the weights at the end.
+
+    Attributes:
+        rank: of the adapters.
+        alpha: their scale is alpha / rank.
+        dropout: on their input.
+        targets: endings of the names of the linear layers that get one; by default all but the output layer.
+        train: further modules that are trained whole, for example embeddings and norms (LongLoRA, arXiv 2309.12307).
+    """
+
+    rank: int = 16
+    alpha: float = 32
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=list)
+    train: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_int("lora.rank", self.rank, 1)
+        if not self.alpha > 0:
+            raise MasformerError(f"lora.alpha must be above 0, got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise MasformerError(f"lora.dropout must be at least 0 and below 1, got {self.dropout}")
+
+
+@dataclass(frozen=True)
+class CheckpointRecipe:
+    """Checkpoints to resume from.
+
+    Attributes:
+        every: steps between them; None: only when the run is interrupted.
+        keep: the newest so many are kept.
+    """
+
+    every: int | None = 100
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        if self.every is not None:
+            check_int("checkpoints.every", self.every, 1)
+        check_int("checkpoints.keep", self.keep, 1)
+
+
+@dataclass(frozen=True)
+class LoggingRecipe:
+    """What is written down while training; metrics.jsonl always is.
+
+    Attributes:
+        every: steps between two lines.
+        tensorboard: also for TensorBoard, in the folder tensorboard.
+    """
+
+    every: int = 10
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        check_int("logging.every", self.every, 1)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run.
+
+    Attributes:
+        output: folder for the model, checkpoints, metrics and this recipe.
+        model: what is trained.
+        data: on what.
+        training: how.
+        evaluation: perplexity on held-out texts.
+        lora: adapters in place of all weights.
+        checkpoints: to resume from.
+        logging: what is written down.
+    """
+
+    output: str
+    model: ModelRecipe
+    data: DataRecipe
+    training: TrainingRecipe
+    evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
+    lora: LoraRecipe | None = None
+    checkpoints: CheckpointRecipe = field(default_factory=CheckpointRecipe)
+    logging: LoggingRecipe = field(default_factory=LoggingRecipe)
+
+    def __post_init__(self) -> None:
+        if not self.output:
+            raise MasformerError("output must name a folder")
+        kinds = {source.is_pairs for source in (*self.data.sources.values(), *self.evaluation.sources.values())}
+        if len(kinds) > 1:
+            raise MasformerError("evaluation.sources must be of the kind that is trained on: texts or pairs")
+
+    @property
+    def evaluation_lengths(self) -> list[int]:
+        """Ascending context lengths."""
+        return sorted(set(self.evaluation.lengths)) or [self.data.length]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, what `from_dict` reads; settings left at None are left out."""
+        found: dict[str, Any] = _without_none(asdict(self))
+        return found
+
+    def to_yaml(self) -> str:
+        """The recipe as a file, every default written out."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Recipe:
+        """Raises MasformerError for a name that does not exist, or a value that is not allowed."""
+        recipe: Recipe = _build(cls, data, "")
+        return recipe
+
+
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe file.
+
+    Args:
+        path: YAML file.
+        overrides: words of a command line, `--a.b VALUE` or `--a.b=VALUE`; the values are read as YAML.
+
+    Raises:
+        MasformerError: the file cannot be read, or a setting is wrong.
+    """
+    try:
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise MasformerError(f"recipe {path} does not exist") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise MasformerError(f"cannot read the recipe {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise MasformerError(f"recipe {path} must hold settings (output: ..., model: ..., ...)")
+    for name, value in _overrides(overrides):
+        _set(data, name, value)
+    try:
+        return Recipe.from_dict(data)
+    except MasformerError as error:
+        raise MasformerError(f"recipe {path}: {error}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-4 as a number, as YAML 1.2 does, and refuses a setting that is there twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        names = [key.value for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.YAMLError(f"{name!r} is there twice, line {node.start_mark.line + 1} on")
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1, which PyYAML reads, takes 1e-4 for text: it wants a point and a sign in the exponent.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"),
+    list("-+0123456789."),
+)
+
+
+def _overrides(words: Sequence[str]) -> list[tuple[list[str], Any]]:
+    found = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        name, separator, text = word.partition("=")
+        if not name.startswith("--") or len(name) < 3:
+            raise MasformerError(f"cannot read {word!r}; settings are written --name.name VALUE")
+        if not separator:
+            if not rest:
+                raise MasformerError(f"{name} needs a value")
+            text = rest.pop(0)
+        try:
+            value = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            raise MasformerError(f"cannot read the value of {name}: {' '.join(str(error).split())}") from None
+        found.append((name[2:].replace("-", "_").split("."), value))
+    return found
+
+
+def _set(data: dict[str, Any], name: list[str], value: Any) -> None:
+    for part in name[:-1]:
+        if data.get(part) is None:
+            data[part] = {}
+        data = data[part]
+        if not isinstance(data, dict):
+            raise MasformerError(f"--{'.'.join(name)}: {part} holds no settings")
+    data[name[-1]] = value
+
+
+def _build(cls: Any, data: Any, path: str) -> Any:
+    """An instance of a dataclass, from plain values."""
+    if not isinstance(data, Mapping):
+        raise MasformerError(f"{path or 'the recipe'} must hold settings, got {data!r}")
+    hints = get_type_hints(cls)
+    here = f"{path}." if path else ""
+    for name in data:
+        if name not in hints:
+            near = difflib.get_close_matches(str(name), hints, 1)
+            hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(hints)}"
+            raise MasformerError(f"unknown setting {here}{name}; {hint}")
+    values = {}
+    for option in fields(cls):
+        if option.name in data:
+            values[option.name] = _value(hints[option.name], data[option.name], here + option.name)
+        elif option.default is MISSING and option.default_factory is MISSING:
+            raise MasformerError(f"setting {here}{option.name} is missing")
+    try:
+        return cls(**values)
+    except MasformerError as error:
+        raise MasformerError(f"{path}: {error}" if cls is Source else str(error)) from None
+
+
+def _value(kind: Any, data: Any, path: str) -> Any:
+    """A plain value as a setting of one kind."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        if data is None and NoneType in arguments:
+            return None
+        (kind,) = [each for each in arguments if each is not NoneType]
+        return _value(kind, data, path)
+    if is_dataclass(kind):
+        return _build(kind, data, path)
+    if origin is list:
+        if not isinstance(data, list):
+            raise MasformerError(f"{path} must be a list, got {data!r}")
+        return [_value(arguments[0], each, path) for each in data]
+    if origin is dict:
+        if not isinstance(data, Mapping):
+            raise MasformerError(f"{path} must hold names and values, got {data!r}")
+        return {str(name): _value(arguments[1], each, f"{path}.{name}") for name, each in data.items()}
+    if kind is Any:
+        return data
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    if kind is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    if not isinstance(data, kind) or (kind is not bool and isinstance(data, bool)):
+        raise MasformerError(f"{path} must be {names[kind]}, got {data!r}")
+    return data
+
+
+def _choice(name: str, value: str, allowed: Any) -> None:
+    if value not in allowed:
+        raise MasformerError(f"{name} {value!r} is not allowed; allowed: {', '.join(allowed)}")
+
+
+def _kind(name: str, sources: Mapping[str, Source]) -> bool:
+    """Whether the sources are pairs."""
+    if not sources:
+        raise MasformerError(f"{name} needs at least one source")
+    kinds = {source.is_pairs for source in sources.values()}
+    if len(kinds) > 1:
+        raise MasformerError(f"{name} mixes plain texts and prompt/target pairs; give one kind")
+    return kinds.pop()
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_none(each) for name, each in value.items() if each is not None}
+    return value

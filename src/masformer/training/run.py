@@ -1,0 +1,308 @@
+"""Carries a recipe out: reads the data, trains, and leaves a masformer checkpoint with its card and its recipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers import TrainingArguments
+
+from masformer.data.packing import PackedRows, Schedule, make_rows
+from masformer.data.pairs import PairRows
+from masformer.data.report import report_rows, report_table, report_text
+from masformer.data.store import token_store
+from masformer.errors import MasformerError
+from masformer.files import write_whole
+from masformer.models.checkpoint import load_config, save_model
+from masformer.training import state
+from masformer.training.card import model_card
+from masformer.training.checkpoints import newest, remove_partial, steps_saved
+from masformer.training.evaluation import evaluation_tasks
+from masformer.training.model import (
+    Prepared,
+    add_adapters,
+    check_expected,
+    prepare_model,
+    recipe_config,
+    recipe_plan,
+    recipe_tokenizer,
+    skeleton,
+)
+from masformer.training.recipe import Recipe
+from masformer.training.trainer import METRICS, RECIPE, SpanTrainer, Watch, clock, training_arguments
+
+REPORT = "data.json"
+FIXED = ("model", "data", "lora")
+"""Parts of a recipe that must not change when a run is resumed."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        model: folder of the trained model; None where the run was interrupted.
+        steps: optimizer steps done.
+        signal: the signal that interrupted it, if one did.
+        evaluations: step -> figures.
+    """
+
+    model: Path | None
+    steps: int
+    signal: int | None
+    evaluations: Mapping[int, Mapping[str, float]]
+
+
+def train(recipe: Recipe, *, resume: bool = False, console: Console | None = None) -> Outcome:
+    """Trains what a recipe says.
+
+    Args:
+        recipe: the run.
+        resume: go on from the newest whole checkpoint of the output folder, if there is one.
+        console: where lines for people go.
+
+    Raises:
+        MasformerError: something in the recipe cannot be done, or cannot be written.
+    """
+    output = Path(recipe.output)
+    arguments = training_arguments(recipe, 1, False)  # starts the processes' group, if there are several
+    first = arguments.process_index == 0
+    console = console or Console(highlight=False)
+    if not first:
+        console = Console(quiet=True)
+    for source in (*recipe.data.sources.values(), *recipe.evaluation.sources.values()):
+        source.check()
+    if recipe.training.sharding == "fsdp" and arguments.world_size == 1:
+        _say(console, "training.sharding fsdp does nothing in one process; start several with torchrun")
+    _check_model(recipe)
+    checkpoint = _start(recipe, output, resume, first, console)
+    if checkpoint is None and (output / "model").exists():
+        _say(console, f"{output / 'model'} is there already: the run is finished")
+        return Outcome(output / "model", 0, None, {})
+    PartialState().wait_for_everyone()
+    rows, report = _read(recipe, arguments, console)
+    steps = recipe.training.steps or step_count(recipe, len(rows))
+    schedule = Schedule(rows, steps * recipe.training.rows, recipe.training.seed, recipe.data.shuffle)
+    console.print(
+        f"{steps:,} steps of {recipe.training.rows} rows: {len(schedule) / len(rows):.2f} times all rows", markup=False
+    )
+    prepared = prepare_model(recipe, checkpoint)
+    tasks = evaluation_tasks(recipe, prepared.tokenizer)
+    count = sum(weight.numel() for weight in prepared.model.parameters() if weight.requires_grad)
+    _say(console, f"{count:,} weights are trained; plan: {prepared.plan}")
+    start = bool(tasks) and recipe.evaluation.at_start and checkpoint is None
+    arguments = training_arguments(recipe, steps, start)
+    with _bar(console) as bar:
+        task = bar.add_task("", total=steps)
+        watch = Watch(
+            recipe,
+            lambda head, figures: _say(bar.console, f"{head}  {figures_text(figures)}"),
+            lambda done, total, what: bar.update(task, completed=done, total=total, description=what),
+        )
+        trainer = SpanTrainer(recipe, prepared, schedule, tasks, arguments, watch)
+        if trainer.is_fsdp_enabled:
+            _say(bar.console, f"weights and optimizer are shared by {arguments.world_size} processes (FSDP2)")
+        with _signals(watch, bar.console):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    done = int(trainer.state.global_step)
+    if watch.is_stopped() and done < steps:
+        _say(console, f"stopped after step {done}; --resume goes on from there")
+        return Outcome(None, done, watch.stopped_by, watch.evaluations)
+    weights = state.trained_weights(trainer.model, prepared.trainable, first)
+    if first:
+        evaluations = read_evaluations(output / METRICS)
+        _write_model(recipe, prepared, weights, output / "model", model_card(recipe, prepared, report, evaluations))
+        _say(console, f"{output / 'model'}: {prepared.plan}")
+    PartialState().wait_for_everyone()
+    return Outcome(output / "model", done, None, watch.evaluations)
+
+
+def _check_model(recipe: Recipe) -> None:
+    """Before anything is read or written: whether the model can be what the recipe makes of it."""
+    if recipe.model.source is None:
+        config, own = recipe_config(recipe.model, recipe_tokenizer(recipe.model))
+    else:
+        config, own = load_config(recipe.model.source)
+        check_expected(recipe.model, config)
+    causal = skeleton(recipe, config, recipe_plan(recipe.model, own))
+    if recipe.lora is not None:
+        with torch.device("meta"):
+            add_adapters(causal, recipe.lora)
+
+
+def step_count(recipe: Recipe, rows: int) -> int:
+    """Optimizer steps of `training.epochs` times all rows, the last one filled up."""
+    assert recipe.training.epochs is not None
+    steps = max(1, -(-round(rows * recipe.training.epochs) // recipe.training.rows))
+    if recipe.training.warmup_steps > steps:
+        raise MasformerError(f"training.warmup_steps {recipe.training.warmup_steps} is more than the {steps} steps")
+    return steps
+
+
+def figures_text(figures: Mapping[str, float]) -> str:
+    """For people: the figures of one line of metrics."""
+    named = {"loss": "loss {:.4f}", "learning_rate": "rate {:.2e}", "grad_norm": "gradient {:.2f}"}
+    named |= {"tokens_per_second": "{:,.0f} tokens/s"}
+    parts = [text.format(figures[name]) for name, text in named.items() if name in figures]
+    parts += [f"{name} {value:.4f}" for name, value in figures.items() if name.startswith("eval_")]
+    if "seconds_left" in figures:
+        parts.append(f"{clock(figures['seconds_left'])} left")
+    return "  ".join(parts)
+
+
+def read_evaluations(path: Path) -> dict[int, dict[str, float]]:
+    """Step -> the figures of its evaluation, from the lines of metrics."""
+    found: dict[int, dict[str, float]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        row = json.loads(line)
+        if "loss" not in row:
+            found[row.pop("step")] = row
+    return found
+
+
+def _start(recipe: Recipe, output: Path, resume: bool, first: bool, console: Console) -> Path | None:
+    """The checkpoint to go on from; makes the output folder ready."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MasformerError(f"cannot use the output folder {output}: {error.strerror}") from None
+    if not resume:
+        if steps_saved(output) or (output / "model").exists():
+            raise MasformerError(f"{output} holds a run already; go on with --resume, or name another output")
+    elif (output / RECIPE).exists():
+        _check_same(recipe, output / RECIPE, console)
+    if resume and (output / "model").exists():
+        return None
+    found, faulty = newest(output) if resume else (None, [])
+    for each in faulty:
+        _say(console, f"{each.path} is not used: {each.fault}")
+    if faulty and found is None:
+        raise MasformerError(
+            f"no checkpoint in {output} can be used ({faulty[0].path.name}: {faulty[0].fault}); "
+            "remove its folder checkpoints to start again"
+        )
+    if found is not None:
+        _say(console, f"going on from {found.path}")
+    elif resume:
+        _say(console, f"{output} holds no checkpoint yet: starting from the beginning")
+    if first:
+        remove_partial(output)
+        write_whole(output / RECIPE, recipe.to_yaml())
+        if found is None:
+            (output / METRICS).unlink(missing_ok=True)
+    return None if found is None else found.path
+
+
+def _check_same(recipe: Recipe, path: Path, console: Console) -> None:
+    """Raises MasformerError where a resumed run would be another one; says what else changed."""
+    before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    now = yaml.safe_load(recipe.to_yaml())
+    for name in sorted({*before, *now}):
+        was, is_ = _flat(name, before.get(name)), _flat(name, now.get(name))
+        for setting in sorted({*was, *is_}):
+            if was.get(setting) == is_.get(setting) or setting in ("output", "data.cache"):
+                continue
+            change = f"{setting} was {was.get(setting)!r} and is {is_.get(setting)!r}"
+            if name in FIXED or setting in ("training.rows", "training.seed"):
+                raise MasformerError(f"this run cannot be resumed with another recipe: {change}")
+            _say(console, f"the recipe has changed: {change}")
+
+
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {name: value}
+    return {path: each for key, part in value.items() for path, each in _flat(f"{name}.{key}", part).items()}
+
+
+def _read(
+    recipe: Recipe, arguments: TrainingArguments, console: Console
+) -> tuple[PackedRows | PairRows, dict[str, Any]]:
+    """Tokenizes in one process, the others open what it wrote."""
+    data = recipe.data
+    with arguments.main_process_first(local=True, desc="tokenizing"), _bar(console) as bar:
+        tokenizer = recipe_tokenizer(recipe.model)
+        stores = []
+        for name, source in data.sources.items():
+            task = bar.add_task(f"reading {name}", total=None)
+
+            def advance(documents: int, tokens: int, name: str = name, task: Any = task) -> None:
+                bar.update(task, description=f"reading {name}: {documents:,} documents, {tokens:,} tokens")
+
+            stores.append(token_store(name, source, tokenizer, data.cache, template=data.template, progress=advance))
+    rows = make_rows(stores, data.length, data.packing, data.cut, data.max_target)
+    report = report_rows(stores, rows)
+    console.print(report_table(report))
+    _say(console, report_text(report))
+    if arguments.process_index == 0:
+        write_whole(Path(recipe.output) / REPORT, json.dumps(report, indent=2) + "\n")
+    return rows, report
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, soft_wrap=True)
+
+
+def _bar(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+@contextmanager
+def _signals(watch: Watch, console: Console) -> Iterator[None]:
+    """The first SIGTERM or Ctrl-C ends the run after its step, the second one at once."""
+
+    def handle(number: int, frame: Any) -> None:
+        if watch.is_stopped():
+            signal.signal(number, before[number])
+            os.kill(os.getpid(), number)
+            return
+        watch.stopped_by = number
+        _say(console, "stopping after this step, with a checkpoint; once more stops at once")
+
+    try:
+        numbers: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT)
+        before = {number: signal.signal(number, handle) for number in numbers}
+    except ValueError:  # not in the main thread: signals are somebody else's
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _write_model(recipe: Recipe, prepared: Prepared, weights: Any, folder: Path, card: str) -> None:
+    """The final checkpoint, with its card and recipe, whole or not at all."""
+    if prepared.model is prepared.causal:
+        model = state.whole_model(prepared, weights)
+    else:
+        adapted = prepared.model
+        if state.is_sharded(adapted):
+            adapted = prepare_model(recipe).model
+            adapted.load_state_dict(weights, strict=False)
+        model = adapted.merge_and_unload()
+    try:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".model.") as temporary:
+            whole = Path(temporary) / "model"
+            save_model(model, whole, prepared.tokenizer)
+            (whole / "README.md").write_text(card, encoding="utf-8")
+            (whole / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+            if folder.exists():
+                shutil.rmtree(folder)
+            whole.rename(folder)
+    except OSError as error:
+        raise MasformerError(f"cannot write {folder}: {error.strerror or error}") from error

@@ -1,0 +1,83 @@
+"""Recipes of runs that take a second: a tiny model from scratch on some of Python's own pages."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import yaml
+
+from masformer.training.recipe import Recipe
+
+SETTINGS = {
+    "output": "OUT",
+    "model": {
+        "config": {
+            "model_type": "llama",
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+        },
+        "tokenizer": "bytes",
+        "plan": "full@1; window:16+2",
+    },
+    "data": {"sources": {"python": {"builtin": "python-topics", "limit": 3}}, "length": 64},
+    "training": {"steps": 6, "rows": 4, "learning_rate": 1e-2, "warmup_steps": 2, "seed": 3},
+    "checkpoints": {"every": 2},
+    "logging": {"every": 1},
+}
+
+
+def settings(folder, **changes):
+    """Plain settings that write below `folder`; a change's name joins parts by two underscores."""
+    found = copy.deepcopy(SETTINGS)
+    found["output"] = str(folder / "out")
+    found["data"]["cache"] = str(folder / "cache")
+    for name, value in changes.items():
+        *parts, last = name.split("__")
+        place = found
+        for part in parts:
+            place = place.setdefault(part, {})
+        if value is None:
+            place.pop(last, None)
+        else:
+            place[last] = value
+    return found
+
+
+def recipe(folder, **changes):
+    return Recipe.from_dict(settings(folder, **changes))
+
+
+def recipe_file(folder, **changes):
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings(folder, **changes)))
+    return path
+
+
+def metrics(folder, name="loss"):
+    """Step -> figure, from metrics.jsonl."""
+    lines = (folder / "out" / "metrics.jsonl").read_text().splitlines()
+    return {row["step"]: row[name] for row in map(json.loads, lines) if name in row}
+
+
+def command(*words, processes=1):
+    """A command line of masformer, in as many processes."""
+    if processes == 1:
+        return [sys.executable, "-m", "masformer", *map(str, words)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, *torchrun, "-m", "masformer", *map(str, words)]
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def run(*words, processes=1):
+    return subprocess.run(
+        command(*words, processes=processes), env=environment(), capture_output=True, text=True, timeout=120
+    )

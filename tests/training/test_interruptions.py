@@ -1,0 +1,117 @@
+"""Real processes that are killed, stopped, or run out of room."""
+
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small import command, environment, metrics, recipe, recipe_file, run
+
+from masformer.training.checkpoints import steps_saved
+from masformer.training.run import train
+
+STEPS = 40
+LONG = {"training__steps": STEPS, "checkpoints__every": 3}
+
+
+def weights(folder):
+    return load_file(folder / "out" / "model" / "model.safetensors")
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupted, in a process of its own."""
+    folder = tmp_path_factory.mktemp("whole")
+    result = run("train", "--config", recipe_file(folder, **LONG))
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def started(folder, *words):
+    return subprocess.Popen(
+        command("train", "--config", folder / "recipe.yaml", *words),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_step(process, folder, step):
+    """Returns as soon as the metrics tell of that step."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end and process.poll() is None:
+        if (folder / "out" / "metrics.jsonl").exists() and max(metrics(folder), default=0) >= step:
+            return
+        time.sleep(0.002)
+    pytest.fail(f"step {step} was not reached: {process.communicate()}")
+
+
+def test_killed_twice_at_random_steps_and_resumed_it_ends_with_the_same_bits(whole, tmp_path):
+    choose = random.Random()
+    recipe_file(tmp_path, **LONG)
+    kills = sorted(choose.sample(range(4, STEPS - 2), 2))
+    for step in kills:
+        process = started(tmp_path, "--resume")
+        wait_for_step(process, tmp_path, step)
+        time.sleep(choose.random() / 50)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert not (tmp_path / "out" / "model").exists(), f"killed too late: {kills}"
+    result = run("train", "--config", tmp_path / "recipe.yaml", "--resume")
+    assert result.returncode == 0, result.stderr
+    assert "going on from" in result.stdout
+    assert same(weights(tmp_path), weights(whole)), f"killed at {kills}"
+    assert metrics(tmp_path) == metrics(whole)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, 130)])
+def test_a_stopped_run_saves_exits_and_goes_on_with_the_same_bits(whole, tmp_path, number, code):
+    recipe_file(tmp_path, **LONG, checkpoints__keep=1)
+    process = started(tmp_path, "--checkpoints.every", "1000")
+    wait_for_step(process, tmp_path, 5)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code, err
+    assert "stopping after this step, with a checkpoint" in out
+    assert "Traceback" not in err
+    ((step, _),) = steps_saved(tmp_path / "out")
+    assert f"stopped after step {step}; --resume goes on from there" in out
+    train(recipe(tmp_path, **LONG), resume=True)
+    assert same(weights(tmp_path), weights(whole))
+
+
+LIMITED = """
+import resource, signal, sys
+from masformer.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_a_full_disk_is_said_and_the_checkpoint_before_is_kept(whole, tmp_path):
+    """The kernel refuses to let files grow, as it does on a full disk."""
+    file = recipe_file(tmp_path, **LONG)
+    train(recipe(tmp_path, **LONG | {"training__steps": 8, "training__warmup_steps": 2}))
+    (tmp_path / "out" / "model").rename(tmp_path / "away")
+    before = [step for step, _ in steps_saved(tmp_path / "out")]
+    words = ["train", "--config", str(file), "--resume", "--training.steps", "12"]
+    script = [sys.executable, "-c", LIMITED, str(20_000), *words]
+    result = subprocess.run(script, env=environment(), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 2, result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("masformer: error: ")]
+    assert "cannot write the checkpoint of step 9" in line
+    assert "checkpoint-6" in line.split("the newest is still")[1]
+    assert [step for step, _ in steps_saved(tmp_path / "out")] == before
+    assert not list((tmp_path / "out" / "checkpoints").glob(".*"))
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
