@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
-def progress_bar() -> Progress:
-    """On standard error, so that standard output holds results alone; silent where nobody watches.
+def progress_bar(console: Console | None = None) -> Progress:
+    """By default on standard error, so that standard output holds results alone; silent where nobody watches.
 
     Shows the time that has passed and, where the amount of work is known, the time left.
     """
@@ -19,7 +19,7 @@ def progress_bar() -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    console = Console(stderr=True)
+    console = console or Console(stderr=True)
     return Progress(
         *columns,
         console=console,

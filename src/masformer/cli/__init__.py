@@ -28,8 +28,12 @@ block:SIZE, block:SIZExBLOCKS.
 
   masformer demo                                           see it work, in minutes on a laptop
   masformer plan MODEL --full 8 --local window:512+4       what it saves
-  masformer convert MODEL OUT --full 8 --local window:512+4
-  masformer eval perplexity OUT --data FILE --lengths 1024,4096"""
+  masformer search MODEL --data FILE --budget 8 --local window:512+4 --out plan.yaml
+  masformer convert MODEL OUT --plan plan.yaml
+  masformer train --config RECIPE                          train on, with long sequences
+  masformer eval perplexity OUT --data FILE --lengths 1024,4096
+  masformer generate OUT --file report.txt                 from long prompts
+  masformer export OUT FOLDER --target vllm                for the tools people use"""
 
 COMMANDS: dict[str, Any] = {
     "demo": tour.run_demo,

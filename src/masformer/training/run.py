@@ -17,7 +17,6 @@ import torch
 import yaml
 from accelerate import PartialState
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import TrainingArguments
 
 from masformer.data.packing import PackedRows, Schedule, make_rows
@@ -27,6 +26,7 @@ from masformer.data.store import token_store
 from masformer.errors import MasformerError
 from masformer.files import write_whole
 from masformer.models.checkpoint import load_config, save_model
+from masformer.progress import progress_bar
 from masformer.training import state
 from masformer.training.card import model_card
 from masformer.training.checkpoints import newest, remove_partial, steps_saved
@@ -105,7 +105,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     _say(console, f"{count:,} weights are trained; plan: {prepared.plan}")
     start = bool(tasks) and recipe.evaluation.at_start and checkpoint is None
     arguments = training_arguments(recipe, steps, start)
-    with _bar(console) as bar:
+    with progress_bar(console) as bar:
         task = bar.add_task("", total=steps)
         watch = Watch(
             recipe,
@@ -232,7 +232,7 @@ def _read(
 ) -> tuple[PackedRows | PairRows, dict[str, Any]]:
     """Tokenizes in one process, the others open what it wrote."""
     data = recipe.data
-    with arguments.main_process_first(local=True, desc="tokenizing"), _bar(console) as bar:
+    with arguments.main_process_first(local=True, desc="tokenizing"), progress_bar(console) as bar:
         tokenizer = recipe_tokenizer(recipe.model)
         stores = []
         for name, source in data.sources.items():
@@ -253,11 +253,6 @@ def _read(
 
 def _say(console: Console, line: str) -> None:
     console.print(line, markup=False, soft_wrap=True)
-
-
-def _bar(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 @contextmanager
