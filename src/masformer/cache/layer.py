@@ -1,29 +1,19 @@
-"""The span cache: grows where a layer's span is full, a ring buffer where it is not.
-
-A local layer stores the keys of a document by position: its sinks in the first slots, every later key in a ring that
-the newest overwrites, as many slots as the span can still see. A full layer stores every key in storage that doubles
-when it is full. Nothing is concatenated or moved when a token is added.
-
-The bridge announces each forward pass (`begin`), so that every layer knows which tokens are padding; each layer then
-stores its new keys and hands out those that the new queries may see, with a `View` that says what they are.
-"""
+"""The cache of one layer: storage that grows, or a ring, and what of it a forward pass sees."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin
 
 from masformer.attention import Layout
 from masformer.attention.layout import Segment
 from masformer.cost import stored_keys
-from masformer.errors import MasformerError, check_int
-from masformer.plan import AttentionPlan
+from masformer.errors import MasformerError
 from masformer.spans import Span
 
 PAST = 256
@@ -386,185 +376,3 @@ def _alike(storage: Tensor | None, new: Tensor) -> bool:
 def _alive(visible: Tensor | None, dead: Tensor | None) -> Tensor | None:
     """A query that is padding sees everything, so that no softmax is empty; its output is dropped."""
     return visible if visible is None or dead is None else visible | dead
-
-
-class SpanCache(Cache):  # type: ignore[misc]
-    """A KV cache for a model with a plan: each layer holds what its span can still see, and no more.
-
-    `model.generate()` and calls with `use_cache` make one by themselves; make one yourself to keep it between calls.
-    What it holds are constants: no gradient flows through it into earlier forward passes.
-
-    Args:
-        plan: the model's plan.
-        reserve: tokens of each row that full layers make room for at once; room for more is made by doubling.
-
-    Raises:
-        MasformerError: `reserve` is below 0.
-    """
-
-    def __init__(self, plan: AttentionPlan, *, reserve: int = 0) -> None:
-        check_int("reserve", reserve, 0)
-        self.plan, self.text = plan, str(plan)
-        self._empty()
-        super().__init__(layers=[SpanLayer(span, reserve) for span in plan])
-
-    def _empty(self) -> None:
-        self._starts: tuple[int, ...] | None = None
-        self._real: Tensor | None = None
-        self._packed = False
-        self._step: Step | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the keys and values held: what `masformer.cost` predicts as `kv_cache_bytes`, for each row."""
-        return sum(layer.filled * _bytes_per_slot(layer) for layer in self.layers)
-
-    @property
-    def storage_nbytes(self) -> int:
-        """Bytes of storage, room to grow included: `kv_storage_bytes` of `masformer.cost`, for each row."""
-        return sum(0 if layer.keys is None else layer.keys.shape[2] * _bytes_per_slot(layer) for layer in self.layers)
-
-    def begin(self, batch: int, new: int, real: Tensor | None = None, documents: Tensor | None = None) -> None:
-        """Announces a forward pass; the bridge does so before each one.
-
-        Args:
-            batch: rows.
-            new: tokens of each row that are to be added.
-            real: [batch, tokens so far + new], 1 = real; None: none of the new tokens is padding.
-            documents: [batch, new], packed documents; allowed in an empty cache. The cache goes on with the last one of
-                each row.
-
-        Raises:
-            MasformerError: a shape that does not fit, packed documents in a filled cache, or a mask that hides tokens
-                which the cache took as real, or shows padding.
-        """
-        seen = self.get_seq_length()
-        total = seen + new
-        if any(layer.length != seen for layer in self.layers):
-            raise MasformerError("a forward pass did not end, and left the cache half filled; call its reset()")
-        if real is not None:
-            if real.shape[0] != batch or real.shape[1] < total:
-                raise MasformerError(f"attention_mask must be [batch, {total}] with this cache, got {list(real.shape)}")
-            real = real[:, :total].bool()
-        layout = None
-        if seen == 0:
-            self._empty()
-            layout = Layout.of(real, documents)
-            self._packed = documents is not None
-            if layout is not None:
-                last = layout.documents.amax(-1, keepdim=True)
-                self._real = (layout.documents == last) & (last >= 0)
-        elif documents is not None:
-            raise MasformerError("packed position_ids together with a filled cache are not supported")
-        else:
-            self._extend(real, seen, new)
-        starts = self._find_starts(batch, seen, total)
-        holes = False
-        if self._real is not None:
-            index = torch.arange(total, device=self._real.device)
-            holes = not bool((self._real | (index < torch.tensor(starts, device=index.device)[:, None])).all())
-        self._starts = starts
-        self._step = Step(seen, new, starts, self._real, holes, layout)
-
-    def _extend(self, real: Tensor | None, seen: int, new: int) -> None:
-        """Adds the new tokens to what is known of padding."""
-        if real is not None and self._real is None:
-            if bool(real.all()):
-                return
-            if not bool(real[:, :seen].all()):
-                raise MasformerError("attention_mask hides tokens that were real when the cache took them")
-            self._real = real
-        elif self._real is not None:
-            fresh = self._real.new_ones(len(self._real), new) if real is None else real[:, seen:].to(self._real.device)
-            if real is not None and not self._packed and not torch.equal(real[:, :seen].to(fresh.device), self._real):
-                raise MasformerError("attention_mask differs from the one with which the cache took its tokens")
-            self._real = torch.cat([self._real, fresh], 1)
-
-    def _find_starts(self, batch: int, seen: int, total: int) -> tuple[int, ...]:
-        if self._real is None:
-            return (0,) * batch
-        known = self._starts or (seen,) * batch
-        if all(start < seen for start in known):
-            return known
-        first = self._real.int().argmax(-1).tolist()
-        empty = (~self._real.any(-1)).tolist()
-        return tuple(total if none else start for start, none in zip(first, empty, strict=True))
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Stores one layer's new keys and values; returns those that `view` is about.
-
-        Raises:
-            MasformerError: the model has no plan, so that nobody announced the pass, or an earlier pass did not end.
-        """
-        if self._step is None or key_states.shape[2] != self._step.new:
-            raise MasformerError("a SpanCache serves models with a plan alone; call apply_plan first")
-        out: tuple[Tensor, Tensor] = self.layers[layer_idx].update(key_states, value_states, self._step)
-        return out
-
-    def view(self, layer_idx: int) -> View:
-        """What the last `update` of this layer returned. Layers with the same span share it."""
-        step, layer = self._step, self.layers[layer_idx]
-        assert step is not None
-        key = layer.span, layer.past, layer.keys.device
-        if key not in step.views:
-            step.views[key] = layer.view(step)
-        return step.views[key]
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the newest tokens: exact, also past the window, or refused.
-
-        A window that has moved on has overwritten what it would see again. `activate_past_recording`, which assisted
-        decoding calls, makes room for the last 256 tokens.
-
-        Args:
-            tokens_to_remove: how many, as a negative number; a positive one is the length to keep.
-
-        Raises:
-            MasformerError: keys are needed that were overwritten. Nothing is changed then.
-        """
-        seen, change = self.get_seq_length(), int(tokens_to_remove)
-        length = min(seen, change) if change > 0 else max(0, seen + change)
-        if length == seen:
-            return
-        if length == 0:
-            return self.reset()
-        starts = self._starts or (0,)
-        for layer in self.layers:
-            layer.check_crop(length, starts)
-        for layer in self.layers:
-            layer.crop(seen - length)
-        if self._real is not None:
-            self._real = self._real[:, :length]
-            self._starts = tuple(min(start, length) for start in starts)
-
-    def reset(self) -> None:
-        """Empties the cache; its storage stays for the next document."""
-        self._empty()
-        super().reset()
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row beam_idx[i] was; nothing is copied where no row moves."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the given rows of the batch, in their order."""
-        rows = indices.tolist()
-        if self._starts is None or rows == list(range(len(self._starts))):
-            return
-        super().batch_select_indices(indices)
-        self._starts = tuple(self._starts[row] for row in rows)
-        if self._real is not None:
-            self._real = self._real.index_select(0, indices.to(self._real.device))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row, `repeats` times."""
-        rows = 0 if self._starts is None else len(self._starts)
-        self.batch_select_indices(torch.arange(rows).repeat_interleave(repeats))
-
-
-def _bytes_per_slot(layer: SpanLayer) -> int:
-    if layer.keys is None or layer.values is None:
-        return 0
-    return sum(x.shape[0] * x.shape[1] * x.shape[3] * x.element_size() for x in (layer.keys, layer.values))
