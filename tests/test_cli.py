@@ -225,7 +225,7 @@ def test_demo_on_another_model_and_text(capsys, folder, text, tmp_path):
         (["generate", "MODEL", "--prompt", "x", "--system", "y"], "a system message needs a chat template"),
         (["generate", "MODEL", "--prompt", "x", "--top-k", "3"], "top_p and top_k do nothing without"),
         (["generate", "MODEL", "--prompt", "x", "--beams", "0"], "beams must be at least 1, got 0"),
-        (["generate", "MODEL", "--prompt", "x", "--plan", "full", "--plan", "window:4"], "one plan generates"),
+        (["generate", "MODEL", "--prompt", "x", "--plan", "full", "--plan", "window:4"], "a generation has one plan"),
         (["bench", "prefill", "MODEL", "--lengths", "256"], "beyond the 128 positions of the model"),
         (["bench", "decode", "MODEL", "--lengths", "64", "--new", "0"], "new tokens must be at least 1, got 0"),
         (["bench", "decode", "MODEL", "--lengths", "x"], "--lengths 'x' is not allowed"),

@@ -15,7 +15,7 @@ import masformer
 from masformer import records
 from masformer.cli import bench, evaluate, export, generate, model, search, serve, tour, train
 from masformer.cli.options import console
-from masformer.cli.parser import Command, Help, add_commands, error_line
+from masformer.cli.parser import Command, Help, add_commands, error_line, grouped
 from masformer.errors import MasformerError
 
 DESCRIPTION = """\
@@ -69,7 +69,7 @@ def parse(words: Sequence[str]) -> tuple[Command, dict[str, Any]]:
     while not callable(command):
         name = options["command"]
         command, options = command[name], options[name]
-    return command, options
+    return command, grouped(command, options)
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
 
 from masformer import benchmarks, records
-from masformer.cli.options import Dtype, Figures, console, lengths_of, load_for, named_plans
+from masformer.cli.options import Figures, ModelOptions, console, lengths_of
 from masformer.models.checkpoint import load_config
 from masformer.progress import progress_bar
 from masformer.spans import Span
@@ -72,13 +74,9 @@ def bench_attention(
 
 def bench_prefill(
     model: str,
+    options: ModelOptions,
+    *,
     lengths: str = "1024,2048,4096,8192",
-    plan: list[str] | None = None,
-    full: int | None = None,
-    placement: str | None = None,
-    local: str | None = None,
-    max_positions: str | None = None,
-    dtype: Dtype = "auto",
     repeats: int = 3,
     seed: int = records.SEED,
 ) -> Figures:
@@ -92,19 +90,16 @@ def bench_prefill(
     Example:
         masformer bench prefill MODEL --lengths 2048,8192 --plan 'full@11-18; window:512+4'
     """
-    return _bench("prefill", model, lengths, plan, full, placement, local, max_positions, dtype, seed, repeats=repeats)
+    measure = partial(benchmarks.bench_prefill, repeats=repeats)
+    return _bench(measure, "Time to the first token", model, options, lengths, seed)
 
 
 def bench_decode(
     model: str,
+    options: ModelOptions,
+    *,
     lengths: str = "1024,2048,4096,7680",
     new: int = 32,
-    plan: list[str] | None = None,
-    full: int | None = None,
-    placement: str | None = None,
-    local: str | None = None,
-    max_positions: str | None = None,
-    dtype: Dtype = "auto",
     repeats: int = 5,
     seed: int = records.SEED,
 ) -> Figures:
@@ -119,33 +114,19 @@ def bench_decode(
     Example:
         masformer bench decode MODEL --lengths 1024,7680 --new 32 --plan 'full@11-18; window:512+4'
     """
-    options = {"repeats": repeats, "new": new}
-    return _bench("decode", model, lengths, plan, full, placement, local, max_positions, dtype, seed, **options)
+    measure = partial(benchmarks.bench_decode, repeats=repeats, new=new)
+    return _bench(measure, f"Rounds of {new} new tokens", model, options, lengths, seed)
 
 
 def _bench(
-    what: str,
-    model: str,
-    lengths: str,
-    plan: list[str] | None,
-    full: int | None,
-    placement: str | None,
-    local: str | None,
-    max_positions: str | None,
-    dtype: str,
-    seed: int,
-    **options: int,
+    measure: Callable[..., list[dict[str, Any]]], title: str, model: str, options: ModelOptions, lengths: str, seed: int
 ) -> Figures:
     sizes = lengths_of("--lengths", lengths)
-    plans = named_plans(load_config(model)[1], plan, full, placement, local)
-    loaded, _ = load_for(model, next(iter(plans.values())), max_positions, dtype)
-    measure, title = {
-        "prefill": (benchmarks.bench_prefill, "Time to the first token"),
-        "decode": (benchmarks.bench_decode, f"Rounds of {options.get('new')} new tokens"),
-    }[what]
+    plans = options.named(load_config(model)[1])
+    loaded, _ = options.load(model, next(iter(plans.values())))
     torch.manual_seed(seed)
     with progress_bar() as progress:
         task = progress.add_task("", total=None)
-        rows = measure(loaded, plans, sizes, progress=lambda name: progress.update(task, description=name), **options)
+        rows = measure(loaded, plans, sizes, progress=lambda name: progress.update(task, description=name))
     console.print(benchmarks.generation_table(f"{title}; speed-up over {benchmarks.STOCK}", rows))
     return {"model": model, "dtype": str(loaded.dtype), "plans": list(map(str, plans.values())), "results": rows}

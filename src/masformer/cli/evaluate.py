@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from masformer.cli.options import Dtype, Figures, console, lengths_of, load_for, named_plans
+from masformer.cli.options import Figures, ModelOptions, console, lengths_of
 from masformer.data import read_documents
-from masformer.errors import MasformerError
 from masformer.evaluation.perplexity import compare_plans, perplexity_table, prefix_token, tokenize
 from masformer.models.checkpoint import load_config
 from masformer.progress import progress_bar
@@ -14,17 +13,13 @@ from masformer.progress import progress_bar
 
 def eval_perplexity(
     model: str,
+    options: ModelOptions,
+    *,
     data: list[str],
     lengths: str = "1024,2048,4096",
     field: str = "text",
     documents: int | None = None,
     max_tokens: int | None = None,
-    plan: list[str] | None = None,
-    full: int | None = None,
-    placement: str | None = None,
-    local: str | None = None,
-    max_positions: str | None = None,
-    dtype: Dtype = "auto",
     backend: Literal["auto", "tiled", "reference"] = "auto",
 ) -> Figures:
     """Perplexity by context length and by position, in rolling windows as in lm-eval; plans share one load.
@@ -41,11 +36,9 @@ def eval_perplexity(
             --plan full --plan window:512+4 --plan 'full@11-18; window:512+4'
     """
     windows = lengths_of("--lengths", lengths)
-    plans = named_plans(load_config(model)[1], plan, full, placement, local)
+    plans = options.named(load_config(model)[1])
     texts = list(read_documents(data, field=field, limit=documents))
-    loaded, tokenizer = load_for(model, next(iter(plans.values())), max_positions, dtype)
-    if tokenizer is None:
-        raise MasformerError(f"{model} has no tokenizer")
+    loaded, tokenizer = options.load_both(model, next(iter(plans.values())))
     tokens, text_bytes = tokenize(tokenizer, texts, max_tokens=max_tokens)
     with progress_bar() as progress:
         task = progress.add_task("", total=None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from masformer.cli.options import Dtype, Figures, console, load_for, named_plans
+from masformer.cli.options import Figures, ModelOptions, console
 from masformer.cli.parser import INSTEAD
 from masformer.errors import MasformerError
 from masformer.models.checkpoint import check_folder, load_config
@@ -15,14 +15,9 @@ from masformer.models.export.verify import check_installed, verify_export
 def export(
     model: str,
     out: str,
+    options: ModelOptions,
     *,
     target: Literal["transformers", "vllm", "mlx-lm", "gguf"],
-    plan: list[str] | None = None,
-    full: int | None = None,
-    placement: str | None = None,
-    local: str | None = None,
-    max_positions: str | None = None,
-    dtype: Dtype = "auto",
     overwrite: bool = False,
     verify: bool = False,
     python: str | None = None,
@@ -32,7 +27,6 @@ def export(
     Args:
         out: folder to write.
         target: the tool; --list shows what each can run.
-        dtype: dtype of the written weights.
         overwrite: replace a model folder that is already there.
         verify: load the result in the tool and compare logits and a greedy continuation past the window.
         python: for --verify, the Python of an environment that has the tool (default: this one).
@@ -43,15 +37,12 @@ def export(
     if python is not None and not verify:
         raise MasformerError("--python does nothing without --verify")
     config, own = load_config(model)
-    plans = named_plans(own, plan, full, placement, local)
-    if len(plans) > 1:
-        raise MasformerError("a checkpoint carries one plan; give one --plan")
-    (chosen,) = plans.values()
+    chosen = options.one(own, "a checkpoint")
     check_export(config, chosen, target)
     check_folder(out, overwrite=overwrite)
     if verify:
         check_installed(target, python)
-    loaded, tokenizer = load_for(model, chosen, max_positions, dtype)
+    loaded, tokenizer = options.load(model, chosen)
     if tokenizer is None and target != "transformers":
         raise MasformerError(
             f"{model} has no tokenizer, and {target} runs no text without one; put one beside the model"

@@ -6,13 +6,15 @@ import sys
 from pathlib import Path
 
 from masformer import generation, records
-from masformer.cli.options import Dtype, Figures, load_for, named_plans
+from masformer.cli.options import Figures, ModelOptions
 from masformer.errors import MasformerError
 from masformer.models.checkpoint import load_config
 
 
 def generate(
     model: str,
+    options: ModelOptions,
+    *,
     prompt: str | None = None,
     file: str | None = None,
     system: str | None = None,
@@ -24,12 +26,6 @@ def generate(
     beams: int = 1,
     prefill_chunk: int = generation.CHUNK,
     seed: int = records.SEED,
-    plan: list[str] | None = None,
-    full: int | None = None,
-    placement: str | None = None,
-    local: str | None = None,
-    max_positions: str | None = None,
-    dtype: Dtype = "auto",
 ) -> Figures:
     """Streams a continuation of a prompt, and says what it took; a chat template is used where the tokenizer has one.
 
@@ -50,13 +46,8 @@ def generate(
         masformer generate MODEL --file report.txt --prompt 'What was decided?' --plan 'full@11-18; window:512+4'
     """
     text = _prompt(prompt, file)
-    plans = named_plans(load_config(model)[1], plan, full, placement, local)
-    if len(plans) > 1:
-        raise MasformerError("one plan generates; give one --plan")
-    (chosen,) = plans.values()
-    loaded, tokenizer = load_for(model, chosen, max_positions, dtype)
-    if tokenizer is None:
-        raise MasformerError(f"{model} has no tokenizer")
+    chosen = options.one(load_config(model)[1], "a generation")
+    loaded, tokenizer = options.load_both(model, chosen)
     result = generation.generate(
         loaded,
         tokenizer,

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from masformer import benchmarks, records
-from masformer.cli.options import Dtype, Figures, console, lengths_of, load_for, named_plans
+from masformer.cli.options import Figures, ModelOptions, PlanOptions, console, lengths_of
 from masformer.cost import ModelShape, compare, cost_table
 from masformer.errors import MasformerError
 from masformer.models.checkpoint import check_plan, load_config, save_model
@@ -16,11 +16,9 @@ from masformer.plots import picture, plot_plan
 
 def show_plan(
     model: str,
+    options: PlanOptions,
+    *,
     seq: str = "2048,8192,32768",
-    plan: list[str] | None = None,
-    full: int | None = None,
-    placement: str | None = None,
-    local: str | None = None,
     cache_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
     plot: str | None = None,
 ) -> Figures:
@@ -38,7 +36,7 @@ def show_plan(
     records.check_writable(plot)
     lengths = lengths_of("--seq", seq)
     config, own = load_config(model)
-    plans = named_plans(own, plan, full, placement, local)
+    plans = options.named(own)
     for each in plans.values():
         check_plan(config, each)
     if plot is not None and len(plans) > 1:
@@ -61,31 +59,23 @@ def show_plan(
 def convert(
     model: str,
     out: str,
-    plan: list[str] | None = None,
-    full: int | None = None,
-    placement: str | None = None,
-    local: str | None = None,
-    max_positions: str | None = None,
-    dtype: Dtype = "auto",
+    options: ModelOptions,
+    *,
     overwrite: bool = False,
 ) -> None:
     """Writes a checkpoint that carries a plan, and longer positions if asked.
 
     Args:
         out: folder to write.
-        dtype: dtype of the written weights.
         overwrite: replace a model folder that is already there.
 
     Example:
         masformer convert EleutherAI/gpt-neo-1.3B OUT --plan 'full@0-7; window:512' --max-positions 8192
     """
-    if plan is None and full is None and placement is None and local is None and max_positions is None:
+    if not options.are_given and options.max_positions is None:
         raise MasformerError("nothing to convert: give --plan, or --full N --local SPAN, or --max-positions N")
-    plans = named_plans(load_config(model)[1], plan, full, placement, local)
-    if len(plans) > 1:
-        raise MasformerError("a checkpoint carries one plan; give one --plan")
-    (chosen,) = plans.values()
-    loaded, tokenizer = load_for(model, chosen, max_positions, dtype)
+    chosen = options.one(load_config(model)[1], "a checkpoint")
+    loaded, tokenizer = options.load(model, chosen)
     save_model(loaded, out, tokenizer, overwrite=overwrite)
     console.print(f"{out}: {chosen}", markup=False)
     console.print(f"load it with masformer.load_model({out!r}); stock transformers refuses it", markup=False)

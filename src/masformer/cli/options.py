@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from rich.console import Console
@@ -20,25 +21,68 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 console = Console(highlight=False, soft_wrap=False)
 
 
-def named_plans(
-    own: AttentionPlan, plan: list[str] | None, full: int | None, placement: str | None, local: str | None
-) -> dict[str, AttentionPlan]:
-    """The plans that the options name, by their text; the model's own plan where they name none."""
-    if full is not None or placement is not None or local is not None:
-        if plan is not None:
-            raise MasformerError("give either --plan or --full/--placement/--local")
-        if local is None:
-            raise MasformerError("--full and --placement need --local SPAN, the span of the other layers")
-        if full is None and placement is None:
-            raise MasformerError("--local needs --full N or --placement LAYERS, the layers that stay full")
-        mixed = AttentionPlan.mixed(len(own), full, placement or "middle", local=Span.parse(local))
-        return {str(mixed): mixed}
-    found: dict[str, AttentionPlan] = {}
-    for text in plan or ():
-        if text in found:
-            raise MasformerError(f"--plan {text!r} is given twice")
-        found[text] = AttentionPlan.load(text, len(own))
-    return found or {str(own): own}
+@dataclass(frozen=True)
+class PlanOptions:
+    """The options that name plans, the same everywhere; a command that takes them has a parameter of this type."""
+
+    plan: list[str] | None = None
+    full: int | None = None
+    placement: str | None = None
+    local: str | None = None
+
+    @property
+    def are_given(self) -> bool:
+        """Whether any of them is."""
+        return (self.plan, self.full, self.placement, self.local) != (None,) * 4
+
+    def named(self, own: AttentionPlan) -> dict[str, AttentionPlan]:
+        """The plans that the options name, by their text; the model's own plan where they name none."""
+        if self.full is not None or self.placement is not None or self.local is not None:
+            if self.plan is not None:
+                raise MasformerError("give either --plan or --full/--placement/--local")
+            if self.local is None:
+                raise MasformerError("--full and --placement need --local SPAN, the span of the other layers")
+            if self.full is None and self.placement is None:
+                raise MasformerError("--local needs --full N or --placement LAYERS, the layers that stay full")
+            local = Span.parse(self.local)
+            mixed = AttentionPlan.mixed(len(own), self.full, self.placement or "middle", local=local)
+            return {str(mixed): mixed}
+        found: dict[str, AttentionPlan] = {}
+        for text in self.plan or ():
+            if text in found:
+                raise MasformerError(f"--plan {text!r} is given twice")
+            found[text] = AttentionPlan.load(text, len(own))
+        return found or {str(own): own}
+
+    def one(self, own: AttentionPlan, what: str) -> AttentionPlan:
+        """The same where there can be one only; `what` says of what, as in "a server"."""
+        plans = self.named(own)
+        if len(plans) > 1:
+            raise MasformerError(f"{what} has one plan; give one --plan")
+        return next(iter(plans.values()))
+
+
+@dataclass(frozen=True)
+class ModelOptions(PlanOptions):
+    """The options of commands that load a model: its plan, its positions and the dtype of its weights."""
+
+    max_positions: str | None = None
+    dtype: Dtype = "auto"
+
+    def load(self, model: str, plan: AttentionPlan) -> tuple[Any, Any]:
+        """The model on the default device, and its tokenizer or None."""
+        extended = None if self.max_positions is None else parse_max_positions(self.max_positions)
+        positions, method = extended or (None, None)
+        weights = self.dtype if self.dtype == "auto" else benchmarks.DTYPES[self.dtype]
+        loaded, tokenizer = load_model(model, plan, max_positions=positions, position_method=method, dtype=weights)
+        return loaded.to(benchmarks.default_device()), tokenizer
+
+    def load_both(self, model: str, plan: AttentionPlan) -> tuple[Any, Any]:
+        """The same, for work that is nothing without a tokenizer."""
+        loaded, tokenizer = self.load(model, plan)
+        if tokenizer is None:
+            raise MasformerError(f"{model} has no tokenizer")
+        return loaded, tokenizer
 
 
 def lengths_of(option: str, text: str) -> list[int]:
@@ -46,11 +90,3 @@ def lengths_of(option: str, text: str) -> list[int]:
     if not re.fullmatch(r"\s*[1-9]\d*\s*(,\s*[1-9]\d*\s*)*", text):
         raise MasformerError(f"{option} {text!r} is not allowed; allowed: whole numbers from 1, separated by commas")
     return [int(part) for part in text.split(",")]
-
-
-def load_for(model: str, plan: AttentionPlan, max_positions: str | None, dtype: str) -> tuple[Any, Any]:
-    """The model on the default device and its tokenizer, as the options ask."""
-    positions, method = (None, None) if max_positions is None else parse_max_positions(max_positions)
-    weights = dtype if dtype == "auto" else benchmarks.DTYPES[dtype]
-    loaded, tokenizer = load_model(model, plan, max_positions=positions, position_method=method, dtype=weights)
-    return loaded.to(benchmarks.default_device()), tokenizer

@@ -6,12 +6,13 @@ import argparse
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, get_args, get_type_hints
 
 import jsonargparse
 from docstring_parser import parse as parse_docstring
 
-from masformer.cli.options import Figures
+from masformer.cli.options import Figures, PlanOptions
 
 Command = Callable[..., Any]
 Commands = Mapping[str, Any]
@@ -64,6 +65,32 @@ def example(command: Command) -> str:
     return next(str(part.description) for part in meta if part.args == ["examples"])
 
 
+def option_groups(command: Command) -> dict[str, type[PlanOptions]]:
+    """Parameter -> its type, of the parameters that stand for several options."""
+    hints = get_type_hints(command)
+    return {name: hint for name, hint in hints.items() if isinstance(hint, type) and issubclass(hint, PlanOptions)}
+
+
+def option_parameters(command: Command) -> dict[str, inspect.Parameter]:
+    """A command's options by name, with their types; those of a group in its place."""
+    groups = option_groups(command)
+    found: dict[str, inspect.Parameter] = {}
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        if name in groups:
+            found |= dict(inspect.signature(groups[name], eval_str=True).parameters)
+        else:
+            found[name] = parameter
+    return found
+
+
+def grouped(command: Command, options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a command from its options: those of a group become one."""
+    options = dict(options)
+    for name, kind in option_groups(command).items():
+        options[name] = kind(**{field.name: options.pop(field.name) for field in fields(kind)})
+    return options
+
+
 def command_parser(command: Command) -> jsonargparse.ArgumentParser:
     """The parser of one command: parameters without default are positional, or required options where they are lists
     or keywords."""
@@ -77,20 +104,19 @@ def command_parser(command: Command) -> jsonargparse.ArgumentParser:
         formatter_class=Help,
         exit_on_error=False,
     )
-    for name, parameter in inspect.signature(command).parameters.items():
-        options: dict[str, Any] = {"help": texts[name], "type": hints[name]}
+    for name, parameter in option_parameters(command).items():
+        hint = parameter.annotation
+        options: dict[str, Any] = {"help": texts[name], "type": hint}
         needed = parameter.default is parameter.empty
         if not needed:
             options["default"] = parameter.default
-        if hints[name] is bool:
+        if hint is bool:
             options = {"help": texts[name], "action": "store_true"}
         positional = needed and name not in SPECIAL and parameter.kind is not parameter.KEYWORD_ONLY
         if needed and not positional:
             options["required"] = True
         options |= SPECIAL.get(name, {})
         parser.add_argument(name if positional else f"--{name.replace('_', '-')}", **options)
-    for name, (show, text) in INSTEAD.get(command, {}).items():
-        parser.add_argument(f"--{name}", action=Show, const=show, help=text)
     if hints["return"] == Figures:
         parser.add_argument("--json", type=str | None, default=None, help="file for the raw figures")
     return parser
@@ -127,7 +153,7 @@ def error_line(error: Exception, commands: Commands) -> str:
     name, value = found[1].rpartition(".")[2], found[2]
     allowed = "a whole number"
     for command in all_commands(commands):
-        if choices := get_args(get_type_hints(command).get(name)):
+        if (parameter := option_parameters(command).get(name)) and (choices := get_args(parameter.annotation)):
             strings = [choice for choice in choices if isinstance(choice, str)]
             allowed = ", ".join(strings) or allowed
     return f"--{name.replace('_', '-')} {value!r} is not allowed; allowed: {allowed}"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from masformer import placement, records
-from masformer.cli.options import Dtype, Figures, console, load_for
+from masformer.cli.options import Dtype, Figures, ModelOptions, console
 from masformer.data import read_documents
 from masformer.errors import MasformerError
 from masformer.evaluation.perplexity import prefix_token, tokenize
@@ -76,9 +76,7 @@ def search(
         raise MasformerError("--probes does nothing without the criterion retrieval")
     texts = {name: list(read_documents([name], field=field, limit=documents)) for name in test or ()}
     chosen = list(read_documents(data, field=field, limit=documents))
-    loaded, tokenizer = load_for(model, load_config(model)[1], None, dtype)
-    if tokenizer is None:
-        raise MasformerError(f"{model} has no tokenizer")
+    loaded, tokenizer = ModelOptions(dtype=dtype).load_both(model, load_config(model)[1])
     with progress_bar() as progress:
         task = progress.add_task("", total=None)
         result = placement.search_layers(

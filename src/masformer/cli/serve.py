@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from masformer.cli.options import Dtype, console, load_for, named_plans
+from masformer.cli.options import ModelOptions, console
 from masformer.errors import MasformerError
 from masformer.models.checkpoint import load_config
 
@@ -13,12 +13,8 @@ PACKAGES = ("fastapi", "openai", "pydantic", "uvicorn")
 
 def serve(
     model: str,
-    plan: list[str] | None = None,
-    full: int | None = None,
-    placement: str | None = None,
-    local: str | None = None,
-    max_positions: str | None = None,
-    dtype: Dtype = "auto",
+    options: ModelOptions,
+    *,
     host: str = "127.0.0.1",
     port: int = 8000,
     name: str | None = None,
@@ -37,12 +33,9 @@ def serve(
         raise MasformerError(f"masformer serve needs {', '.join(missing)}: pip install 'masformer[serve]'")
     from masformer import serving  # here, for it needs these packages
 
-    plans = named_plans(load_config(model)[1], plan, full, placement, local)
-    if len(plans) > 1:
-        raise MasformerError("a server has one plan; give one --plan")
-    (chosen,) = plans.values()
+    chosen = options.one(load_config(model)[1], "a server")
     with serving.listen(host, port) as listener:
-        app = serving.build_app(*load_for(model, chosen, max_positions, dtype), name or model)
+        app = serving.build_app(*options.load(model, chosen), name or model)
         address, bound = listener.getsockname()[:2]
         where = f"[{address}]" if ":" in address else address
         console.print(f"{name or model} with {chosen}: http://{where}:{bound}/v1", markup=False, soft_wrap=True)
