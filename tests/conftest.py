@@ -6,9 +6,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
+import transformers
 
 from masformer import AttentionPlan, FullSpan, MasformerError, apply_plan, load_model
 from masformer.demo import pretrained_model
+
+transformers.logging.disable_progress_bar()  # as the command line does; tests read what it prints
 
 
 @pytest.fixture(scope="session")

@@ -95,10 +95,17 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def run(app: FastAPI, listener: socket.socket) -> None:
-    """Serves until interrupted; a line for each request goes to standard error."""
+    """Serves until interrupted; a line for each request goes to standard error.
+
+    Raises:
+        KeyboardInterrupt: it was; uvicorn does not say so each time.
+    """
     logging.getLogger("transformers.cli.serving").setLevel(logging.WARNING)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
-    uvicorn.Server(config).run(sockets=[listener])
+    server = uvicorn.Server(config)
+    server.run(sockets=[listener])
+    if server.started:
+        raise KeyboardInterrupt
 
 
 class _OneModel(ModelManager):  # type: ignore[misc]

@@ -117,6 +117,8 @@ def command_parser(command: Command) -> jsonargparse.ArgumentParser:
             options["required"] = True
         options |= SPECIAL.get(name, {})
         parser.add_argument(name if positional else f"--{name.replace('_', '-')}", **options)
+    for name, (show, text) in INSTEAD.get(command, {}).items():
+        parser.add_argument(f"--{name}", action=Show, const=show, help=text)
     if hints["return"] == Figures:
         parser.add_argument("--json", type=str | None, default=None, help="file for the raw figures")
     return parser
