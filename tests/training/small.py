@@ -79,5 +79,5 @@ def environment():
 
 def run(*words, processes=1):
     return subprocess.run(
-        command(*words, processes=processes), env=environment(), capture_output=True, text=True, timeout=120
+        command(*words, processes=processes), env=environment(), capture_output=True, text=True, timeout=300
     )

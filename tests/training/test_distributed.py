@@ -103,7 +103,7 @@ def test_accelerate_launch_shards_as_well(place, single):
     options += " --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP --rdzv_backend c10d"
     launch = [sys.executable, "-m", "accelerate.commands.launch", *options.split(), "-m", "masformer"]
     result = subprocess.run(
-        [*launch, "train", "--config", str(file)], env=environment(), capture_output=True, text=True, timeout=120
+        [*launch, "train", "--config", str(file)], env=environment(), capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr[-3000:]
     check_follows(folder, single)
