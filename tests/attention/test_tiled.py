@@ -57,6 +57,15 @@ def test_past_the_tile_in_single_and_half_precision(span, dtype):
     torch.testing.assert_close(attend(*inputs, span), expected, atol=tolerance, rtol=0)
 
 
+@pytest.mark.parametrize("value_dim", [3, 16])
+@pytest.mark.parametrize("span", [FullSpan(), WindowSpan(9), WindowSpan(7, 4), BlockSpan(8, 1)])
+def test_without_gradients_after_a_past_with_values_of_any_width(span, value_dim):
+    query, key, _ = (tensor.detach() for tensor in tensors(2, 2, 3, 150, 211, 16))
+    value = torch.randn(2, 2, 211, value_dim, dtype=torch.float64)
+    expected = attend(query, key, value, span, backend="reference")
+    torch.testing.assert_close(attend(query, key, value, span), expected, atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("span", [FullSpan(), WindowSpan(3), WindowSpan(2, 2), BlockSpan(3, 1)])
 def test_gradcheck(span, softcap):

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 
-from masformer import AttentionPlan, FullSpan, MasformerError, apply_plan
+from masformer import AttentionPlan, FullSpan, MasformerError, SpanCache, apply_plan
 from masformer.models.adapters import GPTNeoSpanAttention
 from tiny import ARCHITECTURES, PLAN, VOCABULARY, random_plan, tiny
 
@@ -94,6 +94,19 @@ def test_greedy_generation_past_the_window_equals_the_forward_without_cache(kind
         logits = model(out, use_cache=False).logits[:, 40:-1]
     logits[..., 2] = -torch.inf
     assert torch.equal(logits.argmax(-1), out[:, 41:])
+
+
+def test_a_model_whose_head_calls_its_decoder_past_the_base():
+    """OPT: the base's own forward never runs, and neither would hooks on it."""
+    model = apply_plan(tiny("opt", ffn_dim=48, word_embed_proj_dim=32), PLAN)
+    tokens = inputs("plain")[0]["input_ids"]
+    out = model.generate(tokens, max_new_tokens=12, do_sample=False, eos_token_id=None, return_dict_in_generate=True)
+    assert isinstance(out.get("cache") or out.get("past_key_values"), SpanCache)
+    with torch.no_grad():
+        assert torch.equal(model(out.sequences, use_cache=False).logits[:, 40:-1].argmax(-1), out.sequences[:, 41:])
+    model.model.decoder.layers[2].forward = lambda hidden_states, **kwargs: hidden_states
+    with pytest.raises(MasformerError, match=r"opt models cannot take a plan: layers \[2\] did not follow it"):
+        model(tokens)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def tiled_attention(
     """
     kernel = Kernel(scale, dropout, softcap)
     if tile is None:
-        tile = 64 if not span.sinks or kernel.tells_sums(query) else 128
+        tile = 64 if not span.sinks or kernel.tells_sums(query, value) else 128
         tile = 128 if torch.is_grad_enabled() and query.requires_grad else tile
     if layout is None:
         return _document(query, key, value, span, kernel, tile, None, 0)
@@ -94,9 +94,13 @@ class Kernel:
             query, key, value, is_causal=True, scale=self.scale, dropout_p=self.dropout, enable_gqa=True
         )
 
-    def tells_sums(self, query: Tensor) -> bool:
-        """Whether torch has a kernel that also returns the log-sum-exp of the scores: on the CPU, without gradients."""
+    def tells_sums(self, query: Tensor, value: Tensor) -> bool:
+        """Whether torch has a kernel that also returns the log-sum-exp of the scores.
+
+        It has on the CPU, without gradients, for values as wide as the keys.
+        """
         plain = self.softcap is None and not self.dropout and query.device.type == "cpu"
+        plain = plain and query.shape[-1] == value.shape[-1]
         return plain and not torch.is_grad_enabled() and hasattr(torch.ops.aten, FLASH_CPU)
 
     def causal_after(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -174,7 +178,7 @@ def _document(
     if start == 0 and keep is None and kernel.is_fused(query):
         outputs.append(kernel.causal(query[:, :, :head], key[:, :, :head], value[:, :, :head]))
         at = head
-    elif span.max_visible is None and keep is None and kernel.tells_sums(query):
+    elif span.max_visible is None and keep is None and kernel.tells_sums(query, value):
         return kernel.causal_after(query, key, value)
     while at < end:
         step = count = 0
@@ -221,7 +225,9 @@ def _tiles(
     length = at + width - low
     sinks = min(span.sinks, low)
 
-    beside = bool(sinks) and keep is None and kernel.tells_sums(query)  # sinks apart from the others, without a copy
+    beside = (
+        bool(sinks) and keep is None and kernel.tells_sums(query, value)
+    )  # sinks apart from the others, without a copy
 
     def strided(x: Tensor) -> Tensor:
         """[heads, key_len, dim] -> [count, heads, sinks + length, dim], the keys each tile may see."""

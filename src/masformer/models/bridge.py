@@ -8,7 +8,8 @@ transformers itself sees it only without a cache.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
@@ -54,6 +55,7 @@ class _Pass:
 
 
 _pass: ContextVar[_Pass | None] = ContextVar("forward_pass", default=None)
+_whole: ContextVar[bool] = ContextVar("whole_passes", default=True)
 
 
 def apply_plan(model: PreTrainedModel, plan: AttentionPlan, backend: str = "auto") -> PreTrainedModel:
@@ -85,9 +87,9 @@ def apply_plan(model: PreTrainedModel, plan: AttentionPlan, backend: str = "auto
     for layer, module in layers.items():
         module.masformer_span, module.masformer_backend = plan[layer], backend
     if not getattr(model, "_masformer_hooked", False):
-        base = model.base_model
-        base.register_forward_pre_hook(_before_forward, with_kwargs=True)
-        base.register_forward_hook(_after_forward, always_call=True)
+        owner = _layers_owner(model)
+        owner.register_forward_pre_hook(_before_forward, with_kwargs=True)
+        owner.register_forward_hook(_after_forward, always_call=True)
         model._prepare_cache_for_generation = MethodType(_prepare_cache_for_generation, model)
         model._masformer_hooked = True
     return model
@@ -108,6 +110,16 @@ def _check_architecture(model: PreTrainedModel) -> None:
         reason = "it does not use the attention interface of transformers"
     if reason:
         raise MasformerError(f"{kind} models cannot take a plan: {reason}")
+
+
+def _layers_owner(model: PreTrainedModel) -> nn.Module:
+    """The module whose forward runs the layers: the base, or what a model with a head calls in its place (OPT)."""
+    base: nn.Module = model.base_model
+    for module in base.modules():
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and any(hasattr(part, "masformer_span") for part in child.modules()):
+                return module
+    return base
 
 
 def _attention_modules(model: PreTrainedModel, config: PretrainedConfig) -> dict[int, Any]:
@@ -235,9 +247,21 @@ def _packed_documents(positions: Tensor | None, real: Tensor | None, tokens: Ten
 def _after_forward(base: Any, args: tuple[Any, ...], output: Any) -> None:
     current = _pass.get()
     _pass.set(None)
-    if output is not None and current is not None and len(current.served) != base.config.num_hidden_layers:
+    if not _whole.get() or output is None or current is None:
+        return
+    if len(current.served) != base.config.num_hidden_layers:
         missing = sorted(set(range(base.config.num_hidden_layers)) - current.served)
         raise MasformerError(f"{base.config.model_type} models cannot take a plan: layers {missing} did not follow it")
+
+
+@contextmanager
+def partial_passes() -> Iterator[None]:
+    """Within it, layers that do not attend are no error: somebody else gives their outputs."""
+    token = _whole.set(False)
+    try:
+        yield
+    finally:
+        _whole.reset(token)
 
 
 def _check_cache(cache: Any, config: PretrainedConfig) -> None:

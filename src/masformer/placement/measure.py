@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from masformer.errors import MasformerError, check_int
 from masformer.evaluation.perplexity import prepared_base
-from masformer.models.bridge import apply_plan
+from masformer.models.bridge import apply_plan, partial_passes
 from masformer.placement.texts import Window
 from masformer.plan import AttentionPlan
 from masformer.spans import FullSpan
@@ -69,11 +69,7 @@ class PrefixPasses:
         return output
 
     def _pass(self, shared: int) -> Any:
-        """Calls the base with its first `shared` layers skipped.
-
-        Where layers are skipped, `forward` is called without the hooks of the base: they refuse a pass in which a
-        layer takes no part.
-        """
+        """Calls the base with its first `shared` layers skipped."""
         outputs = self._outputs[:shared]
         self._outputs = []
         base = self.model.base_model
@@ -83,8 +79,9 @@ class PrefixPasses:
             for layer in self.layers[shared:]:
                 hook = layer.register_forward_hook(lambda module, args, output: outputs.append(output))
                 stack.callback(hook.remove)
-            call = base.forward if shared else base
-            output = call(input_ids=self._tokens, use_cache=False, return_dict=True)
+            if shared:
+                stack.enter_context(partial_passes())
+            output = base(input_ids=self._tokens, use_cache=False, return_dict=True)
         self._outputs = outputs
         self.layers_run += (len(self.layers) - shared) * len(self._tokens)
         return output
