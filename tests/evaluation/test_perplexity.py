@@ -335,3 +335,12 @@ def test_a_pretrained_model_predicts_english(smollm2):
     assert result.tokens == 256
     assert 5 < result.perplexity < 30
     assert 0.4 < result.bits_per_byte < 1.5
+
+
+def test_a_head_that_calls_the_decoder_past_the_base():
+    model = apply_plan(tiny("opt", ffn_dim=48, word_embed_proj_dim=32), PLAN)
+    tokens = list(range(3, 50))
+    with torch.no_grad():
+        logits = model(torch.tensor([[1, *tokens[:-1]]]), use_cache=False).logits[0]
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(tokens))
+    assert perplexity(model, [tokens], 64, prefix=1).nll == pytest.approx(float(expected), abs=1e-6)

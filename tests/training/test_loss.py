@@ -1,10 +1,11 @@
 import copy
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from masformer import apply_plan
 from masformer.training import loss as loss_module
@@ -113,13 +114,32 @@ def test_a_loss_with_further_terms_keeps_them_and_says_so():
     torch.testing.assert_close(model(tokens, labels=labels).loss, expected)
 
 
+class OddHead(LlamaForCausalLM):
+    """Looks into its base, so that nothing else can stand there."""
+
+    def forward(self, input_ids=None, **kwargs):
+        assert len(self.model.layers) == 4
+        return super().forward(input_ids, **kwargs)
+
+
 def test_a_head_that_cannot_be_run_apart_falls_back_and_says_so():
+    model = noisy("llama").float()
+    model.__class__ = OddHead
+    tokens, labels = batch()
+    expected = model(tokens, labels=labels).loss
+    with pytest.warns(UserWarning, match="the head of OddHead cannot be run apart from its base"):
+        use_chunked_loss(model)
+    torch.testing.assert_close(model(tokens, labels=labels).loss, expected)
+
+
+def test_a_head_that_calls_the_decoder_past_the_base():
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48, "vocab_size": 61}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("opt", word_embed_proj_dim=32, **shape)).eval()
     tokens, labels = batch()
     expected = model(tokens, labels=labels).loss
-    with pytest.warns(UserWarning, match="the head of OPTForCausalLM cannot be run apart from its base"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         use_chunked_loss(model)
     torch.testing.assert_close(model(tokens, labels=labels).loss, expected)
 

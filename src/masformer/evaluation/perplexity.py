@@ -313,6 +313,11 @@ class _Prepared(nn.Module):
         self.output = output
         self.positions = slice(0)
 
+    @property
+    def decoder(self) -> _Prepared:
+        """What some heads call in place of the base (OPT)."""
+        return self
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = self.output.last_hidden_state[:, self.positions]
         return type(self.output)(**{**self.output, "last_hidden_state": hidden})
