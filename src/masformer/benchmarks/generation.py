@@ -68,12 +68,12 @@ def variants(model: PreTrainedModel, plans: Mapping[str, AttentionPlan]) -> list
     stock = stock_twin(model)
     found = [Variant(name, model, _span_cache(plan), plan) for name, plan in plans.items() if plan != full]
     found.append(Variant(FULL, model, _span_cache(full), full))
-    found.append(Variant(STOCK, stock, lambda room: DynamicCache(config=stock.config)))
+    found.append(Variant(STOCK, stock, _dynamic_cache(stock)))
     found.append(Variant(STATIC, stock, lambda room: StaticCache(config=stock.config, max_cache_len=room)))
     for name, plan in plans.items():
         twin = sliding_twin(model, plan)
         if twin is not None:
-            found.append(Variant(f"{SLIDING} {name}", twin, partial(_sliding_cache, twin)))
+            found.append(Variant(f"{SLIDING} {name}", twin, _dynamic_cache(twin)))
     return found
 
 
@@ -81,8 +81,8 @@ def _span_cache(plan: AttentionPlan) -> Callable[[int], SpanCache]:
     return lambda room: SpanCache(plan, reserve=room)
 
 
-def _sliding_cache(twin: PreTrainedModel, room: int) -> DynamicCache:
-    return DynamicCache(config=twin.config)
+def _dynamic_cache(stock: PreTrainedModel) -> Callable[[int], DynamicCache]:
+    return lambda room: DynamicCache(config=stock.config)
 
 
 def cache_bytes(cache: Any) -> int:
@@ -118,10 +118,9 @@ def bench_prefill(
         MasformerError: a value out of range, or a length beyond the model's positions.
     """
     _check(model, plans, lengths, repeats, 0)
-    rows = []
+    rows, measured = [], variants(model, plans)
     for length in lengths:
         tokens = _tokens(model, length)
-        measured = variants(model, plans)
         memory, caches = {}, {}
         for variant in measured:
             progress(f"{length}: {variant.name}, memory")
@@ -169,10 +168,9 @@ def bench_decode(
     """
     check_int("new tokens", new, 1)
     _check(model, plans, lengths, repeats, new * (repeats + 1))
-    rows = []
+    rows, measured = [], variants(model, plans)
     for length in lengths:
         tokens, room = _tokens(model, length), length + new * (repeats + 1) + 1
-        measured = variants(model, plans)
         states: dict[str, tuple[Any, list[Tensor]]] = {}
         for variant in measured:
             progress(f"{length}: {variant.name}, prompt")

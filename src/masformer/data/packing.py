@@ -15,12 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from masformer.data.pairs import CUTS, PairRows
+from masformer.data.pairs import CUTS, IGNORED, PairRows
 from masformer.data.store import Ints, TokenStore
 from masformer.errors import MasformerError, check_int
 
-IGNORED = -100
-"""The target of a position that predicts nothing."""
 PACKINGS = ("across", "separate")
 Example = dict[str, Tensor]
 """`input_ids`, `shift_labels` and, where documents are separate, `position_ids`: each int64 [tokens]."""

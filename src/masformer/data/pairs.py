@@ -17,6 +17,8 @@ from torch.utils.data import Dataset
 from masformer.data.store import Ints, TokenStore
 from masformer.errors import MasformerError, check_int
 
+IGNORED = -100
+"""The target of a position that predicts nothing."""
 CUTS = ("tail", "head", "middle")
 """Which part of an over-long prompt is cut out."""
 
@@ -120,8 +122,8 @@ class PairRows(Dataset[dict[str, Tensor]]):
         inputs, targets, positions = [], [], []
         for index in range(int(self._rows[row]), int(self._rows[row + 1])):
             tokens, wanted = self.pair(index)
-            follow = np.append(tokens[1:], -100)
-            follow[: max(0, len(tokens) - wanted - 1)] = -100
+            follow = np.append(tokens[1:], IGNORED)
+            follow[: max(0, len(tokens) - wanted - 1)] = IGNORED
             inputs.append(tokens)
             targets.append(follow)
             positions.append(np.arange(len(tokens)))

@@ -48,7 +48,7 @@ class PositionLoss:
     @property
     def perplexity(self) -> float | None:
         """exp(nll)."""
-        return None if self.nll is None else _exp(self.nll)
+        return None if self.nll is None else exp_or_inf(self.nll)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class PerplexityResult:
     @property
     def perplexity(self) -> float:
         """exp(nll)."""
-        return _exp(self.nll)
+        return exp_or_inf(self.nll)
 
     @property
     def bits_per_byte(self) -> float | None:
@@ -394,6 +394,6 @@ def _predicted(documents: Sequence[Sequence[int]], prefix: int | None) -> int:
     return sum(max(0, len(document) - (prefix is None)) for document in documents)
 
 
-def _exp(nll: float) -> float:
+def exp_or_inf(nll: float) -> float:
     """exp(nll), infinite where that is beyond a float."""
     return math.exp(nll) if nll < 709 else math.inf

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from masformer.evaluation.perplexity import exp_or_inf
 from masformer.plan import AttentionPlan
 
 HELD_OUT = "held-out"
@@ -54,7 +54,7 @@ class PlacementScore:
     @property
     def tail_perplexity(self) -> float:
         """exp(tail_nll)."""
-        return math.exp(self.tail_nll) if self.tail_nll < 709 else math.inf
+        return exp_or_inf(self.tail_nll)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from masformer.data.documents import Document
-from masformer.data.pairs import PairRows
+from masformer.data.pairs import IGNORED, PairRows
 from masformer.data.store import token_store
 from masformer.errors import MasformerError
-from masformer.evaluation.perplexity import prefix_token, rolling_windows, tokenize
+from masformer.evaluation.perplexity import exp_or_inf, prefix_token, rolling_windows, tokenize
 from masformer.training.recipe import Recipe
 
-IGNORED = -100
 Figures = dict[str, float]
 
 
@@ -142,11 +140,7 @@ def _figures(task: Task, sums: Tensor) -> Figures:
 
     loss, half = mean(sums), mean(sums[:, task.length // 2 :])
     assert loss is not None
-    found = {"loss": loss, "perplexity": _exp(loss)}
+    found = {"loss": loss, "perplexity": exp_or_inf(loss)}
     if half is not None and task.positions is None:
-        found["second_half_perplexity"] = _exp(half)
+        found["second_half_perplexity"] = exp_or_inf(half)
     return {f"eval_{task.name}_{figure}": value for figure, value in found.items()}
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf

@@ -18,12 +18,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+from masformer.data.pairs import IGNORED
 from masformer.errors import check_int
 from masformer.evaluation.perplexity import prepared_base
 
 CHUNK = 512
 """Positions whose logits exist at the same time."""
-IGNORED = -100
 LINEAR_CROSS_ENTROPY = getattr(nn.functional, "linear_cross_entropy", None)
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +23,7 @@ from masformer.data.report import report_rows, report_table, report_text
 from masformer.data.store import token_store
 from masformer.errors import MasformerError
 from masformer.files import write_whole
-from masformer.models.checkpoint import load_config, save_model
+from masformer.models.checkpoint import load_config, model_folder
 from masformer.progress import progress_bar
 from masformer.training import state
 from masformer.training.card import model_card
@@ -290,14 +288,8 @@ def _write_model(recipe: Recipe, prepared: Prepared, weights: Any, folder: Path,
             adapted = prepare_model(recipe).model
             adapted.load_state_dict(weights, strict=False)
         model = adapted.merge_and_unload()
-    try:
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".model.") as temporary:
-            whole = Path(temporary) / "model"
-            save_model(model, whole, prepared.tokenizer)
-            (whole / "README.md").write_text(card, encoding="utf-8")
-            (whole / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
-            if folder.exists():
-                shutil.rmtree(folder)
-            whole.rename(folder)
-    except OSError as error:
-        raise MasformerError(f"cannot write {folder}: {error.strerror or error}") from error
+    with model_folder(folder, overwrite=True) as whole:
+        model.save_pretrained(whole)
+        prepared.tokenizer.save_pretrained(whole)
+        (whole / "README.md").write_text(card, encoding="utf-8")
+        (whole / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
