@@ -4,7 +4,8 @@ Rows are cut into documents, so that padding and packing need no mask. Within a 
 `span.max_visible` see every earlier key: plain causal attention. Later queries are taken in tiles whose recent keys
 are an overlapping strided view of the keys (no copy without sinks); the pattern repeats with `span.period`, so that
 one small mask, made by `span.visible` for the first tile, serves all tiles of its family. Where torch's kernel does
-not take grouped query heads, they become further query rows of their key head. Extra memory grows as N * (window + tile).
+not take grouped query heads, they become further query rows of their key head. Extra memory grows as
+N * (window + tile).
 """
 
 from __future__ import annotations
