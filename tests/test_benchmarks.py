@@ -1,4 +1,4 @@
-"""What the benches report: peers that compute what we do, limits, growth, and what a step and a prompt are held against."""
+"""What benches report: peers that compute what we do, limits, growth, and what steps and prompts are held against."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from tiny import PLAN, tiny
 
 from masformer import AttentionPlan
 from masformer.benchmarks import bench_attention, bench_decode, bench_prefill, bench_tables, bench_train, summary_line
@@ -20,6 +19,7 @@ from masformer.errors import MasformerError
 from masformer.models import bridge
 from masformer.plots import plot_times
 from masformer.spans import Span
+from tiny import PLAN, tiny
 
 PURE = [name for name in PEERS if name not in ("flex-attention", "flash-attn")]
 
@@ -42,8 +42,8 @@ def test_a_peer_says_why_it_does_not_run():
     query, key = torch.randn(1, 4, 32, 8), torch.randn(1, 2, 32, 8)
     with pytest.raises(UnableError, match="no backward pass on the CPU"):
         PEERS["flex-attention"](Span.parse("window:8"), query, key, True)
+    pytest.importorskip("local_attention")
     with pytest.raises(UnableError, match="sinks"):
-        pytest.importorskip("local_attention")
         PEERS["local-attention"](Span.parse("window:8+2"), query, key, False)
     with pytest.raises(UnableError, match="GiB"):
         PEERS["hf-eager"](Span.parse("window:8"), torch.empty(1, 64, 10**6, 1, device="meta"), key, False)

@@ -17,7 +17,6 @@ from masformer.plots import checked_figure, plot_times
 from masformer.progress import progress_bar
 from masformer.spans import Span
 
-
 WIDTH = 120
 """Of a table, at least: a name cut into syllables is worse than a line that a narrow terminal wraps."""
 
