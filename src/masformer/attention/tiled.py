@@ -35,36 +35,54 @@ def tiled_attention(
     """See `masformer.attention.attend` for the shapes; `tile` is the number of queries in a tile."""
     kernel = Kernel(scale, dropout, softcap)
     if tile is None:
-        tile = tile_size(query, value, span, kernel)
-    if layout is None:
-        return _document(query, key, value, span, kernel, tile, None, 0)
-    past = key.shape[2] - query.shape[2]
-    rows = []
-    for row, segments in enumerate(layout.rows):
+        tile = tile_size(query, key, value, span, kernel)
+    past, length = key.shape[2] - query.shape[2], key.shape[2]
+    if layout is None and not past and kernel.is_fused(query) and length <= (span.max_visible or length):
+        return kernel.causal(query, key, value)
+    rows = [(Segment(0, length),)] * len(query) if layout is None else layout.rows
+    skipped = [0] * len(query) if layout is None or layout.skipped is None else layout.skipped
+    room = None if _trains(query, key, value) else _room(query, value)
+    made = []
+    for row, segments in enumerate(rows):
+        q, k, v = (x[row : row + 1] for x in (query, key, value))
         pieces, done = [], past
-        skipped = 0 if layout.skipped is None else layout.skipped[row]
         for segment in segments:
-            first = max(segment.start, past)
-            if segment.stop <= first:
+            first, stop = max(segment.start, past), segment.stop
+            if stop <= first:
                 continue
-            q, k, v = query[row : row + 1], key[row : row + 1], value[row : row + 1]
-            q = q[:, :, first - past : segment.stop - past]
-            k, v = k[:, :, segment.start : segment.stop], v[:, :, segment.start : segment.stop]
-            out = _document(q, k, v, span, kernel, tile, _kept(segment, k), skipped)
-            pieces += [_zeros(q, v, first - done), out]
-            done = segment.stop
-        pieces.append(_zeros(query[row : row + 1], value, key.shape[2] - done))
-        rows.append(_join(pieces, 2))
-    return _join(rows, 0)
+            part = slice(first - past, stop - past)
+            own = k[:, :, segment.start : stop], v[:, :, segment.start : stop]
+            target = None if room is None else room[row : row + 1, :, part]
+            out = _document(q[:, :, part], *own, span, kernel, tile, _kept(segment, k), skipped[row], target)
+            if room is None:
+                pieces += [_zeros(q, v, first - done), out]
+            else:
+                room[row, :, done - past : first - past] = 0
+            done = stop
+        if room is None:
+            made.append(_join([*pieces, _zeros(q, v, length - done)], 2))
+        else:
+            room[row, :, done - past :] = 0
+    return _join(made, 0) if room is None else room
 
 
-def tile_size(query: Tensor, value: Tensor, span: Span, kernel: Kernel) -> int:
+def _trains(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+
+
+def _room(query: Tensor, value: Tensor) -> Tensor:
+    """[batch, heads, query_len, value_dim] to write into, in the order of `_join`."""
+    batch, heads, length, _ = query.shape
+    return query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+
+
+def tile_size(query: Tensor, key: Tensor, value: Tensor, span: Span, kernel: Kernel) -> int:
     """How many queries share a tile; measured choices (benchmarks/notes.md).
 
     Narrow tiles compute fewer scores that the mask hides; wide ones share more keys, which saves copies where there
     are sinks, additions in the backward pass, and calls where query heads become rows.
     """
-    trains = torch.is_grad_enabled() and query.requires_grad
+    trains = _trains(query, key, value)
     if not kernel.groups_heads(query, value):
         return 128 if trains or span.sinks else 64
     if not trains and (not span.sinks or kernel.tells_sums(query, value)):
@@ -192,21 +210,31 @@ def _document(
     tile: int,
     keep: Tensor | None,
     skipped: int,
+    room: Tensor | None,
 ) -> Tensor:
-    """Attention within one document: the queries are its last positions.
+    """Attention within one document, [1, heads, ...]: the queries are its last positions.
 
     `keep` [key_len] marks the keys that are no padding, None where all are real. So many positions as `skipped` lie
     between the span's sinks and the other keys, seen by none of the queries; without them positions are indices.
+    The output is written into `room`, where there is one.
     """
     end = key.shape[2] + skipped
     at = start = end - query.shape[2]
     head = end if span.max_visible is None else min(end, span.max_visible)
-    outputs = []
+    outputs: list[Tensor] = []
+
+    def put(part: Tensor, first: int, stop: int) -> None:
+        if room is None:
+            outputs.append(part)
+        else:
+            room[:, :, first - start : stop - start] = part
+
     if start == 0 and keep is None and kernel.is_fused(query):
-        outputs.append(kernel.causal(query[:, :, :head], key[:, :, :head], value[:, :, :head]))
+        put(kernel.causal(query[:, :, :head], key[:, :, :head], value[:, :, :head]), 0, head)
         at = head
     elif span.max_visible is None and keep is None and kernel.tells_sums(query, value):
-        return kernel.causal_after(query, key, value)
+        put(kernel.causal_after(query, key, value), start, end)
+        at = end
     while at < end:
         step = count = 0
         if span.period is not None and at >= head:
@@ -214,17 +242,29 @@ def _document(
             count = (end - at) // step
         if not count:
             step, count = min(tile, end - at), 1
-        part = query[:, :, at - start : at - start + count * step]
-        families = [
-            _tiles(
-                part, key, value, span, kernel, keep, skipped, at, count, step, range(first, min(first + tile, step))
+        here = slice(at - start, at - start + count * step)
+        part = query[:, :, here].unflatten(2, (count, step))
+        target = None if room is None else room[:, :, here].unflatten(2, (count, step))
+        families = []
+        for first in range(0, step, tile):
+            family = slice(first, min(first + tile, step))
+            into = None if target is None else target[:, :, :, family]
+            families.append(
+                _tiles(part[:, :, :, family], key, value, span, kernel, keep, skipped, at + first, step, into)
             )
-            for first in range(0, step, tile)
-        ]
-        outputs.append(torch.cat(families, 3).flatten(2, 3) if len(families) > 1 else families[0].flatten(2, 3))
+        if room is None:
+            outputs.append(families[0] if len(families) == 1 else torch.cat(families, 3))
+            outputs[-1] = outputs[-1].flatten(2, 3)
         at += count * step
-    out = _join(outputs, 2)
-    return out if keep is None else out.masked_fill(~keep[start - skipped :, None], 0)
+    out = _join(outputs, 2) if room is None else room
+    if keep is None:
+        return out
+    padding = ~keep[start - skipped :, None]
+    return out.masked_fill(padding, 0) if room is None else out.masked_fill_(padding, 0)
+
+
+CHUNK = 2**21
+"""Values of output that exist, without gradients, beside the whole."""
 
 
 def _tiles(
@@ -236,34 +276,26 @@ def _tiles(
     keep: Tensor | None,
     skipped: int,
     at: int,
-    count: int,
     step: int,
-    family: range,
+    room: Tensor | None,
 ) -> Tensor:
-    """The queries at positions at + i * step + family for all i < count: [batch, heads, count, len(family), dim].
-
-    `query` starts at position `at` and holds count * step positions.
-    """
-    batch, heads, _, dim = query.shape
-    kv_heads, width = key.shape[1], len(family)
+    """Attention of tiles of queries, [1, heads, tiles, width, dim]; tile i starts at position at + i * step."""
+    _, heads, count, width, dim = query.shape
+    kv_heads = key.shape[1]
     group = heads // kv_heads
-    at += family.start
     low = int(span.first_visible(torch.tensor(at)))
     extra = -(at + width - low) % ALIGNED
     low -= extra if low - extra >= span.sinks + skipped else 0
     length = at + width - low
     sinks = min(span.sinks, low)
-
-    beside = (
-        bool(sinks) and keep is None and kernel.tells_sums(query, value)
-    )  # sinks apart from the others, without a copy
+    beside = bool(sinks) and keep is None and kernel.tells_sums(query, value)  # sinks by themselves, without a copy
 
     def strided(x: Tensor) -> Tensor:
-        """[heads, key_len, dim] -> [count, heads, sinks + length, dim], the keys each tile may see."""
+        """[1, heads, key_len, dim] -> [tiles, heads, sinks + length, dim], the keys each tile may see."""
         first = low - skipped
-        tiles = x[:, first : first + length + (count - 1) * step].unfold(1, length, step).permute(1, 0, 3, 2)
+        tiles = x[0, :, first : first + length + (count - 1) * step].unfold(1, length, step).permute(1, 0, 3, 2)
         if sinks and not beside:
-            tiles = torch.cat([x[:, :sinks].expand(count, -1, -1, -1), tiles], 2)
+            tiles = torch.cat([x[:, :, :sinks].expand(count, -1, -1, -1), tiles], 2)
         return tiles
 
     index = torch.arange(at + width, device=key.device)
@@ -271,21 +303,25 @@ def _tiles(
     visible = span.visible(index[at:, None], seen)
     if keep is not None:
         own = seen == index[at:, None]  # padding sees itself, so that no softmax is empty; its output is dropped
-        visible = visible & (strided(keep[None, :, None]).mT | own)
+        visible = visible & (strided(keep[None, None, :, None]).mT | own)
     native = kernel.groups_heads(query, value)
-    mask = (
-        None if visible.all() and not beside else visible.repeat(*[1] * (visible.ndim - 2), 1 if native else group, 1)
-    )
+    mask = None
+    if beside or not visible.all():
+        mask = visible if native else visible.repeat(*[1] * (visible.ndim - 2), group, 1)
 
-    rows = []
-    for row in range(batch):
-        folded = query[row].unflatten(1, (count, step))[:, :, family.start : family.stop].transpose(0, 1)
+    queries, keys, values = query[0].transpose(0, 1), strided(key), strided(value)
+    chunk = count if room is None else max(1, CHUNK // (heads * width * dim))
+    for first in range(0, count, chunk):
+        part = slice(first, first + chunk)
+        q, k, v = queries[part], keys[part], values[part]
         if not native:
-            folded = folded.reshape(count, kv_heads, group * width, dim)
-        if beside and mask is not None:
-            first, second = (x[row, None, :, :sinks] for x in (key, value))
-            out = kernel.masked_beside(folded, strided(key[row]), strided(value[row]), mask, first, second)
+            q = q.reshape(len(q), kv_heads, group * width, dim)
+        here = mask[part] if mask is not None and mask.ndim == 4 else mask
+        if beside and here is not None:
+            out = kernel.masked_beside(q, k, v, here, key[:, :, :sinks], value[:, :, :sinks])
         else:
-            out = kernel.masked(folded, strided(key[row]), strided(value[row]), mask)
-        rows.append(out.reshape(count, heads, width, -1).transpose(0, 1))
-    return torch.stack(rows) if batch > 1 else rows[0][None]
+            out = kernel.masked(q, k, v, here)
+        out = out.reshape(len(q), heads, width, -1).transpose(0, 1)
+        if room is not None:
+            room[0, :, part] = out
+    return out[None] if room is None else room
