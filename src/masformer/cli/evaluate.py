@@ -20,7 +20,7 @@ def eval_perplexity(
     field: str = "text",
     documents: int | None = None,
     max_tokens: int | None = None,
-    backend: Literal["auto", "tiled", "reference"] = "auto",
+    backend: Literal["auto", "tiled", "flex", "reference"] = "auto",
 ) -> Figures:
     """Perplexity by context length and by position, in rolling windows as in lm-eval; plans share one load.
 
