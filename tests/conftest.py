@@ -6,12 +6,20 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
+import torch
 import transformers
 
 from masformer import AttentionPlan, FullSpan, MasformerError, apply_plan, load_model
 from masformer.demo import pretrained_model
 
 transformers.logging.disable_progress_bar()  # as the command line does; tests read what it prints
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and torch sees none"))
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 
-from masformer import AttentionPlan, FullSpan, MasformerError, SpanCache, apply_plan
+from masformer import AttentionPlan, FullSpan, MasformerError, SpanCache, WindowSpan, apply_plan
 from masformer.models.adapters import GPTNeoSpanAttention
 from tiny import ARCHITECTURES, PLAN, VOCABULARY, random_plan, tiny
 
@@ -83,6 +83,33 @@ def test_logits_and_gradients_equal_dense_attention(kind, case):
     actual, actual_grad = run(apply_plan(copy.deepcopy(model), plan), torch.float64)
     torch.testing.assert_close(actual, expected, atol=1e-9, rtol=0)
     torch.testing.assert_close(actual_grad, expected_grad, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("case", ["plain", "left", "right", "packed"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_neo"])
+def test_flex_attention_gives_a_model_the_same_logits_gradients_and_tokens(kind, case, device):
+    """Grouped queries, a soft cap, scores without a scale; on the CPU in float64, on a GPU in kernels."""
+    given, real, _ = inputs(case)
+    given = {name: tensor.to(device) for name, tensor in given.items()}
+    real = real.bool().to(device)
+    dtype = torch.float64 if device == "cpu" else torch.float32
+    tolerance = 1e-9 if device == "cpu" else 1e-4
+    weight = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(2)).to(device, dtype)
+    plan = random_plan(f"{kind} {case}") if device == "cpu" else AttentionPlan((WindowSpan(5, 2), FullSpan()) * 2)
+    results = []
+    for backend in ("reference", "flex"):
+        model = apply_plan(tiny(kind), plan, backend=backend).to(device, dtype)
+        logits = model(**given, use_cache=False).logits
+        (logits * weight)[real].sum().backward()
+        tokens = None
+        if case in ("plain", "left"):
+            tokens = model.generate(**given, max_new_tokens=20, do_sample=False, eos_token_id=None)
+        results.append((logits[real].detach(), model.get_input_embeddings().weight.grad, tokens))
+    (expected, expected_grad, expected_tokens), (actual, actual_grad, actual_tokens) = results
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
+    torch.testing.assert_close(actual_grad, expected_grad, atol=tolerance, rtol=1e-4)
+    assert expected_tokens is actual_tokens is None or torch.equal(actual_tokens, expected_tokens)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from masformer.attention.auto import auto_attention
+from masformer.attention.flex import flex_span_attention
 from masformer.attention.layout import Layout
 from masformer.attention.reference import reference_attention
 from masformer.attention.tiled import tiled_attention
 from masformer.errors import MasformerError
 from masformer.spans import Span
 
-BACKENDS = {"auto": tiled_attention, "reference": reference_attention, "tiled": tiled_attention}
+BACKENDS = {
+    "auto": auto_attention,
+    "reference": reference_attention,
+    "tiled": tiled_attention,
+    "flex": flex_span_attention,
+}
 
 __all__ = ["BACKENDS", "Layout", "attend"]
 
@@ -44,13 +51,14 @@ def attend(
         softcap: bound c on the scores, c * tanh(score / c) (Gemma 2, arXiv 2408.00118, section 2); None for no bound.
         layout: padding and documents worked out beforehand, in place of `padding_mask` and `document_ids`, for models
             that attend once per layer.
-        backend: `reference` (dense oracle), `tiled`, or `auto`.
+        backend: `reference` (dense oracle), `tiled` (any device), `flex` (FlexAttention: CUDA, no dropout), or `auto`:
+            on CUDA flex, or flash-attn's windows where that package is installed and can do the call; else tiled.
 
     Returns:
         [batch, query_heads, query_len, value_dim], in the dtype of `query`.
 
     Raises:
-        MasformerError: shapes that do not fit, a value out of range, or an unknown backend.
+        MasformerError: shapes that do not fit, a value out of range, a backend that is unknown or cannot do the call.
     """
     if backend not in BACKENDS:
         raise MasformerError(f"unknown backend {backend!r}; allowed: {', '.join(BACKENDS)}")

@@ -20,7 +20,7 @@ Figures = dict[str, Any]
 LINE = "line"
 """Of `Figures`: a line of JSON that the command prints last, and that no record holds."""
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Backend = Literal["auto", "tiled", "reference"]
+Backend = Literal["auto", "tiled", "flex", "reference"]
 console = Console(highlight=False, soft_wrap=False)
 
 

@@ -15,9 +15,10 @@ def tensors(batch, heads, group, query_len, key_len, dim=4, dtype=torch.float64)
     return [torch.randn(shape, generator=make, dtype=dtype).requires_grad_() for shape in shapes]
 
 
-@settings(deadline=None, max_examples=150)
+@pytest.mark.parametrize("backend", ["tiled", "flex"])
+@settings(deadline=None, max_examples=120)
 @given(spans, st.integers(1, 3), st.integers(1, 2), st.integers(1, 3), st.integers(1, 50), st.integers(1, 9), st.data())
-def test_tiled_equals_reference_forward_and_backward(span, batch, heads, group, key_len, tile, data):
+def test_equal_to_reference_forward_and_backward(backend, span, batch, heads, group, key_len, tile, data):
     query_len = data.draw(st.integers(1, key_len))
     dtype = data.draw(st.sampled_from([torch.float64, torch.float64, torch.float32, torch.bfloat16]))
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2}[dtype]
@@ -36,10 +37,11 @@ def test_tiled_equals_reference_forward_and_backward(span, batch, heads, group, 
             "tiled",
             lambda *args: tiled_attention(*args, tile=tile),
         )
-        actual = attend(*inputs, span, backend="tiled", **options)
+        actual = attend(*inputs, span, backend=backend, **options)
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
     with torch.no_grad():
-        torch.testing.assert_close(attend(*inputs, span, **options), expected, atol=tolerance, rtol=0)
+        actual_alone = attend(*inputs, span, backend=backend, **options)
+    torch.testing.assert_close(actual_alone, expected, atol=tolerance, rtol=0)
     weight = torch.randn(expected.shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
     left = torch.autograd.grad((expected * weight).sum(), inputs, allow_unused=True, materialize_grads=True)
     if actual.requires_grad:
@@ -48,22 +50,24 @@ def test_tiled_equals_reference_forward_and_backward(span, batch, heads, group, 
             torch.testing.assert_close(b, a, atol=10 * tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("backend", ["tiled", "flex"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("span", [FullSpan(), WindowSpan(100), WindowSpan(70, 4), BlockSpan(200, 1), BlockSpan(32)])
-def test_past_the_tile_in_single_and_half_precision(span, dtype):
+def test_past_the_tile_in_single_and_half_precision(span, dtype, backend):
     inputs = tensors(2, 1, 3, 701, 701, 16, dtype)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     expected = attend(*inputs, span, backend="reference")
-    torch.testing.assert_close(attend(*inputs, span), expected, atol=tolerance, rtol=0)
+    torch.testing.assert_close(attend(*inputs, span, backend=backend), expected, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("value_dim", [3, 16])
+@pytest.mark.parametrize("backend", ["tiled", "flex"])
+@pytest.mark.parametrize("value_dim", [3, 16, 20])
 @pytest.mark.parametrize("span", [FullSpan(), WindowSpan(9), WindowSpan(7, 4), BlockSpan(8, 1)])
-def test_without_gradients_after_a_past_with_values_of_any_width(span, value_dim):
+def test_without_gradients_after_a_past_with_values_of_any_width(span, value_dim, backend):
     query, key, _ = (tensor.detach() for tensor in tensors(2, 2, 3, 150, 211, 16))
     value = torch.randn(2, 2, 211, value_dim, dtype=torch.float64)
     expected = attend(query, key, value, span, backend="reference")
-    torch.testing.assert_close(attend(query, key, value, span), expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(attend(query, key, value, span, backend=backend), expected, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
@@ -90,25 +94,27 @@ def test_dropout_removes_weights_and_keeps_their_mean(span, backend):
     dropped.sum().backward()
 
 
-def test_many_documents_in_a_row_with_empty_ends():
+@pytest.mark.parametrize("backend", ["tiled", "flex"])
+def test_many_documents_in_a_row_with_empty_ends(backend):
     query, key, value = tensors(2, 1, 2, 40, 40)
     documents = torch.tensor([[3] * 7 + [1] * 20 + [9] * 13, [0] * 40])
     mask = torch.ones(2, 40, dtype=torch.long)
     mask[0, :4] = mask[0, 22:30] = mask[1, 33:] = 0
     for span in (FullSpan(), WindowSpan(4, 1), BlockSpan(3, 1)):
         options = {"padding_mask": mask, "document_ids": documents}
-        actual = attend(query, key, value, span, **options)
+        actual = attend(query, key, value, span, backend=backend, **options)
         torch.testing.assert_close(actual, attend(query, key, value, span, backend="reference", **options))
         assert not actual[0, :, :4].any()
         assert not actual[1, :, 33:].any()
 
 
-def test_left_padding_moves_nothing_and_padding_gives_zeros():
+@pytest.mark.parametrize("backend", ["tiled", "flex"])
+def test_left_padding_moves_nothing_and_padding_gives_zeros(backend):
     query, key, value = tensors(1, 1, 1, 20, 20)
     mask = torch.ones(1, 20, dtype=torch.long)
     mask[0, :7] = 0
-    out = attend(query, key, value, BlockSpan(4), padding_mask=mask)
-    alone = attend(query[:, :, 7:], key[:, :, 7:], value[:, :, 7:], BlockSpan(4))
+    out = attend(query, key, value, BlockSpan(4), padding_mask=mask, backend=backend)
+    alone = attend(query[:, :, 7:], key[:, :, 7:], value[:, :, 7:], BlockSpan(4), backend=backend)
     torch.testing.assert_close(out[:, :, 7:], alone)
     assert not out[:, :, :7].any()
 
@@ -116,11 +122,12 @@ def test_left_padding_moves_nothing_and_padding_gives_zeros():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backend": "fast"}, "unknown backend 'fast'; allowed: auto, reference, tiled"),
+        ({"backend": "fast"}, "unknown backend 'fast'; allowed: auto, reference, tiled, flex"),
         ({"padding_mask": torch.ones(1, 3)}, "padding_mask must be [batch, key_len] = [1, 4], got [1, 3]"),
         ({"query": torch.ones(1, 3, 4, 4)}, "3 query heads are no multiple of 2 key heads"),
         ({"query": torch.ones(1, 2, 5, 4)}, "5 queries, but only 4 keys"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
+        ({"dropout": 0.1, "backend": "flex"}, "backend flex has no dropout on attention weights; allowed: dropout 0"),
         ({"softcap": 0.0}, "softcap must be above 0, got 0.0"),
         ({"document_ids": torch.tensor([[0, 1, 0, 0]])}, "document_ids must keep the tokens of a document together"),
         ({"query": torch.ones(1, 2, 4)}, "query must be [batch, heads, length, head_dim], got [1, 2, 4]"),
