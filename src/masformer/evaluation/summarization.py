@@ -31,7 +31,7 @@ from masformer.models.fingerprint import model_fingerprint
 from masformer.models.positions import position_limit
 from masformer.plan import AttentionPlan
 
-BATCH = 4
+BATCH = 8
 """Prompts that are continued together."""
 METRICS = (*ROUGE, LONGBENCH, "new_tokens", "words", "repetition", "at_limit")
 """What a prediction is measured by: ROUGE in percent (`masformer.evaluation.rouge`), its length in tokens and in words,
