@@ -150,14 +150,8 @@ class Predictions:
 
     def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
         self.path, beside = Path(path), Path(f"{path}.settings.json")
-        kept: dict[tuple[str, str, int], Prediction] = {}
-        for number, row in enumerate(recover_lines(path), start=1):
-            try:
-                line = Prediction(**row)
-            except TypeError:
-                raise MasformerError(f"{path}, line {number}: not a prediction; give another --out") from None
-            kept[line.id, line.plan, line.length] = line
-        self._kept = kept
+        found = recover_lines(path, lambda row: Prediction(**row), "a prediction")
+        kept = self._kept = {(line.id, line.plan, line.length): line for line in found}
         now = json.loads(json.dumps(settings))
         if kept:
             try:

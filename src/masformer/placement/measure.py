@@ -136,6 +136,10 @@ class Score:
     kl: float | None = None
 
 
+def _measurement(row: dict[str, Any]) -> tuple[tuple[str, str], Score]:
+    return (row.pop("window"), row.pop("plan")), Score(**row)
+
+
 class Journal:
     """Finished measurements, in memory and, one JSON object a line, in a file.
 
@@ -150,14 +154,7 @@ class Journal:
         self.path = None if path is None else Path(path)
         self._scores: dict[tuple[str, str], Score] = {}
         if self.path is not None:
-            for number, row in enumerate(recover_lines(self.path), start=1):
-                try:
-                    key = row.pop("window"), row.pop("plan")
-                    self._scores[key] = Score(**row)
-                except (TypeError, KeyError):
-                    raise MasformerError(
-                        f"{path}, line {number}: not a measurement; name another file, or delete this one"
-                    ) from None
+            self._scores |= recover_lines(self.path, _measurement, "a measurement")
 
     def get(self, window: str, plan: AttentionPlan) -> Score | None:
         """The score, if it is known."""
