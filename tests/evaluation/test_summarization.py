@@ -12,9 +12,10 @@ from rich.console import Console
 from masformer import AttentionPlan, FullSpan, MasformerError, apply_plan, cli
 from masformer.evaluation import summarization
 from masformer.evaluation.intervals import bootstrap
+from masformer.evaluation.predictions import METRICS, Prediction
 from masformer.evaluation.prompts import Example, Prompter, Template
 from masformer.evaluation.rouge import longbench_rouge_l, rouge_scores
-from masformer.evaluation.summarization import METRICS, Prediction, summarization_tables, summarize
+from masformer.evaluation.summarization import summarization_tables, summarize
 from masformer.generation import generate_batch
 from tiny import PLAN, letter_tokenizer, tiny
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from masformer.cli.options import Figures, ModelOptions, console, lengths_of
+from masformer.cli.options import Backend, Figures, ModelOptions, console, lengths_of
 from masformer.data import read_documents
 from masformer.evaluation.perplexity import compare_plans, perplexity_table, prefix_token, tokenize
 from masformer.models.checkpoint import load_config
@@ -20,7 +18,7 @@ def eval_perplexity(
     field: str = "text",
     documents: int | None = None,
     max_tokens: int | None = None,
-    backend: Literal["auto", "tiled", "reference"] = "auto",
+    backend: Backend = "auto",
 ) -> Figures:
     """Perplexity by context length and by position, in rolling windows as in lm-eval; plans share one load.
 
