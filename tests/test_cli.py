@@ -292,6 +292,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_work(capsys, folder
         ["train"],
         ["serve"],
         ["eval", "perplexity"],
+        ["eval", "summarization"],
         ["bench", "attention"],
     ],
 )

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, TextStreamer
+from transformers import GenerationConfig, PreTrainedModel, TextStreamer
 
 from masformer.cache import SpanCache
 from masformer.cost import ModelShape, bytes_text, cost
 from masformer.errors import MasformerError, check_int
+from masformer.models.bridge import cache_name
 from masformer.models.positions import position_limit
 from masformer.plan import AttentionPlan
 from masformer.spans import FullSpan
@@ -99,22 +100,45 @@ def prompt_tokens(tokenizer: Any, text: str, *, chat: bool | None = None, system
     Raises:
         MasformerError: the prompt is empty, or there is no chat template to put it into, or it refuses the messages.
     """
-    template = getattr(tokenizer, "chat_template", None)
-    chat = bool(template) if chat is None else chat
-    if chat and not template:
-        raise MasformerError("the tokenizer has no chat template; give the prompt as it is")
+    chat = uses_chat(tokenizer, chat)
     if system is not None and not chat:
         raise MasformerError("a system message needs a chat template, which is not used here")
     if not text.strip():
         raise MasformerError("the prompt is empty")
     if not chat:
         return list(tokenizer(text, verbose=False)["input_ids"])
-    messages = [{"role": "system", "content": system}] * (system is not None) + [{"role": "user", "content": text}]
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    chat_prompt = chat_text(tokenizer, [*messages, {"role": "user", "content": text}])
+    return list(tokenizer(chat_prompt, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def uses_chat(tokenizer: Any, chat: bool | None = None) -> bool:
+    """Whether a prompt is put into the tokenizer's chat template: as asked, or by default where there is one.
+
+    Raises:
+        MasformerError: it is asked for, and there is none.
+    """
+    template = getattr(tokenizer, "chat_template", None)
+    if chat and not template:
+        raise MasformerError("the tokenizer has no chat template; give the prompt as it is")
+    return bool(template) if chat is None else chat
+
+
+def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+    """The messages in the tokenizer's chat template, up to where the answer begins; special tokens stand in the text.
+
+    Args:
+        tokenizer: of transformers, with a chat template.
+        messages: each with `role` and `content`.
+
+    Raises:
+        MasformerError: the template refuses them.
+    """
     try:
-        tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        text: str = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
     except Exception as error:
         raise MasformerError(f"the chat template refuses the messages: {' '.join(str(error).split())}") from error
-    return list(tokens)
+    return text
 
 
 @torch.inference_mode()
@@ -168,16 +192,13 @@ def generate(
             f"the prompt has {len(prompt)} tokens, and the model {limit} positions for it and its continuation; "
             f"shorten it, or extend the model with --max-positions"
         )
-    settings = copy.deepcopy(model.generation_config)
+    room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
+    settings = _settings(model, room, beams)
     settings.update(
-        max_new_tokens=max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt)),
-        max_length=None,
-        num_beams=beams,
-        num_return_sequences=1,
         do_sample=temperature > 0,
         temperature=temperature or None,
-        top_p=top_p if top_p is not None else settings.top_p if temperature else None,
-        top_k=top_k if top_k is not None else settings.top_k if temperature else None,
+        top_p=top_p if top_p is not None else model.generation_config.top_p if temperature else None,
+        top_k=top_k if top_k is not None else model.generation_config.top_k if temperature else None,
         prefill_chunk_size=chunk if chunk < len(prompt) else None,
         return_dict_in_generate=True,
     )
@@ -207,6 +228,118 @@ def generate(
         cache_bytes=cache.nbytes,
         full_cache_bytes=_full_cache_bytes(model, cache, beams),
     )
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What one prompt of a batch was continued with.
+
+    Attributes:
+        tokens: without the token that ended it.
+        ended: whether such a token came; otherwise the limit ended it.
+    """
+
+    tokens: list[int]
+    ended: bool
+
+
+@dataclass(frozen=True)
+class BatchGeneration:
+    """What a batch of prompts was continued with.
+
+    Attributes:
+        rows: one for each prompt, in order.
+        prefill_seconds: for the prompts without their last token.
+        decode_seconds: from there to the last token of the longest row.
+    """
+
+    rows: list[Continuation]
+    prefill_seconds: float
+    decode_seconds: float
+
+
+@torch.inference_mode()
+def generate_batch(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    end_tokens: Sequence[int] = (),
+    beams: int = 1,
+    chunk: int = CHUNK,
+) -> BatchGeneration:
+    """Continues several prompts at once, greedily or by beam search, through transformers' own `generate`.
+
+    Shorter prompts are padded on the left. A row does not depend on the others, beyond the rounding of other shapes.
+    The prompts are read once, whatever the number of beams.
+
+    Args:
+        model: a model with a plan, in evaluation mode.
+        prompts: token ids of each.
+        max_new_tokens: the most tokens to generate for each.
+        end_tokens: tokens that end a text where the model's generation config names none.
+        beams: beam search with so many beams, if above 1.
+        chunk: positions of one forward pass over the prompts, all rows together; at least one position of each row.
+
+    Raises:
+        MasformerError: a value out of range, no prompt, an empty one, or prompt and new tokens together are beyond the
+            model's positions.
+    """
+    for name, number in {"max_new_tokens": max_new_tokens, "beams": beams, "chunk": chunk}.items():
+        check_int(name, number, 1)
+    if not prompts or not all(prompts):
+        raise MasformerError("there is no prompt, or one that holds no token")
+    longest, limit = max(map(len, prompts)), position_limit(model.config)
+    if limit is not None and longest + max_new_tokens > limit:
+        raise MasformerError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones are beyond the {limit} positions of the "
+            f"model; shorten one, or extend the model with --max-positions"
+        )
+    settings = _settings(model, max_new_tokens, beams)
+    ends = settings.eos_token_id
+    ends = list(end_tokens) if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    settings.update(
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        eos_token_id=ends or None,
+        pad_token_id=ends[0] if ends else 0,
+    )
+    tokens = torch.full((len(prompts), longest), settings.pad_token_id)
+    real = torch.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):
+        tokens[row, longest - len(prompt) :] = torch.tensor(list(prompt))
+        real[row, longest - len(prompt) :] = 1
+    tokens, real = tokens.to(model.device), real.to(model.device)
+    start = time.perf_counter()
+    cache = SpanCache(AttentionPlan.from_dict(model.config.masformer), reserve=longest + max_new_tokens)
+    given = {cache_name(model.base_model): cache}
+    if longest > 1:
+        # all but the last token: beams then share the prompt, and generate() has a token to begin with
+        size = max(1, chunk // len(prompts))
+        before = _settings(model, 1, 1)
+        before.update(
+            do_sample=False, pad_token_id=settings.pad_token_id, prefill_chunk_size=size if size < longest - 1 else None
+        )
+        model.generate(tokens[:, :-1], attention_mask=real[:, :-1], **given, generation_config=before)
+        if beams > 1:
+            cache.batch_repeat_interleave(beams)
+    filled = time.perf_counter()
+    out = model.generate(tokens, attention_mask=real, **given, generation_config=settings)
+    done = time.perf_counter()
+    rows = []
+    for row in out[:, longest:].tolist():
+        end = next((index for index, token in enumerate(row) if token in ends), None)
+        rows.append(Continuation(row[:end], end is not None))
+    return BatchGeneration(rows, filled - start, done - filled)
+
+
+def _settings(model: PreTrainedModel, max_new_tokens: int, beams: int) -> GenerationConfig:
+    """The model's own settings, with one sequence of so many tokens for each prompt."""
+    settings = copy.deepcopy(model.generation_config)
+    settings.update(max_new_tokens=max_new_tokens, max_length=None, num_beams=beams, num_return_sequences=1)
+    return settings
 
 
 def _full_cache_bytes(model: PreTrainedModel, cache: SpanCache, rows: int) -> int:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from masformer import MasformerError
 from masformer.data import Document, Row, read_documents, read_rows
+from masformer.data.sources import Source
 
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
 texts = st.text(st.characters(codec="utf-8"), max_size=30)
@@ -68,7 +69,7 @@ def test_nothing_is_read_beyond_the_limit(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n{"text": "b"', "a.jsonl, line 2: not JSON"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1: not JSON"),
         ("a.jsonl", b'["text"]', "a.jsonl, line 1: holds a list; each line must be one object"),
-        ("a.jsonl", b'{"id": 1, "body": "x"}', "no field 'text'; the fields there are: id, body (choose with --field)"),
+        ("a.jsonl", b'{"id": 1, "body": "x"}', "no field 'text'; the fields there are: id, body"),
         ("a.jsonl", b"{}", "no field 'text'; the fields there are: none at all"),
         ("a.jsonl", b'{"text": null}', "field 'text' holds a NoneType, it must hold a string"),
         ("a.jsonl", b'{"text": "\\ud800"}', "field 'text' holds half a surrogate pair"),
@@ -127,6 +128,31 @@ def test_documents_and_selected_rows_of_json_lines_and_parquet(rows_file):
         Row(f"{rows_file}:3", {"text": "three", "split": "train"}),
     ]
     assert [row.texts["text"] for row in read_rows([rows_file], ["text"], {"n": "3", "split": "train"})] == ["three"]
+
+
+LISTS = [
+    {"text": "one", "n": 1, "items": [{"a": "x", "k": "p"}, {"a": "y", "k": "q"}]},
+    {"text": "two", "n": 2, "items": []},
+    {"text": "three", "n": 3, "items": [{"a": "z", "k": "q"}]},
+]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_each_entry_of_a_list_is_a_row(tmp_path, suffix):
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(LISTS), path)
+    else:
+        path.write_text("\n".join(map(json.dumps, LISTS)))
+    assert list(read_rows([path], ["text", "items.a"])) == [
+        Row(f"{path}:1#1", {"text": "one", "items.a": "x"}),
+        Row(f"{path}:1#2", {"text": "one", "items.a": "y"}),
+        Row(f"{path}:3#1", {"text": "three", "items.a": "z"}),
+    ]
+    found = read_rows([path], ["items.a"], {"items.k": "q", "n": "3"})
+    assert [(row.name, row.texts) for row in found] == [(f"{path}:3#1", {"items.a": "z"})]
+    source = Source(files=[str(path)], prompt="text", target="items.a", where={"items.k": "q"})
+    assert [list(row.texts.values()) for row in source.rows()] == [["one", "y"], ["three", "z"]]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import transformers
 
 import masformer
 from masformer import records
-from masformer.cli import bench, evaluate, export, generate, model, search, serve, tour, train
+from masformer.cli import bench, evaluate, export, generate, model, search, serve, summarization, tour, train
 from masformer.cli.options import LINE, console
 from masformer.cli.parser import Command, Help, add_commands, error_line, grouped
 from masformer.errors import MasformerError
@@ -32,6 +32,7 @@ block:SIZE, block:SIZExBLOCKS.
   masformer convert MODEL OUT --plan plan.yaml
   masformer train --config RECIPE                          train on, with long sequences
   masformer eval perplexity OUT --data FILE --lengths 1024,4096
+  masformer eval summarization OUT --data FILE ...         summaries of long documents, by ROUGE
   masformer generate OUT --file report.txt                 from long prompts
   masformer export OUT FOLDER --target vllm                for the tools people use"""
 
@@ -44,7 +45,7 @@ COMMANDS: dict[str, Any] = {
     "generate": generate.generate,
     "serve": serve.serve,
     "export": export.export,
-    "eval": {"perplexity": evaluate.eval_perplexity},
+    "eval": {"perplexity": evaluate.eval_perplexity, "summarization": summarization.eval_summarization},
     "bench": {
         "attention": bench.bench_attention,
         "prefill": bench.bench_prefill,

@@ -34,6 +34,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "plan": {"action": "append", "type": str},
     "span": {"action": "append", "type": str},
     "set": {"action": "append", "type": str, "metavar": "NAME=VALUE"},
+    "where": {"action": "append", "type": str, "metavar": "FIELD=VALUE"},
+    "shot_where": {"action": "append", "type": str, "metavar": "FIELD=VALUE"},
     "data": {"nargs": "+", "type": str, "metavar": "FILE"},
     "test": {"nargs": "+", "type": str, "metavar": "FILE"},
 }

@@ -54,7 +54,7 @@ class Row:
     """Some fields of one line, one row, or one text file.
 
     Attributes:
-        name: where it was read, as in `Document`.
+        name: where it was read, as in `Document`; of an entry of a list, its number follows (`meetings.jsonl:17#2`).
         texts: field -> its text, in the order in which the fields were asked for.
     """
 
@@ -104,13 +104,17 @@ def read_rows(
     A plain text file is one row with the field `text`, whatever field is asked for, if only one is; it has no field
     to select by.
 
+    `meta.kind` is the field `kind` of the object `meta`. Where `queries` is a list of objects, `queries.answer` is that
+    field of each of them: the row counts as one row for each entry of the list.
+
     Args:
         paths: as for `read_documents`.
         fields: the fields to read, each of them text.
-        where: field -> the value it must have, as text; `meta.kind` is the field `kind` of the object `meta`.
+        where: field -> the value it must have, as text.
 
     Raises:
-        MasformerError: as `read_documents`, but a file without a row is none; a row lacks a field of `where`.
+        MasformerError: as `read_documents`, but a file without a row is none; a row lacks a field of `where`, or fields
+            lead into two lists.
     """
     files, fields, where = check_files(paths), tuple(fields), dict(where or {})
     for path in files:
@@ -186,8 +190,7 @@ def _json_lines(path: Path, file: BinaryIO, fields: tuple[str, ...], where: Mapp
             ) from None
         if not isinstance(row, dict):
             raise MasformerError(f"{place}: holds a {type(row).__name__}; each line must be one object {{...}}")
-        if selected(row, where, place):
-            yield Row(f"{path}:{number}", texts(row, fields, place))
+        yield from selected_rows(row, fields, where, f"{path}:{number}", place)
 
 
 def _parquet(path: Path, fields: tuple[str, ...], where: Mapping[str, str]) -> Iterator[Row]:
@@ -198,49 +201,67 @@ def _parquet(path: Path, fields: tuple[str, ...], where: Mapping[str, str]) -> I
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            columns = dict.fromkeys([*fields, *(field if field in names else field.split(".")[0] for field in where)])
+            columns = dict.fromkeys(field if field in names else field.split(".")[0] for field in (*fields, *where))
             for batch in file.iter_batches(PARQUET_ROWS, columns=[name for name in columns if name in names]):
                 for row in batch.to_pylist():
                     number += 1
                     place = f"{path}, row {number}"
                     if not set(columns) <= set(names):
                         row |= {name: None for name in names if name not in row}
-                    if selected(row, where, place):
-                        yield Row(f"{path}:{number}", texts(row, fields, place))
+                    yield from selected_rows(row, fields, where, f"{path}:{number}", place)
     except pyarrow.ArrowException as error:
         raise MasformerError(f"cannot read {path}: {' '.join(str(error).split())}") from None
 
 
-def selected(row: Mapping[str, Any], where: Mapping[str, str], place: str) -> bool:
-    """Whether a row has the values that `where` asks for (`read_rows`).
+def selected_rows(
+    row: Mapping[str, Any], fields: Iterable[str], where: Mapping[str, str], name: str, place: str
+) -> Iterator[Row]:
+    """The rows that one object stands for (`read_rows`), of those that `where` selects.
+
+    Args:
+        row: the object.
+        fields: the fields to read.
+        where: field -> the value it must have.
+        name: the row's name.
+        place: where it was read, for people.
 
     Raises:
-        MasformerError: it lacks a field.
+        MasformerError: a field is missing or holds no text, or fields lead into two lists.
     """
-    for field, wanted in where.items():
-        value: Any = row
-        for part in [field] if field in row else field.split("."):
-            if not isinstance(value, Mapping) or part not in value:
-                found = ", ".join(row) or "none at all"
-                raise MasformerError(f"{place}: no field {field!r} to select by; the fields there are: {found}")
-            value = value[part]
-        if str(value) != wanted:
-            return False
-    return True
+    inner = dict.fromkeys(field.split(".")[0] for field in (*fields, *where) if field not in row and "." in field)
+    lists = [field for field in inner if isinstance(row.get(field), list)]
+    if len(lists) > 1:
+        raise MasformerError(f"{place}: {' and '.join(lists)} are both lists; allowed: fields of one list")
+    if not lists:
+        if _is_selected(row, where, place):
+            yield Row(name, _texts(row, fields, place))
+        return
+    for number, entry in enumerate(row[lists[0]], start=1):
+        one, here = {**row, lists[0]: entry}, f"{place}, entry {number} of {lists[0]}"
+        if _is_selected(one, where, here):
+            yield Row(f"{name}#{number}", _texts(one, fields, here))
 
 
-def texts(row: Mapping[str, Any], fields: Iterable[str], place: str) -> dict[str, str]:
-    """The fields of a row, all of them text.
+def _value(row: Mapping[str, Any], field: str, place: str, purpose: str = "") -> Any:
+    """What a field holds, `meta.kind` being the field `kind` of the object `meta`."""
+    value: Any = row
+    for part in [field] if field in row else field.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            inner = isinstance(value, Mapping) and value is not row
+            found = ", ".join(value if inner else row) or "none at all"
+            raise MasformerError(f"{place}: no field {field!r}{purpose}; the fields there are: {found}")
+        value = value[part]
+    return value
 
-    Raises:
-        MasformerError: a field is missing or holds something else.
-    """
+
+def _is_selected(row: Mapping[str, Any], where: Mapping[str, str], place: str) -> bool:
+    return all(str(_value(row, field, place, " to select by")) == wanted for field, wanted in where.items())
+
+
+def _texts(row: Mapping[str, Any], fields: Iterable[str], place: str) -> dict[str, str]:
     found = {}
     for field in fields:
-        if field not in row:
-            names = ", ".join(row) or "none at all"
-            raise MasformerError(f"{place}: no field {field!r}; the fields there are: {names} (choose with --field)")
-        text = row[field]
+        text = _value(row, field, place)
         if not isinstance(text, str):
             raise MasformerError(f"{place}: field {field!r} holds a {type(text).__name__}, it must hold a string")
         try:

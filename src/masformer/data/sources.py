@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from masformer.data.documents import TEXT, Row, check_files, read_rows, selected, texts
+from masformer.data.documents import TEXT, Row, check_files, read_rows, selected_rows
 from masformer.errors import MasformerError, check_int
 
 PYTHON_TOPICS = "python-topics"
@@ -34,7 +34,7 @@ class Source:
         field: the field of the text.
         prompt: of prompt/target pairs, the field of the prompt; None for plain texts.
         target: of prompt/target pairs, the field of the target.
-        where: field -> the value a row must have to be taken; `meta.kind` is a field inside a field.
+        where: field -> the value a row must have to be taken; `meta.kind` is a field inside a field (`read_rows`).
         skip: leave out so many of the selected rows.
         limit: take at most so many of them.
 
@@ -136,8 +136,7 @@ class Source:
         try:
             for number, row in enumerate(stream, start=1):
                 place = f"{self.hub}, row {number}"
-                if selected(row, self._where, place):
-                    yield Row(f"{self.hub}:{number}", texts(row, self.fields, place))
+                yield from selected_rows(row, self.fields, self._where, f"{self.hub}:{number}", place)
         except MasformerError:
             raise
         except Exception as error:  # whatever the dataset's own files and the network raise

@@ -208,6 +208,22 @@ def _encode(tokenizer: Any, pieces: Sequence[str], special: bool) -> list[list[i
     return found
 
 
+def tokenize_around(tokenizer: Any, before: str, after: str, *, special: bool = True) -> tuple[list[int], list[int]]:
+    """Token ids of what stands before and after the part of a prompt that may be cut, each tokenized by itself.
+
+    Args:
+        tokenizer: of transformers.
+        before: the text before.
+        after: the text after.
+        special: whether the tokenizer's own special tokens come before; not so where the text holds them.
+    """
+    head = tokenizer(before, add_special_tokens=special, verbose=False)["input_ids"]
+    if special and head and head[-1] == tokenizer.eos_token_id:
+        head = head[:-1]
+    tail = tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"] if after else []
+    return list(head), list(tail)
+
+
 def _texts(pieces: Sequence[list[str]], tokenizer: Any) -> Iterator[tuple[list[int], tuple[int, ...]]]:
     for tokens in _encode(tokenizer, [text for (text,) in pieces], True):
         yield tokens, ()
@@ -218,10 +234,7 @@ def _pairs(
 ) -> Iterator[tuple[list[int], tuple[int, int, int]]]:
     """Each part is tokenized by itself, so that what is cut is a number of whole tokens."""
     before, after = template.split(PROMPT)
-    head = tokenizer(before, add_special_tokens=True, verbose=False)["input_ids"]
-    if head and head[-1] == tokenizer.eos_token_id:
-        head = head[:-1]
-    tail = tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"] if after else []
+    head, tail = tokenize_around(tokenizer, before, after)
     prompts = _encode(tokenizer, [prompt for prompt, _ in pieces], False)
     targets = _encode(tokenizer, [target for _, target in pieces], False)
     for prompt, target in zip(prompts, targets, strict=True):

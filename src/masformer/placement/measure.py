@@ -7,7 +7,6 @@ plan starts at the first layer where it differs from the one before, on the kept
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,15 +21,15 @@ from transformers import PreTrainedModel
 
 from masformer.errors import MasformerError, check_int
 from masformer.evaluation.perplexity import prepared_base
+from masformer.journal import append_lines, recover_lines
 from masformer.models.bridge import apply_plan, partial_passes
+from masformer.models.fingerprint import model_fingerprint
 from masformer.placement.texts import Window
 from masformer.plan import AttentionPlan
 from masformer.spans import FullSpan
 
 CHUNK = 512
 """Positions whose logits exist at the same time."""
-SAMPLE = 256
-"""Values of each weight that the fingerprint of a model reads."""
 
 
 class PrefixPasses:
@@ -137,6 +136,10 @@ class Score:
     kl: float | None = None
 
 
+def _measurement(row: dict[str, Any]) -> tuple[tuple[str, str], Score]:
+    return (row.pop("window"), row.pop("plan")), Score(**row)
+
+
 class Journal:
     """Finished measurements, in memory and, one JSON object a line, in a file.
 
@@ -151,30 +154,7 @@ class Journal:
         self.path = None if path is None else Path(path)
         self._scores: dict[tuple[str, str], Score] = {}
         if self.path is not None:
-            try:
-                self._read(self.path)
-            except OSError as error:
-                raise MasformerError(f"cannot use the journal {path}: {error.strerror}") from None
-
-    def _read(self, path: Path) -> None:
-        """Reads what is there, and cuts off a last line whose writing was interrupted."""
-        with path.open("a+b") as file:
-            file.seek(0)
-            content = file.read()
-            whole = content.rfind(b"\n") + 1
-            for number, line in enumerate(content[:whole].splitlines(), start=1):
-                try:
-                    row = json.loads(line)
-                    key = row.pop("window"), row.pop("plan")
-                    self._scores[key] = Score(**row)
-                except (ValueError, TypeError, KeyError, AttributeError):
-                    raise MasformerError(
-                        f"{path}, line {number}: not a measurement; name another file, or delete this one"
-                    ) from None
-            if whole < len(content):
-                if not content[whole:].startswith(b"{"):
-                    raise MasformerError(f"{path} is no journal of measurements; name another file")
-                file.truncate(whole)
+            self._scores |= recover_lines(self.path, _measurement, "a measurement")
 
     def get(self, window: str, plan: AttentionPlan) -> Score | None:
         """The score, if it is known."""
@@ -184,28 +164,7 @@ class Journal:
         """Keeps a score; it is in the file when this returns."""
         self._scores[window, str(plan)] = score
         if self.path is not None:
-            line = json.dumps({"window": window, "plan": str(plan)} | asdict(score)) + "\n"
-            try:
-                with self.path.open("ab") as file:
-                    file.write(line.encode())
-                    file.flush()
-                    os.fsync(file.fileno())
-            except OSError as error:
-                raise MasformerError(f"cannot write the journal {self.path}: {error.strerror}") from None
-
-
-def model_fingerprint(model: PreTrainedModel) -> str:
-    """Tells models apart by class, config (the plan left out) and evenly spaced values of every weight and buffer."""
-    digest = hashlib.sha256(type(model).__name__.encode())
-    skipped = ("masformer", "_name_or_path", "transformers_version", "_attn_implementation", "attn_implementation")
-    config = {key: value for key, value in model.config.to_dict().items() if key not in skipped}
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        size = tensor.numel()
-        index = torch.arange(min(size, SAMPLE), device=tensor.device) * size // max(1, min(size, SAMPLE))
-        digest.update(tensor.detach().reshape(-1)[index].double().cpu().numpy().tobytes())
-    return digest.hexdigest()
+            append_lines(self.path, [{"window": window, "plan": str(plan)} | asdict(score)])
 
 
 class Measurer:
