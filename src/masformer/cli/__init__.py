@@ -13,7 +13,7 @@ import transformers
 
 import masformer
 from masformer import records
-from masformer.cli import bench, evaluate, export, generate, model, search, serve, tour, train
+from masformer.cli import bench, evaluate, export, generate, model, report, search, serve, tour, train
 from masformer.cli.options import console
 from masformer.cli.parser import Command, Help, add_commands, error_line, grouped
 from masformer.errors import MasformerError
@@ -50,6 +50,7 @@ COMMANDS: dict[str, Any] = {
         "prefill": bench.bench_prefill,
         "decode": bench.bench_decode,
     },
+    "report": report.report,
 }
 
 
@@ -73,7 +74,8 @@ def parse(words: Sequence[str]) -> tuple[Command, dict[str, Any]]:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 2, with one line on standard error, for a wrong value."""
+    """Runs one command; returns the exit code: 2, with one line on standard error, for a wrong value, and 1 for a
+    failed check."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -89,7 +91,7 @@ def main(words: Sequence[str] | None = None) -> int:
             console.print(f"figures: {json}", markup=False)
     except (MasformerError, jsonargparse.ArgumentError) as error:
         print(f"masformer: error: {error_line(error, COMMANDS)}", file=sys.stderr)
-        return 2
+        return getattr(error, "exit_code", 2)
     except KeyboardInterrupt:
         print("masformer: interrupted", file=sys.stderr)
         return 130
