@@ -32,6 +32,7 @@ block:SIZE, block:SIZExBLOCKS.
   masformer convert MODEL OUT --plan plan.yaml
   masformer train --config RECIPE                          train on, with long sequences
   masformer eval perplexity OUT --data FILE --lengths 1024,4096
+  masformer report FOLDER                                  tables and drawings of what --json recorded
   masformer generate OUT --file report.txt                 from long prompts
   masformer export OUT FOLDER --target vllm                for the tools people use"""
 

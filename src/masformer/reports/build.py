@@ -93,7 +93,7 @@ def _facts(section: Section, records: Sequence[Record], view: View) -> None:
         if columns is None:
             every = {key: value for key, value in every.items() if not isinstance(value, str) or len(value) <= LONG}
         rows.append(every)
-    columns = columns or [Column.parse(key) for key in keys_of(rows) if _is_fact(key, records)]
+    columns = columns or [Column.of(key) for key in keys_of(rows) if _is_fact(key, records)]
     columns = [column for column in columns if any(row.get(column.key) is not None for row in rows)]
     same = [column for column in columns if _constant(rows, column)]
     if same:
@@ -123,7 +123,7 @@ def _table(path: str, rows: Sequence[Row], view: View) -> Table:
     if path in view.tables:
         columns = [column for text in view.tables[path] if (column := Column.parse(text)).key in keys]
     else:
-        columns = [Column.parse(key) for key in keys if _shown(rows, key)]
+        columns = [Column.of(key) for key in keys if _shown(rows, key)]
     if path in view.pivots:
         across, below = view.pivots[path]
         values = [column for text in below if _has((column := Column.parse(text)).key, rows)]
@@ -135,7 +135,7 @@ def _table(path: str, rows: Sequence[Row], view: View) -> Table:
     if all(row.get("plan") == row.get("name") for row in rows):
         columns = [column for column in columns if column.key != "plan" or "name" not in keys]
     if len(rows) > 1:
-        same = [column for column in columns if column.key not in ("name", "text") and _constant(rows, column)]
+        same = [column for column in columns if _is_setting(rows, column)]
         rest = [column for column in columns if column not in same]
         if same and any(column.key not in ("name", "text") for column in rest):
             columns = rest
@@ -150,6 +150,12 @@ def _table(path: str, rows: Sequence[Row], view: View) -> Table:
     return replace(made, note="; ".join(notes))
 
 
+def _is_setting(rows: Sequence[Row], column: Column) -> bool:
+    """Whether all rows have the same there, which is no measurement."""
+    measured = any(isinstance(row.get(column.key), Interval) for row in rows)
+    return column.key not in ("name", "text") and not measured and _constant(rows, column)
+
+
 def _shown(rows: Sequence[Row], key: str) -> bool:
     return not any(isinstance(row.get(key), str) and len(row[key]) > LONG for row in rows)
 
@@ -159,12 +165,10 @@ def _has(key: str, rows: Sequence[Row]) -> bool:
 
 
 def _draw(section: Section, record: Record, path: str, rows: Sequence[Row], view: View) -> None:
-    metrics = view.metrics.get(path)
-    if metrics is None:
-        if path != "results":
-            return
-        metrics = tuple(key for key in keys_of(rows) if any(isinstance(row.get(key), Interval) for row in rows))
-    for metric in map(Column.parse, metrics):
+    metrics = [Column.parse(text) for text in view.metrics.get(path, ())]
+    if path not in view.metrics and path == "results":
+        metrics = [Column.of(key) for key in keys_of(rows) if any(isinstance(row.get(key), Interval) for row in rows)]
+    for metric in metrics:
         drawn = drawings.draw(rows, metric.key, metric.title)
         if drawn is not None:
             section.figure(f"{record.name} {path} {metric.key}", *drawn)

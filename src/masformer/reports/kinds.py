@@ -46,17 +46,16 @@ def _perplexity_rows(figures: Mapping[str, Any]) -> dict[str, list[Row]]:
 
 def _train_rows(figures: Mapping[str, Any]) -> dict[str, list[Row]]:
     """The figures of `eval_TEXT_LENGTH_FIGURE`, one row for each text, length and step."""
-    rows: dict[tuple[str, int, int], Row] = {}
-    for step, found in figures.get("evaluations", {}).items():
-        for key, value in found.items():
+    found = row_sets({key: value for key, value in figures.items() if key not in ("metrics", "recipe")})
+    rows: dict[tuple[str, str, str], Row] = {}
+    for evaluation in found.pop("evaluations", ()):
+        step = f"step {evaluation.get('step')}"
+        for key, value in evaluation.items():
             if match := re.fullmatch(r"eval_(.+)_(\d+)_(loss|perplexity|second_half_perplexity)", key):
-                text, length, figure = match[1], int(match[2]), match[3]
-                row = rows.setdefault(
-                    (text, length, int(step)), {"text": text, "length": length, "step": f"step {step}"}
-                )
+                text, length, figure = match.groups()
+                row = rows.setdefault((text, length, step), {"text": text, "length": int(length), "step": step})
                 row[figure] = value
-    rest = {key: value for key, value in figures.items() if key not in ("evaluations", "metrics", "recipe")}
-    return {"evaluations": list(rows.values())} | row_sets(rest)
+    return ({"evaluations": list(rows.values())} if rows else {}) | found
 
 
 _PERPLEXITY = ("name=plan", "length", "perplexity", "second_half.perplexity=second half", "bits_per_byte", "documents")

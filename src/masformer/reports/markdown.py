@@ -20,12 +20,13 @@ def _blocks(section: Section, level: int, files: Mapping[Figure, str]) -> Iterat
         if isinstance(block, Section):
             yield from _blocks(block, level + 1, files)
         elif isinstance(block, Paragraph):
-            yield _guarded("".join(map(_inline, block.parts)))
+            yield _guarded("".join(map(_inline, block.parts)).strip())
         elif isinstance(block, Listing):
             fence = "`" * max(3, 1 + _longest_run(block.text))
             yield f"{fence}\n{block.text}\n{fence}"
         elif isinstance(block, Figure):
-            yield f"![{_inline(block.caption)}]({files[block]})"
+            caption = re.sub(r"(?<!\\)([\[\]])", r"\\\1", _inline(block.caption))
+            yield f"![{caption}]({files[block]})"
         else:
             title = f"**{_inline(block.title)}**" if block.title else ""
             parts = [title, markdown_table(block), _guarded(_inline(block.note))]

@@ -227,7 +227,7 @@ def _columns(text: str, rows: Sequence[Row]) -> list[Column]:
 def _all_columns(rows: Sequence[Row]) -> list[Column]:
     keys = [key for key in keys_of(rows) if any(row.get(key) is not None for row in rows)]
     several = len({row["record"] for row in rows}) > 1
-    return [Column.parse(key) for key in keys if key != "record" or several]
+    return [Column.of(key) for key in keys if key != "record" or several]
 
 
 def _check_key(key: str, rows: Sequence[Row]) -> None:

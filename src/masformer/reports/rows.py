@@ -144,6 +144,11 @@ class Column:
         key, spec, title = match.groups()
         return cls(key, spec, words(key) if title is None else title)
 
+    @classmethod
+    def of(cls, key: str) -> Column:
+        """A key with its words as title."""
+        return cls(key, None, words(key))
+
     def cell(self, row: Row) -> str:
         """The value of a row as text."""
         return show(row.get(self.key), self.key, self.spec)
