@@ -302,6 +302,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_work(capsys, folder
         ["search"],
         ["train"],
         ["serve"],
+        ["report"],
         ["eval", "perplexity"],
         ["bench", "attention"],
     ],

@@ -45,4 +45,7 @@ def report(
         console.print(f"no records, left out: {', '.join(map(str, others))}", markup=False)
     pages = ", ".join(str(file) for file in files if file.suffix != ".png")
     drawn = sum(file.suffix == ".png" for file in files)
-    console.print(f"{len(found)} records: {pages}; {drawn} drawings", markup=False)
+    records_read, drawings = (
+        f"{count} {what}{'s' * (count != 1)}" for count, what in ((len(found), "record"), (drawn, "drawing"))
+    )
+    console.print(f"{records_read}: {pages}; {drawings}", markup=False)
