@@ -1,7 +1,9 @@
 import io
 import json
 import os
+import shutil
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,8 +136,10 @@ def test_bench_attention_records_raw_figures(capsys, tmp_path):
         *(
             "bench",
             "attention",
-            "--length",
+            "--lengths",
             "80",
+            "--peers",
+            "hf-sdpa,hf-eager",
             "--heads",
             "2",
             "--kv-heads",
@@ -150,7 +154,8 @@ def test_bench_attention_records_raw_figures(capsys, tmp_path):
     assert code == 0
     assert "window:16" in out
     rows = json.loads(record.read_text())["results"]
-    assert len(rows) == 2 * (1 + 2 * 2)
+    assert len(rows) == 2 * (1 + 2 * 3)
+    assert json.loads(out.splitlines()[-1])["results"][0]["median"] == rows[0]["median"]
     assert all(len(row["seconds"]) == 2 for row in rows)
     pairs = 80 * 81 / 2
     assert rows[1]["ideal"] == pytest.approx(pairs / (16 * 17 / 2 + 64 * 16))
@@ -181,7 +186,7 @@ def test_bench_prefill_and_decode_compare_with_transformers_own_caches(capsys, f
         names = [row["name"] for row in rows if row["length"] == 48]
         assert names == [
             "full@1; window:8+2",
-            "all full, SpanCache",
+            "all full, masformer",
             "transformers, DynamicCache",
             "transformers, StaticCache",
             "transformers, sliding layers of full@1; window:8+2",
@@ -189,7 +194,20 @@ def test_bench_prefill_and_decode_compare_with_transformers_own_caches(capsys, f
         assert all(len(row["seconds"]) == 2 and row["tokens_per_second"] > 0 for row in rows)
         assert all(row["speedup"] == 1 for row in rows if row["name"] == "transformers, DynamicCache")
         held = {row["name"]: row["cache_bytes"] for row in rows if row["length"] == 48}
-        assert held["full@1; window:8+2"] < held["all full, SpanCache"]
+        assert held["full@1; window:8+2"] < held["all full, masformer"]
+
+
+def test_bench_train_and_models_of_a_config_alone(capsys, folder, tmp_path):
+    config, record, picture = tmp_path / "config.json", tmp_path / "train.json", tmp_path / "train.png"
+    shutil.copy(Path(folder) / "config.json", config)
+    words = ["bench", "train", str(tmp_path), "--random-weights", "--lengths", "16,32", "--plan", "full@1; window:8+2"]
+    code, out, err = run(capsys, *words, "--repeats", "1", "--json", str(record), "--plot", str(picture))
+    assert (code, err) == (0, "")
+    figures = json.loads(record.read_text())
+    assert figures["random_weights"] is True
+    assert {row["length"] for row in figures["results"]} == {16, 32}
+    assert picture.stat().st_size > 1000
+    assert json.loads(out.splitlines()[-1])["bench"] == "train"
 
 
 def test_demo_on_another_model_and_text(capsys, folder, text, tmp_path):
@@ -261,6 +279,10 @@ def test_demo_on_another_model_and_text(capsys, folder, text, tmp_path):
         (["generate", "MODEL", "--prompt", "x", "--plan", "full", "--plan", "window:4"], "a generation has one plan"),
         (["bench", "prefill", "MODEL", "--lengths", "256"], "beyond the 128 positions of the model"),
         (["bench", "decode", "MODEL", "--lengths", "64", "--new", "0"], "new tokens must be at least 1, got 0"),
+        (["bench", "attention", "--peers", "x"], "unknown peer 'x'; allowed: hf-sdpa"),
+        (["bench", "prefill", "MODEL", "--plot", "x.txt"], "cannot tell the format of figure x.txt"),
+        (["bench", "train", "MODEL", "--lengths", "256"], "256 tokens are beyond the 128 positions of the model"),
+        (["bench", "train", "MODEL", "--random-weights", "--max-positions", "512"], "the config says the positions"),
         (["bench", "decode", "MODEL", "--lengths", "x"], "--lengths 'x' is not allowed"),
         (["demo", "--length", "5"], "length must be at least 64, got 5"),
     ],
@@ -316,6 +338,6 @@ def test_every_command_explains_itself(capsys, command):
 
 def test_the_same_seed_gives_the_same_inputs(capsys):
     for _ in range(2):
-        cli.main(["bench", "attention", "--length", "8", "--repeats", "1", "--forward-only", "--seed", "7"])
+        cli.main(["bench", "attention", "--lengths", "8", "--repeats", "1", "--forward-only", "--seed", "7"])
         assert torch.initial_seed() == 7
     capsys.readouterr()

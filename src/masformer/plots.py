@@ -1,4 +1,4 @@
-"""Pictures of a plan: a sketch for the terminal, and a figure of the attention patterns layer by layer."""
+"""Pictures: a plan as a sketch for the terminal and as attention patterns layer by layer, and measured times."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import os
 import string
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -147,13 +148,52 @@ def plot_plan(plan: AttentionPlan, path: str | os.PathLike[str], length: int = 8
     Raises:
         MasformerError: the suffix is unknown, the folder does not exist, or the length is below 1.
     """
-    path = Path(path)
     check_int("length", length, 1)
-    if path.suffix.lower() not in SUFFIXES:
-        raise MasformerError(f"cannot tell the format of figure {path}; allowed: {', '.join(SUFFIXES)}")
+    path = checked_figure(path)
     buffer = io.BytesIO()
     _figure(plan, length).savefig(buffer, format=path.suffix.lower()[1:], dpi=DPI)
     write_whole(path, buffer.getvalue())
+
+
+def plot_times(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Draws median times against length, both axes logarithmic: one panel per pass, one line per variant.
+
+    Args:
+        rows: of `masformer bench`: `length`, `name`, `median` and, where there are several, `pass`.
+        path: file to write, whole or not at all; its suffix is one of `SUFFIXES`.
+
+    Raises:
+        MasformerError: the suffix is unknown or the folder does not exist.
+    """
+    path = checked_figure(path)
+    passes = list(dict.fromkeys(row.get("pass") for row in rows))
+    figure = Figure(figsize=(6.2 * len(passes), 4.6), facecolor="white", layout="constrained")
+    for axes, pass_ in zip(np.atleast_1d(figure.subplots(1, len(passes))), passes, strict=True):
+        for name in dict.fromkeys(row["name"] for row in rows):
+            here = sorted(
+                (row["length"], row["median"]) for row in rows if (row["name"], row.get("pass")) == (name, pass_)
+            )
+            if here:
+                axes.plot(*zip(*here, strict=True), marker="o", markersize=3, label=name)
+        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="seconds", title=pass_ or "")
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7, frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix.lower()[1:], dpi=DPI)
+    write_whole(path, buffer.getvalue())
+
+
+def checked_figure(path: str | os.PathLike[str]) -> Path:
+    """The path, if its suffix says how to draw.
+
+    Raises:
+        MasformerError: it does not.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise MasformerError(f"cannot tell the format of figure {path}; allowed: {', '.join(SUFFIXES)}")
+    return path
 
 
 def _figure(plan: AttentionPlan, length: int) -> Figure:

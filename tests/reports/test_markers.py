@@ -7,6 +7,7 @@ import pytest
 
 from masformer import MasformerError, cli
 from masformer.reports import OutOfDateError, update_tables
+from tiny import letter_tokenizer, tiny
 
 RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results"
 ATTENTION = '<!-- table: attention-cpu.json columns="name=span,ideal:.1f" pivot=pass values=speedup:.2f -->'
@@ -232,3 +233,47 @@ def test_a_wrong_value_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch
     code, _, err = run(capsys, *words)
     assert (code, err.count("\n")) == (2, 1)
     assert message in err
+
+
+def test_what_commands_record_now_is_shown(capsys, tmp_path):
+    """One run of a bench and of an evaluation, from the command line to the tables."""
+    folder, data, out = tmp_path / "model", tmp_path / "text.jsonl", tmp_path / "runs"
+    tokenizer = letter_tokenizer(bos_token="<s>")
+    tiny("llama", vocab_size=len(tokenizer), sliding_window=None).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    data.write_text("".join(json.dumps({"text": "the quick brown fox " * count}) + "\n" for count in (6, 7, 9, 2)))
+    out.mkdir()
+    shape = ["--heads", "2", "--kv-heads", "1", "--head-dim", "8", "--repeats", "1", "--peers", "none"]
+    words = ["bench", "attention", "--lengths", "32,64", *shape, "--span", "window:8"]
+    assert cli.main([*words, "--json", str(out / "bench.json")]) == 0
+    words = ["eval", "perplexity", str(folder), "--data", str(data), "--lengths", "32,96", "--target-tokens", "16"]
+    words += ["--plan", "full", "--plan", "window:8", "--json", str(out / "perplexity.json")]
+    assert cli.main(words) == 0
+    capsys.readouterr()
+    code, _, err = run(capsys, out, "--out", tmp_path / "report")
+    assert (code, err) == (0, "")
+    text = (tmp_path / "report" / "report.md").read_text()
+    bench, perplexity = (json.loads((out / f"{name}.json").read_text()) for name in ("bench", "perplexity"))
+
+    def cells(title):
+        """(name, length) -> the cell below a title, of the one table that has it."""
+        (table,) = [part for part in text.split("\n\n") if part.startswith("|") and f"| {title} |" in part]
+        header, _, *rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
+        place = header.index(title)
+        return {(row[0].strip("`"), int(row[1])): row[place] for row in rows}
+
+    for pass_ in ("forward", "forward + backward"):
+        expected = {(row["name"], row["length"]): row["speedup"] for row in bench["results"] if row["pass"] == pass_}
+        found = {key: float(cell.replace(",", "")) for key, cell in cells(f"{pass_}: times as fast").items()}
+        assert found == pytest.approx(expected, rel=1e-3)
+    found = cells("perplexity")
+    assert len(found) == len(perplexity["results"]) == 4
+    for row in perplexity["results"]:
+        numbers = [float(part.strip("[],")) for part in found[row["name"], row["length"]].split()]
+        assert numbers == pytest.approx([row["interval"][part] for part in ("mean", "low", "high")], rel=5e-3)
+    found = {key: float(cell.split()[0]) for key, cell in cells("difference").items()}
+    expected = {(row["name"], row["length"]): row["difference"]["mean"] for row in perplexity["differences"]}
+    assert found == pytest.approx(expected, rel=0.1, abs=1e-6)
+    assert "second half" not in text
+    assert "bench-results-speedup.png" in text
+    assert "perplexity-results-perplexity.png" in text

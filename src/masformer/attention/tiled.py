@@ -3,8 +3,9 @@
 Rows are cut into documents, so that padding and packing need no mask. Within a document, queries below
 `span.max_visible` see every earlier key: plain causal attention. Later queries are taken in tiles whose recent keys
 are an overlapping strided view of the keys (no copy without sinks); the pattern repeats with `span.period`, so that
-one small mask, made by `span.visible` for the first tile, serves all tiles of its family. Grouped query heads become
-further query rows of their key head. Extra memory grows as N * (window + tile).
+one small mask, made by `span.visible` for the first tile, serves all tiles of its family. Where torch's kernel does
+not take grouped query heads, they become further query rows of their key head. Extra memory grows as
+N * (window + tile).
 """
 
 from __future__ import annotations
@@ -31,15 +32,10 @@ def tiled_attention(
     softcap: float | None,
     tile: int | None = None,
 ) -> Tensor:
-    """See `masformer.attention.attend` for the shapes; `tile` is the number of queries in a tile.
-
-    Narrow tiles compute fewer scores that the mask hides; wide ones share more keys, which saves copies where there
-    are sinks and additions in the backward pass.
-    """
+    """See `masformer.attention.attend` for the shapes; `tile` is the number of queries in a tile."""
     kernel = Kernel(scale, dropout, softcap)
     if tile is None:
-        tile = 64 if not span.sinks or kernel.tells_sums(query, value) else 128
-        tile = 128 if torch.is_grad_enabled() and query.requires_grad else tile
+        tile = tile_size(query, value, span, kernel)
     if layout is None:
         return _document(query, key, value, span, kernel, tile, None, 0)
     past = key.shape[2] - query.shape[2]
@@ -62,9 +58,28 @@ def tiled_attention(
     return _join(rows, 0)
 
 
+def tile_size(query: Tensor, value: Tensor, span: Span, kernel: Kernel) -> int:
+    """How many queries share a tile; measured choices (benchmarks/notes.md).
+
+    Narrow tiles compute fewer scores that the mask hides; wide ones share more keys, which saves copies where there
+    are sinks, additions in the backward pass, and calls where query heads become rows.
+    """
+    trains = torch.is_grad_enabled() and query.requires_grad
+    if not kernel.groups_heads(query, value):
+        return 128 if trains or span.sinks else 64
+    if not trains and (not span.sinks or kernel.tells_sums(query, value)):
+        return 32
+    return min(max((span.max_visible or 0) // 64 * 16, 32), 128)
+
+
 def _join(parts: list[Tensor], dim: int) -> Tensor:
-    """torch.cat, without a copy of a single part."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+    """torch.cat of [batch, heads, length, dim], laid out in memory as [batch, length, heads, dim].
+
+    So do torch's kernels on the CPU, and so models want it: neither needs a copy in another order.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([part.transpose(1, 2) for part in parts], {0: 0, 2: 1}[dim]).transpose(1, 2)
 
 
 def _zeros(query: Tensor, value: Tensor, length: int) -> Tensor:
@@ -77,6 +92,10 @@ def _kept(segment: Segment, key: Tensor) -> Tensor | None:
 
 FLASH_CPU = "_scaled_dot_product_flash_attention_for_cpu"
 """What `scaled_dot_product_attention` calls on the CPU; returns the log-sum-exps as well."""
+
+
+ALIGNED = 16
+"""The keys of a tile are a multiple of so many: matrix products of other widths are up to a sixth slower on CPUs."""
 
 
 class Kernel:
@@ -94,6 +113,10 @@ class Kernel:
             query, key, value, is_causal=True, scale=self.scale, dropout_p=self.dropout, enable_gqa=True
         )
 
+    def groups_heads(self, query: Tensor, value: Tensor) -> bool:
+        """Whether the kernel takes more query heads than key heads as they lie, and is as fast for few queries."""
+        return query.device.type == "cpu" and self.is_fused(query) and query.shape[-1] == value.shape[-1]
+
     def tells_sums(self, query: Tensor, value: Tensor) -> bool:
         """Whether torch has a kernel that also returns the log-sum-exp of the scores.
 
@@ -110,17 +133,21 @@ class Kernel:
         group = heads // kv_heads
         folded = query.reshape(batch, kv_heads, group * new, dim)
         old, old_sum = self._with_sums(folded, key[:, :, :past], value[:, :, :past])
-        own_keys, own_values = (x[:, :, past:].repeat_interleave(group, 1) for x in (key, value))
-        own, own_sum = self._with_sums(query, own_keys, own_values, is_causal=True)
+        own, own_sum = self._with_sums(query, key[:, :, past:], value[:, :, past:], is_causal=True)
         return _joined(old.reshape(own.shape), old_sum.reshape(own_sum.shape), own, own_sum)
 
     def masked_beside(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, first: Tensor, second: Tensor
     ) -> Tensor:
-        """Attention to keys under a mask and to further keys and values, `first` and `second`, that all queries see."""
+        """Attention of tiles [tiles, heads, width, dim] to keys under a mask, and to further keys and values.
+
+        `first` and `second`, [1, kv_heads, some, dim], are seen by all queries of all tiles.
+        """
         bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
         near, near_sum = self._with_sums(query, key, value, attn_mask=bias)
-        far, far_sum = self._with_sums(query, first, second)
+        tiles, heads, width, _ = query.shape
+        row = query.transpose(0, 1).reshape(1, heads, tiles * width, -1)
+        far, far_sum = (x.unflatten(2, (tiles, width))[0].transpose(0, 1) for x in self._with_sums(row, first, second))
         return _joined(far, far_sum, near, near_sum)
 
     def _with_sums(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False, **mask: Tensor) -> Any:
@@ -128,10 +155,10 @@ class Kernel:
         return flash(query, key, value, 0.0, is_causal, scale=self.scale, **mask)
 
     def masked(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """As many heads in `query` as in `key`; the scores are made anew in the backward pass."""
+        """As many heads in `query` as in `key`, unless it `groups_heads`; scores are made anew in the backward pass."""
         if self.is_fused(query):
             return F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, scale=self.scale, dropout_p=self.dropout
+                query, key, value, attn_mask=mask, scale=self.scale, dropout_p=self.dropout, enable_gqa=True
             )
         if torch.is_grad_enabled():
             return checkpoint(self._plain, query, key, value, mask, use_reentrant=False)  # type: ignore[no-any-return]
@@ -194,7 +221,7 @@ def _document(
             )
             for first in range(0, step, tile)
         ]
-        outputs.append(_join(families, 3).flatten(2, 3))
+        outputs.append(torch.cat(families, 3).flatten(2, 3) if len(families) > 1 else families[0].flatten(2, 3))
         at += count * step
     out = _join(outputs, 2)
     return out if keep is None else out.masked_fill(~keep[start - skipped :, None], 0)
@@ -222,6 +249,8 @@ def _tiles(
     group = heads // kv_heads
     at += family.start
     low = int(span.first_visible(torch.tensor(at)))
+    extra = -(at + width - low) % ALIGNED
+    low -= extra if low - extra >= span.sinks + skipped else 0
     length = at + width - low
     sinks = min(span.sinks, low)
 
@@ -243,17 +272,20 @@ def _tiles(
     if keep is not None:
         own = seen == index[at:, None]  # padding sees itself, so that no softmax is empty; its output is dropped
         visible = visible & (strided(keep[None, :, None]).mT | own)
-    mask = None if visible.all() and not beside else visible.repeat(*[1] * (visible.ndim - 2), group, 1)
+    native = kernel.groups_heads(query, value)
+    mask = (
+        None if visible.all() and not beside else visible.repeat(*[1] * (visible.ndim - 2), 1 if native else group, 1)
+    )
 
     rows = []
     for row in range(batch):
-        folded = query[row].reshape(kv_heads, group, count, step, dim)[..., family.start : family.stop, :]
-        folded = folded.permute(2, 0, 1, 3, 4).reshape(count, kv_heads, group * width, dim)
+        folded = query[row].unflatten(1, (count, step))[:, :, family.start : family.stop].transpose(0, 1)
+        if not native:
+            folded = folded.reshape(count, kv_heads, group * width, dim)
         if beside and mask is not None:
-            first = (x[row, None, :, :sinks].expand(count, -1, -1, -1) for x in (key, value))
-            out = kernel.masked_beside(folded, strided(key[row]), strided(value[row]), mask, *first)
+            first, second = (x[row, None, :, :sinks] for x in (key, value))
+            out = kernel.masked_beside(folded, strided(key[row]), strided(value[row]), mask, first, second)
         else:
             out = kernel.masked(folded, strided(key[row]), strided(value[row]), mask)
-        out = out.reshape(count, kv_heads, group, width, -1).permute(1, 2, 0, 3, 4)
-        rows.append(out.reshape(1, heads, count, width, -1))
-    return _join(rows, 0)
+        rows.append(out.reshape(count, heads, width, -1).transpose(0, 1))
+    return torch.stack(rows) if batch > 1 else rows[0][None]

@@ -1,28 +1,37 @@
-"""Measured time of attention under spans, as ratios to full causal attention in one run."""
+"""Measured time of attention under spans: against full attention, other implementations and the machine's limits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.table import Table
 from torch import Tensor
 
 from masformer.attention import BACKENDS, attend
+from masformer.benchmarks.limits import Probe
+from masformer.benchmarks.peers import PEERS, UnableError
+from masformer.benchmarks.rows import with_exponents
 from masformer.benchmarks.timing import DTYPES, compare_times, default_device
 from masformer.errors import MasformerError, check_int
 from masformer.spans import FullSpan, Span
 
 FULL = "full causal SDPA"
+FORWARD, BOTH = "forward", "forward + backward"
+PRODUCTS = {FORWARD: 2, BOTH: 7}
+"""Matrix products over all pairs: q k^T and p v forward; backward those scores again and four gradients."""
+STREAMS = {FORWARD: (2, 2), BOTH: (6, 6)}
+"""Tensors as large as the queries, and as the keys, that are read or written at least: q and out, k and v; backward
+these again with the gradient of out, and the gradients of q, k and v."""
 
 
 def bench_attention(
     spans: Sequence[Span],
+    lengths: Sequence[int],
     *,
-    length: int = 8192,
     heads: int = 9,
     kv_heads: int = 3,
     head_dim: int = 64,
@@ -30,16 +39,16 @@ def bench_attention(
     dtype: str = "float32",
     backend: str = "auto",
     backward: bool = True,
-    masked: bool = True,
+    peers: Sequence[str] = tuple(PEERS),
     repeats: int = 5,
     device: torch.device | None = None,
     progress: Callable[[str], None] = lambda name: None,
-) -> list[dict[str, Any]]:
-    """Times attention on random inputs: full causal SDPA, each span, and SDPA with the span as a dense mask.
+) -> dict[str, Any]:
+    """Times attention on random inputs: full causal SDPA, each span, and each span in other implementations.
 
     Args:
         spans: the spans to time.
-        length: tokens, N.
+        lengths: tokens, N.
         heads: query heads.
         kv_heads: key and value heads.
         head_dim: size of a head.
@@ -47,79 +56,117 @@ def bench_attention(
         dtype: float32, bfloat16 or float16.
         backend: see `masformer.attend`.
         backward: also time forward and backward together.
-        masked: also time SDPA with an N x N mask of the same span, which is what a sliding window costs without tiles;
-            the mask is made beforehand.
-        repeats: timed rounds.
+        peers: names out of `PEERS`.
+        repeats: timed rounds; all variants of one length and pass take turns in a round.
         device: where; CUDA if there is one.
         progress: called with a line before each call.
 
     Returns:
-        One row per pass and variant: `pass`, `name`, `seconds` (all rounds), `median`, `speedup` over full causal SDPA,
-        `ideal` (visible pairs of full attention over those of the span).
+        `results`: one row per length, pass and variant: `length`, `pass`, `name`, `span`, `peer` (None: ours),
+        `seconds` (all rounds), `median`, `speedup` over full causal SDPA, `ideal` (visible pairs of full attention over
+        those of the span), `share` (speedup / ideal), `exponent` (see `with_exponents`), the columns of `Limits.of`,
+        and for peers `difference`, the largest from our output on the same inputs. `limits`: the rates of the machine,
+        per length and pass. `left_out`: why a peer did not run -> what it was to run.
 
     Raises:
         MasformerError: a value is out of range.
     """
-    sizes = {"length": length, "heads": heads, "kv heads": kv_heads, "head dim": head_dim, "batch": batch}
-    for name, size in sizes.items():
+    sizes = {"heads": heads, "kv heads": kv_heads, "head dim": head_dim, "batch": batch}
+    for name, size in (sizes | {"length": min(lengths, default=1)}).items():
         check_int(name, size, 1)
     if heads % kv_heads:
         raise MasformerError(f"{heads} query heads are no multiple of {kv_heads} kv heads")
-    if dtype not in DTYPES:
-        raise MasformerError(f"unknown dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
-    if backend not in BACKENDS:
-        raise MasformerError(f"unknown backend {backend!r}; allowed: {', '.join(BACKENDS)}")
-    if not spans:
-        raise MasformerError("no span to time")
+    named: list[tuple[str, str, Collection[str]]] = [("dtype", dtype, DTYPES), ("backend", backend, BACKENDS)]
+    for what, name, allowed in [*named, *(("peer", peer, PEERS) for peer in peers)]:
+        if name not in allowed:
+            raise MasformerError(f"unknown {what} {name!r}; allowed: {', '.join(allowed)}")
+    if not spans or not lengths:
+        raise MasformerError("nothing to time: at least one span and one length are needed")
     device = device or default_device()
-    make: dict[str, Any] = {"dtype": DTYPES[dtype], "device": device, "requires_grad": True}
-    query = torch.randn(batch, heads, length, head_dim, **make)
-    key, value = (torch.randn(batch, kv_heads, length, head_dim, **make) for _ in range(2))
-    full_pairs = FullSpan().visible_pairs(length)
+    probe = Probe(DTYPES[dtype], device)
+    rows, rates = [], []
+    left_out: dict[str, list[str]] = {}
+    for pass_ in (FORWARD, BOTH) if backward else (FORWARD,):
+        for length in lengths:
+            make: dict[str, Any] = {"dtype": DTYPES[dtype], "device": device, "requires_grad": pass_ == BOTH}
+            query = torch.randn(batch, heads, length, head_dim, **make)
+            key, value = (torch.randn(batch, kv_heads, length, head_dim, **make) for _ in range(2))
+            variants = _variants(spans, (query, key, value), backend, pass_, peers, left_out)
+            calls = {each.name: partial(_run, each.attention, query, key, value, pass_) for each in variants}
+            prefix = f"{length:,} tokens, {pass_}: "
+            times = compare_times(probe.calls() | calls, repeats, lambda name, prefix=prefix: progress(prefix + name))  # type: ignore[misc]
+            limits = probe.limits(times)
+            rates.append({"length": length, "pass": pass_} | limits.to_dict())
+            per_query, per_key = STREAMS[pass_]
+            moved = (per_query * query.numel() + per_key * key.numel()) * query.element_size()
+            for each in variants:
+                median, pairs = times[each.name].median, each.computed.visible_pairs(length)
+                speedup, ideal = times[FULL].median / median, FullSpan().visible_pairs(length) / pairs
+                flops = PRODUCTS[pass_] * 2 * batch * heads * head_dim * pairs
+                rows.append(
+                    {"length": length, "pass": pass_, "name": each.name, "span": str(each.span), "peer": each.peer}
+                    | {"seconds": list(times[each.name].seconds), "median": median, "difference": each.difference}
+                    | {"speedup": speedup, "ideal": ideal, "share": speedup / ideal}
+                    | limits.of(median, flops, moved)
+                )
+    return {"results": with_exponents(rows, ("pass", "name")), "limits": rates, "left_out": left_out}
 
-    def sdpa(mask: Tensor | None) -> Callable[[], Tensor]:
-        causal = mask is None
-        return lambda: F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, enable_gqa=True)
 
-    variants: dict[str, tuple[Callable[[], Tensor], float]] = {FULL: (sdpa(None), 1.0)}
-    index = torch.arange(length, device=device)
+@dataclass(frozen=True)
+class _Variant:
+    """What is timed.
+
+    Attributes:
+        name: for people.
+        attention: of query, key and value.
+        span: the one that was asked for.
+        computed: the one that it really computes.
+        peer: whose it is; None: ours, or torch's full attention.
+        difference: of its output from ours; None where there is nothing to compare.
+    """
+
+    name: str
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor]
+    span: Span
+    computed: Span
+    peer: str | None = None
+    difference: float | None = None
+
+
+def _variants(
+    spans: Sequence[Span],
+    inputs: tuple[Tensor, Tensor, Tensor],
+    backend: str,
+    pass_: str,
+    peers: Sequence[str],
+    left_out: dict[str, list[str]],
+) -> list[_Variant]:
+    def ours(span: Span) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        return lambda query, key, value: attend(query, key, value, span, backend=backend)
+
+    full = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+    found = [_Variant(FULL, full, FullSpan(), FullSpan())]
     for span in spans:
-        ideal = full_pairs / span.visible_pairs(length)
-        variants[str(span)] = partial(attend, query, key, value, span, backend=backend), ideal
-        if masked:
-            variants[f"{span} as a mask"] = sdpa(span.visible(index[:, None], index[None, :])), ideal
+        found.append(_Variant(str(span), ours(span), span, span))
+        for peer in peers:
+            try:
+                attention, computed = PEERS[peer](span, *inputs[:2], pass_ == BOTH)
+                with torch.no_grad():
+                    difference = (attention(*inputs) - ours(computed)(*inputs)).abs().max().item()
+            except (UnableError, RuntimeError) as error:  # RuntimeError: it does not compile, or finds no memory
+                why = " ".join(str(error).split())[:200]
+                left_out.setdefault(f"{peer}: {why}", []).append(f"{span}, {inputs[0].shape[2]:,} tokens, {pass_}")
+                continue
+            found.append(_Variant(f"{span}, {peer}", attention, span, computed, peer, difference))
+    return found
 
-    def forward(run: Callable[[], Tensor]) -> None:
+
+def _run(
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor, pass_: str
+) -> None:
+    if pass_ == FORWARD:
         with torch.no_grad():
-            run()
-
-    def both(run: Callable[[], Tensor]) -> None:
-        out = run()
+            attention(query, key, value)
+    else:
+        out = attention(query, key, value)
         torch.autograd.grad(out, (query, key, value), torch.ones_like(out))
-
-    rows: list[dict[str, Any]] = []
-    passes = {"forward": forward} | ({"forward + backward": both} if backward else {})
-    for pass_, how in passes.items():
-        calls = {f"{pass_}: {name}": partial(how, run) for name, (run, _) in variants.items()}
-        times = dict(zip(variants, compare_times(calls, repeats, progress).values(), strict=True))
-        for name, (_, ideal) in variants.items():
-            median = times[name].median
-            speedup = times[FULL].median / median
-            rows.append(
-                {"pass": pass_, "name": name, "seconds": list(times[name].seconds), "median": median}
-                | {"speedup": speedup, "ideal": ideal}
-            )
-    return rows
-
-
-def attention_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The rows of `bench_attention` for people to read."""
-    table = Table(title="Attention: median times, speed-up over full causal SDPA", title_justify="left")
-    for column in ("pass", "variant", "ms", "speed-up", "ideal"):
-        text = column in ("pass", "variant")
-        table.add_column(column, justify="left" if text else "right", no_wrap=text)
-    for row in rows:
-        table.add_row(
-            row["pass"], row["name"], f"{row['median'] * 1000:.1f}", f"{row['speedup']:.2f}", f"{row['ideal']:.2f}"
-        )
-    return table

@@ -14,7 +14,7 @@ import transformers
 import masformer
 from masformer import records
 from masformer.cli import bench, evaluate, export, generate, model, report, search, serve, tour, train
-from masformer.cli.options import console
+from masformer.cli.options import LINE, console
 from masformer.cli.parser import Command, Help, add_commands, error_line, grouped
 from masformer.errors import MasformerError
 
@@ -50,6 +50,7 @@ COMMANDS: dict[str, Any] = {
         "attention": bench.bench_attention,
         "prefill": bench.bench_prefill,
         "decode": bench.bench_decode,
+        "train": bench.bench_train,
     },
     "report": report.report,
 }
@@ -86,10 +87,13 @@ def main(words: Sequence[str] | None = None) -> int:
         command, options = parse(words)
         json = options.pop("json", None)
         records.check_writable(json)
-        figures = command(**options)
+        figures = command(**options) or {}
+        line = figures.pop(LINE, None)
         if json is not None:
             records.write_record(json, ["masformer", *words], masformer.__version__, **figures)
             console.print(f"figures: {json}", markup=False)
+        if line is not None:
+            print(line)
     except (MasformerError, jsonargparse.ArgumentError) as error:
         print(f"masformer: error: {error_line(error, COMMANDS)}", file=sys.stderr)
         return getattr(error, "exit_code", 2)

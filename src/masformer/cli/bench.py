@@ -7,69 +7,77 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
 
 from masformer import benchmarks, records
-from masformer.cli.options import Figures, ModelOptions, console, lengths_of
+from masformer.cli.options import LINE, Backend, Figures, ModelOptions, console, lengths_of
+from masformer.errors import MasformerError
 from masformer.models.checkpoint import load_config
+from masformer.plots import checked_figure, plot_times
 from masformer.progress import progress_bar
 from masformer.spans import Span
+
+WIDTH = 120
+"""Of a table, at least: a name cut into syllables is worse than a line that a narrow terminal wraps."""
 
 
 def bench_attention(
     span: list[str] | None = None,
-    length: int = 8192,
+    lengths: str = "8192",
     heads: int = 9,
     kv_heads: int = 3,
     head_dim: int = 64,
     batch: int = 1,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    backend: Literal["auto", "tiled", "reference"] = "auto",
+    backend: Backend = "auto",
     forward_only: bool = False,
-    no_mask: bool = False,
+    peers: str = "all",
     repeats: int = 5,
     seed: int = records.SEED,
+    plot: str | None = None,
 ) -> Figures:
-    """Times attention under spans against full causal attention and against the same span as a dense mask.
+    """Times attention under spans against full causal attention, against other implementations, and against limits.
 
     Args:
         span: span to time, may be repeated. Default: window:512.
-        length: tokens.
+        lengths: tokens, separated by commas.
         heads: query heads.
         kv_heads: key and value heads.
         head_dim: size of a head.
         batch: sequences.
         dtype: dtype of the inputs.
         forward_only: leave out forward + backward.
-        no_mask: leave out the dense mask, which needs memory for N x N values.
+        peers: other implementations, separated by commas; all (those that are installed and able) or none.
         repeats: timed rounds, after one for warming up.
         seed: of the random inputs.
+        plot: file for a picture of time against length.
 
     Example:
-        masformer bench attention --length 16384 --span window:512 --span block:1024x2
+        masformer bench attention --lengths 4096,16384 --span window:512 --span block:1024x2
     """
     torch.manual_seed(seed)
     spans = [Span.parse(text) for text in span or ["window:512"]]
-    shape: dict[str, Any] = {
-        "length": length,
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "head_dim": head_dim,
-        "batch": batch,
-    }
-    with progress_bar() as progress:
-        task = progress.add_task("", total=None)
-        rows = benchmarks.bench_attention(
+    sizes = lengths_of("--lengths", lengths)
+    names = {"all": list(benchmarks.PEERS), "none": []}.get(peers) or [n for n in peers.split(",") if peers != "none"]
+    shape: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "batch": batch}
+
+    def measure(progress: Callable[[str], None]) -> dict[str, Any]:
+        return benchmarks.bench_attention(
             spans,
+            sizes,
             **shape,
             dtype=dtype,
             backend=backend,
             backward=not forward_only,
-            masked=not no_mask,
+            peers=names,
             repeats=repeats,
-            progress=lambda name: progress.update(task, description=name),
+            progress=progress,
         )
-    console.print(benchmarks.attention_table(rows))
-    return {**shape, "dtype": dtype, "backend": backend, "results": rows}
+
+    found = _measured("attention", "Attention; speed-up over full causal SDPA", measure, plot)
+    for why, what in found["left_out"].items():
+        console.print(f"left out: {why} ({'; '.join(what)})", markup=False)
+    return {**shape, "dtype": dtype, "backend": backend, **found}
 
 
 def bench_prefill(
@@ -77,21 +85,27 @@ def bench_prefill(
     options: ModelOptions,
     *,
     lengths: str = "1024,2048,4096,8192",
+    backend: Backend = "auto",
+    random_weights: bool = False,
     repeats: int = 3,
     seed: int = records.SEED,
+    plot: str | None = None,
 ) -> Figures:
     """Times prompts up to the first token: plans, full attention, and transformers' own caches, in one run.
 
     Args:
         lengths: prompt lengths in tokens, separated by commas.
+        random_weights: MODEL is a config alone; times do not depend on the weights.
         repeats: timed rounds, after one in which memory is measured.
         seed: of the random tokens.
+        plot: file for a picture of time against length.
 
     Example:
         masformer bench prefill MODEL --lengths 2048,8192 --plan 'full@11-18; window:512+4'
     """
-    measure = partial(benchmarks.bench_prefill, repeats=repeats)
-    return _bench(measure, "Time to the first token", model, options, lengths, seed)
+    measure = partial(benchmarks.bench_prefill, repeats=repeats, backend=backend)
+    title = "Time to the first token; speed-up over transformers, DynamicCache"
+    return _bench("prefill", title, measure, model, options, lengths, random_weights, seed, plot)
 
 
 def bench_decode(
@@ -100,33 +114,101 @@ def bench_decode(
     *,
     lengths: str = "1024,2048,4096,7680",
     new: int = 32,
+    backend: Backend = "auto",
+    random_weights: bool = False,
     repeats: int = 5,
     seed: int = records.SEED,
+    plot: str | None = None,
 ) -> Figures:
     """Times decoding after prompts: plans, full attention, and transformers' own caches, in one run.
 
     Args:
         lengths: prompt lengths in tokens, separated by commas.
         new: tokens of one round.
+        random_weights: MODEL is a config alone; times do not depend on the weights.
         repeats: timed rounds, after one for warming up.
         seed: of the random tokens.
+        plot: file for a picture of time against length.
 
     Example:
         masformer bench decode MODEL --lengths 1024,7680 --new 32 --plan 'full@11-18; window:512+4'
     """
-    measure = partial(benchmarks.bench_decode, repeats=repeats, new=new)
-    return _bench(measure, f"Rounds of {new} new tokens", model, options, lengths, seed)
+    measure = partial(benchmarks.bench_decode, repeats=repeats, new=new, backend=backend)
+    title = f"Rounds of {new} new tokens; speed-up over transformers, DynamicCache"
+    return _bench("decode", title, measure, model, options, lengths, random_weights, seed, plot)
+
+
+def bench_train(
+    model: str,
+    options: ModelOptions,
+    *,
+    lengths: str = "2048",
+    checkpointing: bool = False,
+    backend: Backend = "auto",
+    random_weights: bool = False,
+    repeats: int = 3,
+    seed: int = records.SEED,
+    plot: str | None = None,
+) -> Figures:
+    """Times training steps: plans, full attention, and transformers by itself, in one run.
+
+    Args:
+        lengths: tokens of a row, separated by commas.
+        checkpointing: make activations anew in the backward pass, which saves memory.
+        random_weights: MODEL is a config alone; times do not depend on the weights.
+        repeats: timed rounds, after one in which memory is measured.
+        seed: of the random tokens.
+        plot: file for a picture of time against length.
+
+    Example:
+        masformer bench train MODEL --lengths 2048,8192 --checkpointing --plan 'full@11-18; window:512+4'
+    """
+    measure = partial(benchmarks.bench_train, repeats=repeats, checkpointing=checkpointing, backend=backend)
+    title = "Training step of one row; speed-up over transformers"
+    figures = _bench("train", title, measure, model, options, lengths, random_weights, seed, plot)
+    return figures | {"checkpointing": checkpointing}
 
 
 def _bench(
-    measure: Callable[..., list[dict[str, Any]]], title: str, model: str, options: ModelOptions, lengths: str, seed: int
+    bench: str,
+    title: str,
+    measure: Callable[..., dict[str, Any]],
+    model: str,
+    options: ModelOptions,
+    lengths: str,
+    random_weights: bool,
+    seed: int,
+    plot: str | None,
 ) -> Figures:
     sizes = lengths_of("--lengths", lengths)
     plans = options.named(load_config(model)[1])
-    loaded, _ = options.load(model, next(iter(plans.values())))
+    if plot is not None:
+        checked_figure(plot)
     torch.manual_seed(seed)
+    if random_weights:
+        if options.max_positions is not None:
+            raise MasformerError("--max-positions does nothing with --random-weights; the config says the positions")
+        dtype = options.dtype if options.dtype == "auto" else benchmarks.DTYPES[options.dtype]
+        loaded = benchmarks.random_model(model, next(iter(plans.values())), dtype, benchmarks.default_device())
+    else:
+        loaded, _ = options.load(model, next(iter(plans.values())))
+    found = _measured(bench, title, lambda progress: measure(loaded, plans, sizes, progress=progress), plot)
+    named = {"model": model, "random_weights": random_weights, "dtype": str(loaded.dtype)}
+    return {**named, "plans": list(map(str, plans.values())), **found}
+
+
+def _measured(
+    bench: str, title: str, measure: Callable[[Callable[[str], None]], dict[str, Any]], plot: str | None
+) -> dict[str, Any]:
+    """Runs a bench and prints its table."""
+    if plot is not None:
+        checked_figure(plot)
     with progress_bar() as progress:
         task = progress.add_task("", total=None)
-        rows = measure(loaded, plans, sizes, progress=lambda name: progress.update(task, description=name))
-    console.print(benchmarks.generation_table(f"{title}; speed-up over {benchmarks.STOCK}", rows))
-    return {"model": model, "dtype": str(loaded.dtype), "plans": list(map(str, plans.values())), "results": rows}
+        found = measure(lambda name: progress.update(task, description=name))
+    for table in benchmarks.bench_tables(title, found["results"]):
+        Console(width=max(console.width, WIDTH)).print(table)
+    if plot is not None:
+        plot_times(found["results"], plot)
+        console.print(f"picture: {plot}", markup=False)
+    return found | {LINE: benchmarks.summary_line(bench, found["results"])}

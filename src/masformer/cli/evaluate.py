@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from masformer.cli.options import Figures, ModelOptions, console, lengths_of
+from masformer.cli.options import Backend, Figures, ModelOptions, console, lengths_of
 from masformer.data import read_documents
 from masformer.errors import MasformerError
 from masformer.evaluation.perplexity import (
@@ -31,7 +29,7 @@ def eval_perplexity(
     target_tokens: int | None = None,
     against: str | None = None,
     batch_size: int = 1,
-    backend: Literal["auto", "tiled", "reference"] = "auto",
+    backend: Backend = "auto",
 ) -> Figures:
     """Perplexity by context length and by position, in rolling windows as in lm-eval; plans share one load.
 

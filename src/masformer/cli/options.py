@@ -17,7 +17,10 @@ from masformer.spans import Span
 
 Figures = dict[str, Any]
 """What a command measured, as plain values: such a command takes --json FILE."""
+LINE = "line"
+"""Of `Figures`: a line of JSON that the command prints last, and that no record holds."""
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Backend = Literal["auto", "tiled", "reference"]
 console = Console(highlight=False, soft_wrap=False)
 
 

@@ -60,8 +60,8 @@ def _train_rows(figures: Mapping[str, Any]) -> dict[str, list[Row]]:
 
 _PERPLEXITY = ("name=plan", "length", "perplexity", "second_half.perplexity=second half", "bits_per_byte", "documents")
 _BENCH = (
-    "name=variant", "length", "median=median, s", "tokens_per_second", "speedup=times as fast", "cache_bytes=cache",
-    "peak_bytes=peak memory",
+    "name=variant", "length", "median=median, s", "tokens_per_second", "speedup=times as fast", "share:.0%=of ideal",
+    "of_limit:.0%=of limit", "exponent:.2f=growth", "cache_bytes=cache", "peak_bytes=peak memory",
 )  # fmt: skip
 _COSTS = (
     "plan", "length", "plan.attention_flops=attention, plan", "full.attention_flops=attention, full",
@@ -102,8 +102,8 @@ KINDS: Mapping[str, View] = {
     "bench attention": View(
         intro="Times of attention, as ratios to full causal attention in the same run; the ideal is the ratio of "
         "visible pairs.",
-        tables={"results": ("name=variant", "ideal")},
-        pivots={"results": (("pass",), ("median=median, s", "speedup=times as fast"))},
+        tables={"results": ("name=variant", "length", "ideal")},
+        pivots={"results": (("pass",), ("median=median, s", "speedup=times as fast", "share:.0%=of ideal"))},
         metrics={"results": ("speedup=times as fast",)},
     ),
     "bench prefill": View(
@@ -113,6 +113,11 @@ KINDS: Mapping[str, View] = {
     ),
     "bench decode": View(
         intro="Times of new tokens after a prompt, as ratios to transformers' default cache in the same run.",
+        tables={"results": _BENCH},
+        metrics={"results": ("speedup=times as fast",)},
+    ),
+    "bench train": View(
+        intro="Times of a training step, as ratios to the model as it is by itself in the same run.",
         tables={"results": _BENCH},
         metrics={"results": ("speedup=times as fast",)},
     ),
