@@ -14,6 +14,7 @@ from masformer.spans import FullSpan
 from tiny import PLAN, letter_tokenizer, tiny, tiny_config
 
 SEARCH = ["--data", "TEXT", "--local", "window:4"]
+PERPLEXITY = ["eval", "perplexity", "MODEL", "--data", "TEXT", "--lengths", "64"]
 TEXT = "the quick brown fox jumps over the lazy dog and runs away from it . " * 30
 
 
@@ -77,6 +78,30 @@ def test_convert_then_eval_gives_the_perplexity_of_the_plan(capsys, folder, text
     left, right = (json.loads(file.read_text())["results"] for file in (direct, converted))
     assert [result["nll"] for result in left] == [result["nll"] for result in right]
     assert [result["tokens"] for result in left] == [300, 300]
+
+
+def test_plans_are_compared_on_the_same_targets_with_intervals(capsys, folder, tmp_path):
+    text, record = tmp_path / "texts.jsonl", tmp_path / "record.json"
+    text.write_text("".join(json.dumps({"text": TEXT[start:]}) + "\n" for start in (0, 7, 20, len(TEXT) - 50)))
+    words = ["eval", "perplexity", folder, "--data", str(text), "--lengths", "24,96", "--target-tokens", "16"]
+    words += ["--plan", "full", "--plan", "window:8", "--plan", str(PLAN), "--against", "window:8", "--batch-size", "2"]
+    code, out, _ = run(capsys, *words, "--json", str(record))
+    assert code == 0
+    assert "1 shorter document left out" in " ".join(out.split())
+    assert "Mean loss less that of window:8" in out
+    figures = json.loads(record.read_text())
+    assert figures["settings"]["target_tokens"] == 16
+    assert [(row["name"], row["length"], row["tokens"], row["left_out"]) for row in figures["results"]] == [
+        (name, length, 48, 1) for name in ("full", "window:8", str(PLAN)) for length in (24, 96)
+    ]
+    nll = {(row["name"], row["length"]): row["nll"] for row in figures["results"]}
+    assert [(row["name"], row["against"], row["length"]) for row in figures["differences"]] == [
+        (name, "window:8", length) for name in ("full", str(PLAN)) for length in (24, 96)
+    ]
+    for row in figures["differences"]:
+        expected = nll[row["name"], row["length"]] - nll["window:8", row["length"]]
+        assert row["difference"]["mean"] == pytest.approx(expected)
+        assert row["difference"]["count"] == 3
 
 
 def test_convert_extends_positions(capsys, folder, text, tmp_path):
@@ -231,6 +256,14 @@ def test_demo_on_another_model_and_text(capsys, folder, text, tmp_path):
             ["eval", "perplexity", "MODEL", "--data", "TEXT", "--documents", "0"],
             "limit of documents must be at least 1",
         ),
+        ([*PERPLEXITY, "--against", "full"], "--against does nothing with one plan"),
+        (
+            [*PERPLEXITY, "--plan", "full", "--plan", "window:4", "--against", "window:5"],
+            "--against 'window:5' is no plan of this run; allowed: 'full', 'window:4'",
+        ),
+        ([*PERPLEXITY, "--target-tokens", "8", "--max-tokens", "99"], "--max-tokens does nothing with --target-tokens"),
+        ([*PERPLEXITY, "--target-tokens", "65"], "length 64 is too short for 65 target tokens"),
+        ([*PERPLEXITY, "--batch-size", "0"], "batch_size must be at least 1, got 0"),
         (["search", "MODEL", "--data", "TEXT"], "arguments are required"),
         (["search", "MODEL", *SEARCH, "--budget", "much", "--out", "p.yaml"], "much"),
         (["search", "MODEL", *SEARCH, "--budget", "2", "--out", "plan.txt"], "cannot tell the format of plan file"),
@@ -291,6 +324,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_work(capsys, folder
         ["search"],
         ["train"],
         ["serve"],
+        ["report"],
         ["eval", "perplexity"],
         ["eval", "summarization"],
         ["bench", "attention"],

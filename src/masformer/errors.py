@@ -4,8 +4,10 @@
 class MasformerError(ValueError):
     """A value that cannot be used: says what was wrong, what is allowed and, where it helps, what to do.
 
-    The command line prints its text as one line and exits with code 2.
+    The command line prints its text as one line and exits with `exit_code`.
     """
+
+    exit_code = 2
 
 
 def check_int(name: str, value: object, minimum: int) -> None:

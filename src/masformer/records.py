@@ -6,7 +6,8 @@ import json
 import os
 import platform
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,12 @@ from masformer.errors import MasformerError
 from masformer.files import write_whole
 
 SEED = 0
+FORMAT = 1
+"""Of the records written here; those written before there was a number have none and read the same."""
+GROUPS = ("eval", "bench")
+"""Commands that have commands below them, which the kind of a record names too."""
+ENVIRONMENT = ("format", "kind", "command", "masformer", "versions", "device", "cores", "threads", "seed")
+"""Keys of a record that are no figures."""
 
 
 def check_writable(path: str | os.PathLike[str] | None) -> None:
@@ -61,5 +68,105 @@ def write_record(path: str | os.PathLike[str], command: Sequence[str], version: 
         version: of masformer.
         **figures: plain values: the plan and what was measured.
     """
-    record = {"command": shlex.join(command), "masformer": version} | environment() | figures
-    write_whole(path, json.dumps(record, indent=2) + "\n")
+    head = {"format": FORMAT, "kind": _kind(command), "command": shlex.join(command), "masformer": version}
+    write_whole(path, json.dumps(head | environment() | figures, indent=2) + "\n")
+
+
+def _kind(words: Sequence[str]) -> str:
+    """`masformer eval perplexity MODEL` -> `eval perplexity`."""
+    return " ".join(words[1 : 3 if words[1:2] and words[1] in GROUPS else 2])
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a measurement left.
+
+    Attributes:
+        path: the file.
+        name: its path below the folder that was read, without `.json`, with `/` between folders.
+        kind: the command's words, for example `eval perplexity`.
+        command: the command line.
+        environment: the version of masformer, and what `environment` gives.
+        figures: everything else.
+    """
+
+    path: Path
+    name: str
+    kind: str
+    command: str
+    environment: dict[str, Any]
+    figures: dict[str, Any]
+
+
+def read_record(path: str | os.PathLike[str], name: str | None = None) -> Record | None:
+    """Reads one record.
+
+    Args:
+        path: the JSON file.
+        name: of the record; by default the file's, without `.json`.
+
+    Returns:
+        The record, or None where the file holds other JSON.
+
+    Raises:
+        MasformerError: the file cannot be read, holds no JSON, or was written by a newer masformer.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MasformerError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise MasformerError(f"{path} is no UTF-8 text: byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise MasformerError(f"{path}, line {error.lineno}, column {error.colno}: no JSON: {error.msg}") from None
+    except RecursionError:
+        raise MasformerError(f"{path}: JSON that is nested too deeply") from None
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), str) for key in ("command", "masformer")):
+        return None
+    number = content.get("format", 0)
+    if not isinstance(number, int) or number > FORMAT:
+        raise MasformerError(f"{path} has format {number!r}; this masformer reads 0 to {FORMAT}")
+    try:
+        kind = content.get("kind") or _kind(shlex.split(content["command"]))
+    except ValueError as error:
+        raise MasformerError(f"{path}: cannot read its command: {error}") from None
+    return Record(
+        path=path,
+        name=path.stem if name is None else name,
+        kind=str(kind) or "masformer",
+        command=content["command"],
+        environment={key: content[key] for key in ENVIRONMENT if key in content and key not in ENVIRONMENT[:3]},
+        figures={key: value for key, value in content.items() if key not in ENVIRONMENT},
+    )
+
+
+def read_records(folder: str | os.PathLike[str], without: Iterable[Path] = ()) -> tuple[list[Record], list[Path]]:
+    """Reads every record below a folder, in the order of their names.
+
+    Args:
+        folder: where.
+        without: folders below it that are passed over.
+
+    Returns:
+        The records, and the `.json` files that are none.
+
+    Raises:
+        MasformerError: there is no such folder or no record in it, or as `read_record`.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise MasformerError(f"folder {folder} does not exist")
+    hidden = [other.resolve() for other in without]
+    found: list[Record] = []
+    others: list[Path] = []
+    for path in sorted(folder.rglob("*.json"), key=lambda path: path.relative_to(folder).as_posix()):
+        if path.is_file() and not any(other in path.resolve().parents for other in hidden):
+            record = read_record(path, path.relative_to(folder).with_suffix("").as_posix())
+            if record is None:
+                others.append(path)
+            else:
+                found.append(record)
+    if not found:
+        raise MasformerError(f"no record in {folder}: commands write them with --json FILE")
+    return found, others

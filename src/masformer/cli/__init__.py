@@ -13,7 +13,7 @@ import transformers
 
 import masformer
 from masformer import records
-from masformer.cli import bench, evaluate, export, generate, model, search, serve, summarization, tour, train
+from masformer.cli import bench, evaluate, export, generate, model, report, search, serve, summarization, tour, train
 from masformer.cli.options import LINE, console
 from masformer.cli.parser import Command, Help, add_commands, error_line, grouped
 from masformer.errors import MasformerError
@@ -33,6 +33,7 @@ block:SIZE, block:SIZExBLOCKS.
   masformer train --config RECIPE                          train on, with long sequences
   masformer eval perplexity OUT --data FILE --lengths 1024,4096
   masformer eval summarization OUT --data FILE ...         summaries of long documents, by ROUGE
+  masformer report FOLDER                                  tables and drawings of what --json recorded
   masformer generate OUT --file report.txt                 from long prompts
   masformer export OUT FOLDER --target vllm                for the tools people use"""
 
@@ -52,6 +53,7 @@ COMMANDS: dict[str, Any] = {
         "decode": bench.bench_decode,
         "train": bench.bench_train,
     },
+    "report": report.report,
 }
 
 
@@ -75,7 +77,8 @@ def parse(words: Sequence[str]) -> tuple[Command, dict[str, Any]]:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 2, with one line on standard error, for a wrong value."""
+    """Runs one command; returns the exit code: 2, with one line on standard error, for a wrong value, and 1 for a
+    failed check."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -94,7 +97,7 @@ def main(words: Sequence[str] | None = None) -> int:
             print(line)
     except (MasformerError, jsonargparse.ArgumentError) as error:
         print(f"masformer: error: {error_line(error, COMMANDS)}", file=sys.stderr)
-        return 2
+        return getattr(error, "exit_code", 2)
     except KeyboardInterrupt:
         print("masformer: interrupted", file=sys.stderr)
         return 130

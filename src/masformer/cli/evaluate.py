@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from masformer.cli.options import Backend, Figures, ModelOptions, console, lengths_of
 from masformer.data import read_documents
-from masformer.evaluation.perplexity import compare_plans, perplexity_table, prefix_token, tokenize
+from masformer.errors import MasformerError
+from masformer.evaluation.perplexity import (
+    compare_plans,
+    difference_table,
+    paired_differences,
+    perplexity_table,
+    prefix_token,
+    tokenize,
+)
 from masformer.models.checkpoint import load_config
 from masformer.progress import progress_bar
 
@@ -18,6 +26,9 @@ def eval_perplexity(
     field: str = "text",
     documents: int | None = None,
     max_tokens: int | None = None,
+    target_tokens: int | None = None,
+    against: str | None = None,
+    batch_size: int = 1,
     backend: Backend = "auto",
 ) -> Figures:
     """Perplexity by context length and by position, in rolling windows as in lm-eval; plans share one load.
@@ -28,6 +39,11 @@ def eval_perplexity(
         field: key of the text in JSONL files.
         documents: use at most so many documents.
         max_tokens: use at most the first so many tokens of each document.
+        target_tokens: predict the same so many tokens of each document at every length: the last ones of as many of its
+            tokens as the longest length; shorter documents are left out. Default: every token, in rolling windows.
+        against: the plan that the others are compared with, document by document, as it was given to --plan (default:
+            the first).
+        batch_size: windows that run together.
 
     Example:
         masformer eval perplexity MODEL --data books.jsonl.xz --lengths 1024,4096 \\
@@ -35,6 +51,12 @@ def eval_perplexity(
     """
     windows = lengths_of("--lengths", lengths)
     plans = options.named(load_config(model)[1])
+    if against is not None and len(plans) == 1:
+        raise MasformerError("--against does nothing with one plan; give several --plan")
+    if against is not None and against not in plans:
+        raise MasformerError(f"--against {against!r} is no plan of this run; allowed: {', '.join(map(repr, plans))}")
+    if max_tokens is not None and target_tokens is not None:
+        raise MasformerError("--max-tokens does nothing with --target-tokens: the longest length says what is used")
     texts = list(read_documents(data, field=field, limit=documents))
     loaded, tokenizer = options.load_both(model, next(iter(plans.values())))
     tokens, text_bytes = tokenize(tokenizer, texts, max_tokens=max_tokens)
@@ -47,11 +69,30 @@ def eval_perplexity(
             windows,
             prefix=prefix_token(tokenizer),
             backend=backend,
-            text_bytes=text_bytes,
+            target_tokens=target_tokens,
+            batch_size=batch_size,
+            text_bytes=text_bytes if target_tokens is None else None,
             progress=lambda name, length, done, total: progress.update(
                 task, description=f"{name} at {length}", completed=done, total=total
             ),
         )
     console.print(perplexity_table(results))
-    figures = [result.to_dict() for result in results]
-    return {"model": model, "data": data, "dtype": str(loaded.dtype), "results": figures}
+    differences = paired_differences(results, against)
+    if differences:
+        console.print(difference_table(differences))
+    return {
+        "model": model,
+        "data": data,
+        "dtype": str(loaded.dtype),
+        "settings": {
+            "lengths": windows,
+            "field": field,
+            "documents": documents,
+            "max_tokens": max_tokens,
+            "target_tokens": target_tokens,
+            "batch_size": batch_size,
+            "backend": backend,
+        },
+        "results": [result.to_dict() for result in results],
+        "differences": [each.to_dict() for each in differences],
+    }

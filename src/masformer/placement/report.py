@@ -73,11 +73,12 @@ def plot_search(result: SearchResult, path: str | os.PathLike[str]) -> None:
     if path.suffix.lower() not in SUFFIXES:
         raise MasformerError(f"cannot tell the format of figure {path}; allowed: {', '.join(SUFFIXES)}")
     buffer = io.BytesIO()
-    _figure(result).savefig(buffer, format=path.suffix.lower()[1:], dpi=DPI)
+    search_figure(result).savefig(buffer, format=path.suffix.lower()[1:], dpi=DPI)
     write_whole(path, buffer.getvalue())
 
 
-def _figure(result: SearchResult) -> Figure:
+def search_figure(result: SearchResult) -> Figure:
+    """What `plot_search` draws."""
     rows, layers, texts = len(result.evidence), len(result.plan), list(result.placements)
     width = max(7.0, 0.32 * layers + 2.2)
     heat = 0.34 * max(rows, 2)

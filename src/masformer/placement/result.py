@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from masformer.errors import MasformerError
 from masformer.evaluation.perplexity import exp_or_inf
 from masformer.plan import AttentionPlan
 
@@ -137,6 +139,29 @@ class SearchResult:
         ranks = {text: {"rank": self.rank(text), "of": len(self.random(text)) + 1} for text in self.placements}
         derived = {"evidence": evidence, "placements": placements, "ranks": ranks, "work": asdict(self.work)}
         return self.plan.to_dict() | own | derived
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SearchResult:
+        """The inverse of `to_dict`; other keys are passed over.
+
+        Raises:
+            MasformerError: a key is missing, or holds something else.
+        """
+        try:
+            scores = {field.name for field in fields(PlacementScore)}
+            own = {field.name: values[field.name] for field in fields(cls)}
+            own["plan"] = AttentionPlan.from_dict(values)
+            own["evidence"] = tuple(Evidence(row["name"], tuple(row["values"])) for row in values["evidence"])
+            own["placements"] = {
+                text: tuple(
+                    PlacementScore(**{key: value for key, value in row.items() if key in scores}) for row in rows
+                )
+                for text, rows in values["placements"].items()
+            }
+            own["work"] = Work(**values["work"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise MasformerError(f"this is no result of a search: {type(error).__name__}: {error}") from None
+        return cls(**own)
 
     def save(self, path: str | os.PathLike[str], **notes: Any) -> None:
         """Writes a plan file that also says how the plan was found; arguments and errors as `AttentionPlan.save`."""

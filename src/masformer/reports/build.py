@@ -1,0 +1,206 @@
+"""From records to a report: a section for each command, a section below it for each record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from masformer.errors import MasformerError
+from masformer.evaluation.intervals import Interval
+from masformer.placement.report import search_figure
+from masformer.placement.result import SearchResult
+from masformer.records import Record
+from masformer.reports import figures as drawings
+from masformer.reports.document import Report, Section, Table
+from masformer.reports.kinds import KINDS, View
+from masformer.reports.rows import Column, Row, flat, keys_of, pivoted, row_sets, table, words
+from masformer.reports.values import is_number, show
+
+LONG = 100
+"""Characters from which on a text is a paragraph rather than a fact."""
+MOST_ROWS, MOST_COLUMNS = 60, 14
+"""Of a table in a report; what is left out is said below it."""
+
+
+def build_report(records: Sequence[Record], title: str, others: Sequence[Path] = ()) -> Report:
+    """A report of records.
+
+    Args:
+        records: of `read_records`.
+        title: of the report.
+        others: files that are no records, to be named.
+    """
+    report = Report(title)
+    kinds = list(dict.fromkeys(record.kind for record in sorted(records, key=lambda record: record.kind)))
+    report.text(f"{_count(len(records), 'record')} of {_count(len(kinds), 'command')}.")
+    for kind in kinds:
+        add_kind(report, [record for record in records if record.kind == kind])
+    if others:
+        report.text("Files that are no records, left out: ", ", ".join(path.name for path in others), small=True)
+    return report
+
+
+def add_kind(report: Section, records: Sequence[Record]) -> Section:
+    """Adds a section with all records of one kind, and returns it."""
+    view = KINDS.get(records[0].kind, View())
+    section = report.section(records[0].kind)
+    if view.intro:
+        section.text(view.intro)
+    _facts(section, records, view)
+    if records[0].kind == "train":
+        _training_curves(section, records)
+    for record in records:
+        add_record(section, record, view)
+    return section
+
+
+def add_record(section: Section, record: Record, view: View | None = None) -> Section:
+    """Adds a section with a record's texts, tables and drawings, and how it was made; returns it."""
+    view = view or KINDS.get(record.kind, View())
+    own = section.section(record.name)
+    try:
+        _add_figures(own, record, view)
+    except MasformerError as error:
+        raise MasformerError(f"{record.path}: {error}") from None
+    own.code(record.command)
+    own.text(_environment(record.environment), small=True)
+    return own
+
+
+def _add_figures(own: Section, record: Record, view: View) -> None:
+    for key, value in flat(record.figures).items():
+        if isinstance(value, str) and len(value) > LONG and (view.facts is None or key not in view.facts):
+            own.text(value)
+    for path, rows in view.rows(record.figures).items():
+        if view.tables.get(path) == ():
+            continue
+        own.table(_table(path, rows, view))
+        _draw(own, record, path, rows, view)
+    if record.kind == "search" and "evidence" in record.figures:
+        result = SearchResult.from_dict(record.figures | {"seed": record.environment.get("seed", 0)})
+        caption = "what restricting each layer costs, and the plan found among other placements"
+        own.figure(f"{record.name} layers", search_figure(result), caption)
+
+
+def _facts(section: Section, records: Sequence[Record], view: View) -> None:
+    """What the records are of: what they share in a line, what differs in a table."""
+    columns = None if view.facts is None else [Column.parse(text) for text in view.facts]
+    rows: list[Row] = []
+    for record in records:
+        every = flat(record.figures, lists=True)
+        if columns is None:
+            every = {key: value for key, value in every.items() if not isinstance(value, str) or len(value) <= LONG}
+        rows.append(every)
+    columns = columns or [Column.of(key) for key in keys_of(rows) if _is_fact(key, records)]
+    columns = [column for column in columns if any(row.get(column.key) is not None for row in rows)]
+    same = [column for column in columns if _constant(rows, column)]
+    if same:
+        parts: list[str] = []
+        for column in same:
+            parts += [f"{'; ' if parts else ''}{column.title}: ", column.cell(rows[0])]
+        section.text(*parts)
+    varying = [column for column in columns if column not in same]
+    if varying:
+        named = [{"record": record.name} | row for record, row in zip(records, rows, strict=True)]
+        section.table(table(named, [Column("record", None, "record"), *varying]))
+
+
+def _is_fact(key: str, records: Sequence[Record]) -> bool:
+    """Whether it is a setting or a summary, rather than one of many figures of a mapping."""
+    return key.count(".") < 2 and not any(isinstance(flat(record.figures).get(key), Interval) for record in records)
+
+
+def _constant(rows: Sequence[Row], column: Column) -> bool:
+    return len({column.cell(row) for row in rows}) == 1
+
+
+def _table(path: str, rows: Sequence[Row], view: View) -> Table:
+    title = view.titles.get(path, "" if path == "results" else words(path))
+    notes = []
+    keys = keys_of(rows)
+    if path in view.tables:
+        columns = [column for text in view.tables[path] if (column := Column.parse(text)).key in keys]
+    else:
+        columns = [Column.of(key) for key in keys if _shown(rows, key)]
+    if path in view.pivots:
+        across, below = view.pivots[path]
+        values = [column for text in below if _has((column := Column.parse(text)).key, rows)]
+        return pivoted(rows, columns, across, values, title)
+    if any(row.get("depth") is not None for row in rows) and any(row.get("depth", 0) is None for row in rows):
+        rows = [row for row in rows if row.get("depth") is None]
+        notes.append("over all depths")
+    columns = [column for column in columns if _has(column.key, rows)]
+    if all(row.get("plan") == row.get("name") for row in rows):
+        columns = [column for column in columns if column.key != "plan" or "name" not in keys]
+    if len(rows) > 1:
+        same = [column for column in columns if _is_setting(rows, column)]
+        rest = [column for column in columns if column not in same]
+        if same and any(column.key not in ("name", "text") for column in rest):
+            columns = rest
+            notes.append("in every row " + ", ".join(f"{column.title} {column.cell(rows[0])}" for column in same))
+    if len(columns) > MOST_COLUMNS:
+        notes.append("columns left out: " + ", ".join(column.title for column in columns[MOST_COLUMNS:]))
+        columns = columns[:MOST_COLUMNS]
+    if len(rows) > MOST_ROWS:
+        notes.append(f"the first {MOST_ROWS} of {len(rows)} rows")
+        rows = rows[:MOST_ROWS]
+    made = table(rows, columns, title)
+    return replace(made, note="; ".join(notes))
+
+
+def _is_setting(rows: Sequence[Row], column: Column) -> bool:
+    """Whether all rows have the same there, which is no measurement."""
+    measured = any(isinstance(row.get(column.key), Interval) for row in rows)
+    return column.key not in ("name", "text") and not measured and _constant(rows, column)
+
+
+def _shown(rows: Sequence[Row], key: str) -> bool:
+    return not any(isinstance(row.get(key), str) and len(row[key]) > LONG for row in rows)
+
+
+def _has(key: str, rows: Sequence[Row]) -> bool:
+    return any(row.get(key) is not None for row in rows)
+
+
+def _draw(section: Section, record: Record, path: str, rows: Sequence[Row], view: View) -> None:
+    metrics = [Column.parse(text) for text in view.metrics.get(path, ())]
+    if path not in view.metrics and path == "results":
+        metrics = [Column.of(key) for key in keys_of(rows) if any(isinstance(row.get(key), Interval) for row in rows)]
+    for metric in metrics:
+        drawn = drawings.draw(rows, metric.key, metric.title)
+        if drawn is not None:
+            section.figure(f"{record.name} {path} {metric.key}", *drawn)
+        heat = drawings.heat_map(rows, metric.key)
+        if heat is not None:
+            section.figure(f"{record.name} {path} {metric.key} depth", heat, f"{metric.title}, by length and depth")
+
+
+def _training_curves(section: Section, records: Sequence[Record]) -> None:
+    series: dict[str, tuple[list[float], list[float]]] = {}
+    for record in records:
+        steps = [row for row in row_sets(record.figures).get("metrics", ()) if is_number(row.get("loss"))]
+        steps = [row for row in steps if is_number(row.get("step"))]
+        if len(steps) > 1:
+            series[record.name] = [row["step"] for row in steps], [row["loss"] for row in steps]
+    if series:
+        section.figure("train loss", drawings.curves(series, "step", "loss, nats"), "training loss")
+
+
+def _environment(found: Mapping[str, Any]) -> str:
+    parts = [f"masformer {found.get('masformer', '?')}"]
+    versions = found.get("versions")
+    parts += [f"{name} {version}" for name, version in (versions.items() if isinstance(versions, Mapping) else ())]
+    if "device" in found:
+        parts.append(str(found["device"]))
+    for key in ("cores", "threads"):
+        if is_number(found.get(key)):
+            parts.append(_count(found[key], key[:-1]))
+    if "seed" in found:
+        parts.append(f"seed {found['seed']}")
+    return "; ".join(parts)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{show(number)} {what}{'' if number == 1 else 's'}"
