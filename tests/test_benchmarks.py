@@ -115,7 +115,7 @@ def test_training_steps_leave_the_weights_and_are_held_against_transformers(chec
     plans = {"mixed": PLAN, "full": AttentionPlan.parse("full", len(PLAN))}
     rows = bench_train(model, plans, [24], checkpointing=checkpointing, repeats=2)["results"]
     names = [row["name"] for row in rows]
-    assert names[:3] == ["mixed", "all full, masformer", "transformers"]
+    assert names == ["mixed", "all full, masformer", "transformers"]
     assert all(row["speedup"] == 1 for row in rows if row["name"] == "transformers")
     assert rows[0]["ideal"] > 1 == rows[1]["ideal"]
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))

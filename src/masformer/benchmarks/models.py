@@ -64,8 +64,8 @@ class Variant:
 def variants(model: PreTrainedModel, plans: Mapping[str, AttentionPlan], *, caches: bool = True) -> list[Variant]:
     """What is measured: each plan, full attention under masformer, and the same weights in transformers as it is.
 
-    Its own sliding layers are measured where a class of its has them for these weights and the plan's spans; sinks,
-    which it does not know, are left out there. With `caches`, so is its static cache.
+    With `caches`, so are its static cache and, where a class of its has them for these weights and the plan's spans, its
+    own sliding layers; sinks, which it does not know, are left out there.
     """
     layers = model.config.num_hidden_layers
     full = AttentionPlan.uniform(layers, FullSpan())
@@ -78,7 +78,7 @@ def variants(model: PreTrainedModel, plans: Mapping[str, AttentionPlan], *, cach
         found.append(
             Variant(STATIC, stock, lambda room: StaticCache(config=stock.config, max_cache_len=room), native, False)
         )
-    for name, plan in plans.items():
+    for name, plan in plans.items() if caches else ():
         twin = sliding_twin(model, plan)
         if twin is not None:
             bare = AttentionPlan(tuple(WindowSpan(s.size) if isinstance(s, WindowSpan) else s for s in plan))

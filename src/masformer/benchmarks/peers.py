@@ -66,7 +66,10 @@ def flex(span: Span, query: Tensor, key: Tensor, backward: bool) -> Made:
         return span.visible(i, j)
 
     blocks = create_block_mask(visible, None, None, length, length, device=str(query.device))
-    compiled = torch.compile(flex_attention, dynamic=False)
+    torch._dynamo.config.recompile_limit = (
+        1024  # one kernel a span and a length; beyond the limit it would run uncompiled
+    )
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     return lambda q, k, v: compiled(q, k, v, block_mask=blocks, enable_gqa=True), span  # type: ignore[return-value]
 
 
