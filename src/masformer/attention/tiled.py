@@ -10,6 +10,8 @@ N * (window + tile).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -263,6 +265,41 @@ def _document(
     return out.masked_fill(padding, 0) if room is None else out.masked_fill_(padding, 0)
 
 
+@dataclass(frozen=True)
+class _Geometry:
+    """What the first tile of a family sees; the others see the same, further on.
+
+    Attributes:
+        low: position of the first key of the strided view.
+        length: keys of the view.
+        sinks: keys before it that all queries see.
+        visible: bool [width, keys], of the sinks (unless they are apart) and the view.
+        everything: whether all of it is visible.
+        own: bool as `visible`, True where a query meets its own key.
+    """
+
+    low: int
+    length: int
+    sinks: int
+    visible: Tensor
+    everything: bool
+    own: Tensor
+
+
+@lru_cache(maxsize=256)
+def _geometry(span: Span, at: int, width: int, skipped: int, apart: bool, device: torch.device) -> _Geometry:
+    """Of queries at..at + width - 1; with `apart`, sinks are not among the keys of the mask."""
+    with torch.inference_mode(False):  # kept for calls that save it for a backward pass
+        low = int(span.first_visible(torch.tensor(at)))
+        extra = -(at + width - low) % ALIGNED
+        low -= extra if low - extra >= span.sinks + skipped else 0
+        sinks = min(span.sinks, low)
+        index = torch.arange(at + width, device=device)
+        seen = index[low:] if apart else torch.cat([index[:sinks], index[low:]])
+        visible, own = span.visible(index[at:, None], seen), seen == index[at:, None]
+        return _Geometry(low, at + width - low, sinks, visible, bool(visible.all()), own)
+
+
 CHUNK = 2**21
 """Values of output that exist, without gradients, beside the whole."""
 
@@ -283,12 +320,10 @@ def _tiles(
     _, heads, count, width, dim = query.shape
     kv_heads = key.shape[1]
     group = heads // kv_heads
-    low = int(span.first_visible(torch.tensor(at)))
-    extra = -(at + width - low) % ALIGNED
-    low -= extra if low - extra >= span.sinks + skipped else 0
-    length = at + width - low
-    sinks = min(span.sinks, low)
-    beside = bool(sinks) and keep is None and kernel.tells_sums(query, value)  # sinks by themselves, without a copy
+    apart = keep is None and kernel.tells_sums(query, value)  # sinks by themselves, without a copy
+    geometry = _geometry(span, at, width, skipped, apart, key.device)
+    low, length, sinks = geometry.low, geometry.length, geometry.sinks
+    beside = apart and bool(sinks)
 
     def strided(x: Tensor) -> Tensor:
         """[1, heads, key_len, dim] -> [tiles, heads, sinks + length, dim], the keys each tile may see."""
@@ -298,15 +333,14 @@ def _tiles(
             tiles = torch.cat([x[:, :, :sinks].expand(count, -1, -1, -1), tiles], 2)
         return tiles
 
-    index = torch.arange(at + width, device=key.device)
-    seen = index[low:] if beside else torch.cat([index[:sinks], index[low:]])
-    visible = span.visible(index[at:, None], seen)
+    visible, everything = geometry.visible, geometry.everything
     if keep is not None:
-        own = seen == index[at:, None]  # padding sees itself, so that no softmax is empty; its output is dropped
-        visible = visible & (strided(keep[None, None, :, None]).mT | own)
-    native = kernel.groups_heads(query, value)
+        # padding sees itself, so that no softmax is empty; its output is dropped
+        visible = visible & (strided(keep[None, None, :, None]).mT | geometry.own)
+        everything = False
     mask = None
-    if beside or not visible.all():
+    if beside or not everything:
+        native = kernel.groups_heads(query, value)
         mask = visible if native else visible.repeat(*[1] * (visible.ndim - 2), group, 1)
 
     queries, keys, values = query[0].transpose(0, 1), strided(key), strided(value)
@@ -314,7 +348,7 @@ def _tiles(
     for first in range(0, count, chunk):
         part = slice(first, first + chunk)
         q, k, v = queries[part], keys[part], values[part]
-        if not native:
+        if not kernel.groups_heads(query, value):
             q = q.reshape(len(q), kv_heads, group * width, dim)
         here = mask[part] if mask is not None and mask.ndim == 4 else mask
         if beside and here is not None:

@@ -64,8 +64,8 @@ class Variant:
 def variants(model: PreTrainedModel, plans: Mapping[str, AttentionPlan], *, caches: bool = True) -> list[Variant]:
     """What is measured: each plan, full attention under masformer, and the same weights in transformers as it is.
 
-    With `caches`, so are its static cache and, where a class of its has them for these weights and the plan's spans, its
-    own sliding layers; sinks, which it does not know, are left out there.
+    With `caches`, so are its static cache and, where a class of its has them for these weights and the plan's spans,
+    its own sliding layers; sinks, which it does not know, are left out there.
     """
     layers = model.config.num_hidden_layers
     full = AttentionPlan.uniform(layers, FullSpan())
