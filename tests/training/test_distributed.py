@@ -47,7 +47,8 @@ def check_follows(folder, single):
         expected, actual = metrics(single, name), metrics(folder, name)
         assert expected.keys() == actual.keys()
         for step in expected:
-            assert actual[step] == pytest.approx(expected[step], abs=1e-4), (name, step)
+            # sums in another order, over 20 steps: norms of gradients are far above 1
+            assert actual[step] == pytest.approx(expected[step], rel=1e-4, abs=1e-4), (name, step)
     one, two = (load_file(each / "out" / "model" / "model.safetensors") for each in (single, folder))
     assert one.keys() == two.keys()
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-3
