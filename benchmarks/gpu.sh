@@ -104,8 +104,8 @@ attention 120 attention-llama-1b "${llama_heads[@]}" --lengths $short,$middle "$
 attention 60 attention-llama-1b-long "${llama_heads[@]}" --lengths $long --peers none "${repeats[@]}"
 attention 60 attention-gpt-neo-1.3b "${neo_heads[@]}" --lengths $short,$middle --peers none "${repeats[@]}"
 attention 50 attention-gpt-neo-1.3b-long "${neo_heads[@]}" --lengths $long --peers none "${repeats[@]}"
-whole 110 prefill-llama-1b-long prefill "$llama" "$llama_plan" --lengths $long --repeats 1
-whole 110 decode-llama-1b-long decode "$llama" "$llama_plan" --lengths $long --new $new "${few[@]}"
+whole 110 prefill-llama-1b-long prefill "$llama" "$llama_plan" --lengths $long --peers none --repeats 1
+whole 110 decode-llama-1b-long decode "$llama" "$llama_plan" --lengths $long --peers none --new $new "${few[@]}"
 whole 100 train-llama-1b-middle train "$llama" "$llama_plan" --lengths $middle --checkpointing --repeats 1
 
 printf '\n=== summary: %s parts, %s failed, %s s; records in %s\n' "${#summary[@]}" $failed $SECONDS "$out"

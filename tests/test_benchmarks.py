@@ -121,6 +121,14 @@ def test_training_steps_leave_the_weights_and_are_held_against_transformers(chec
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("bench", [bench_prefill, bench_decode, bench_train])
+def test_without_peers_full_attention_is_the_baseline(bench):
+    rows = bench(tiny("llama"), {"mixed": PLAN}, [24], repeats=1, peers=False)["results"]
+    assert [row["name"] for row in rows] == ["mixed", "all full, masformer"]
+    assert (rows[1]["speedup"], rows[1]["ideal"]) == (1, 1)
+    assert rows[0]["ideal"] > 1
+
+
 def test_prefill_and_decode_use_the_backend_that_is_named(monkeypatch):
     seen = []
     original = bridge.apply_plan

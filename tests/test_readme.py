@@ -9,9 +9,16 @@ import torch
 
 from masformer import AttentionPlan, cli, models
 from masformer.cli.parser import all_commands, example
+from masformer.reports import update_tables
 from tiny import tiny
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+FILE = Path(__file__).parent.parent / "README.md"
+README = FILE.read_text(encoding="utf-8")
+
+
+def test_its_tables_are_those_of_the_records():
+    assert "<!-- table: " in README
+    update_tables(FILE, FILE.parent / "benchmarks" / "results", check=True)
 
 
 def blocks(language):

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from masformer.benchmarks.limits import Probe
 from masformer.benchmarks.models import (
-    STOCK,
     Variant,
+    baseline,
     check_sizes,
     decode_work,
     forward_work,
@@ -43,6 +43,7 @@ def bench_prefill(
     *,
     repeats: int = 3,
     backend: str = "auto",
+    peers: bool = True,
     progress: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Any]:
     """Times a prompt's forward pass into an empty cache, up to the first token.
@@ -53,11 +54,12 @@ def bench_prefill(
         lengths: prompt lengths in tokens.
         repeats: timed rounds, after one in which memory is measured.
         backend: see `masformer.attend`.
+        peers: measure transformers' own caches as well; without them the baseline is full attention under masformer.
         progress: called with a line before each call.
 
     Returns:
         `results`: one row per length and variant: `length`, `name`, `plan`, `seconds` (all rounds), `median`,
-        `tokens_per_second`, `speedup` over transformers' default cache with full attention, `ideal` and `share` (see
+        `tokens_per_second`, `speedup` over the baseline, `ideal` and `share` (see
         `model_row`), the columns of `Limits.of`, `cache_bytes`, `peak_bytes` and `exponent`. `limits`: the rates of the
         machine per length.
 
@@ -65,8 +67,8 @@ def bench_prefill(
         MasformerError: a value out of range, or a length beyond the model's positions.
     """
     check_sizes(model, plans, lengths, repeats)
-    rows, rates, measured = [], [], variants(model, plans)
-    probe = Probe(model.dtype, model.device)
+    rows, rates, measured = [], [], variants(model, plans, peers=peers)
+    probe, base = Probe(model.dtype, model.device), baseline(measured)
     for length in lengths:
         tokens = random_tokens(model, length)
         memory, caches = {}, {}
@@ -89,7 +91,7 @@ def bench_prefill(
         works = {variant.name: forward_work(model, variant.visible, length, 1) for variant in measured}
         for variant in measured:
             name = variant.name
-            row = model_row(length, variant, times[name], times[STOCK], works[name], works[STOCK], limits, length)
+            row = model_row(length, variant, times[name], times[base], works[name], works[base], limits, length)
             rows.append(row | {"cache_bytes": caches[name], "peak_bytes": memory[name]})
     return {"results": with_exponents(rows, ["name"]), "limits": rates}
 
@@ -103,6 +105,7 @@ def bench_decode(
     new: int = 32,
     repeats: int = 5,
     backend: str = "auto",
+    peers: bool = True,
     progress: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Any]:
     """Times greedy decoding after a prompt: `repeats` rounds of `new` tokens, each round going on where the last ended.
@@ -114,6 +117,7 @@ def bench_decode(
         new: tokens of one round.
         repeats: timed rounds, after one for warming up.
         backend: see `masformer.attend`.
+        peers: measure transformers' own caches as well; without them the baseline is full attention under masformer.
         progress: called with a line before each call.
 
     Returns:
@@ -125,8 +129,8 @@ def bench_decode(
     check_int("new tokens", new, 1)
     check_sizes(model, plans, lengths, repeats, new * (repeats + 1))
     rows: list[Row] = []
-    rates, measured = [], variants(model, plans)
-    probe = Probe(model.dtype, model.device)
+    rates, measured = [], variants(model, plans, peers=peers)
+    probe, base = Probe(model.dtype, model.device), baseline(measured)
     for length in lengths:
         tokens, room = random_tokens(model, length), length + new * (repeats + 1) + 1
         states: dict[str, tuple[Any, list[Tensor]]] = {}
@@ -151,7 +155,7 @@ def bench_decode(
             name = variant.name
             cache, last = states[name]
             variant.apply(backend)
-            row = model_row(length, variant, times[name], times[STOCK], works[name], works[STOCK], limits, new)
+            row = model_row(length, variant, times[name], times[base], works[name], works[base], limits, new)
             peak = peak_memory(partial(variant.run, last[0], cache))
             rows.append(row | {"cache_bytes": cache_bytes(cache), "peak_bytes": peak})
     return {"results": with_exponents(rows, ["name"]), "limits": rates}

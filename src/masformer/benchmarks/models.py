@@ -61,18 +61,23 @@ class Variant:
         return out.logits[:, -1:].argmax(-1)  # type: ignore[no-any-return]
 
 
-def variants(model: PreTrainedModel, plans: Mapping[str, AttentionPlan], *, caches: bool = True) -> list[Variant]:
+def variants(
+    model: PreTrainedModel, plans: Mapping[str, AttentionPlan], *, caches: bool = True, peers: bool = True
+) -> list[Variant]:
     """What is measured: each plan, full attention under masformer, and the same weights in transformers as it is.
 
     With `caches`, so are its static cache and, where a class of its has them for these weights and the plan's spans,
-    its own sliding layers; sinks, which it does not know, are left out there.
+    its own sliding layers; sinks, which it does not know, are left out there. Without `peers`, nothing of transformers
+    by itself is measured: its sliding layers need a mask of all pairs.
     """
     layers = model.config.num_hidden_layers
     full = AttentionPlan.uniform(layers, FullSpan())
-    stock = stock_twin(model)
-    native = native_plan(stock.config)
     found = [Variant(name, model, _span_cache(plan), plan) for name, plan in plans.items() if plan != full]
     found.append(Variant(FULL, model, _span_cache(full), full))
+    if not peers:
+        return found
+    stock = stock_twin(model)
+    native = native_plan(stock.config)
     found.append(Variant(STOCK if caches else STOCK.partition(",")[0], stock, _dynamic_cache(stock), native, False))
     if caches:
         found.append(
@@ -172,14 +177,19 @@ def decode_work(model: PreTrainedModel, plan: AttentionPlan, length: int, new: i
     return Work(after.forward_flops - before.forward_flops, new * (weights + cache))
 
 
+def baseline(measured: Sequence[Variant]) -> str:
+    """The name of what the others are compared with: transformers by itself if it is measured, else full attention."""
+    return next((variant.name for variant in measured if not variant.ours), FULL)
+
+
 def model_row(
-    length: int, variant: Variant, timing: Timing, baseline: Timing, work: Work, full: Work, limits: Limits, tokens: int
+    length: int, variant: Variant, timing: Timing, compared: Timing, work: Work, full: Work, limits: Limits, tokens: int
 ) -> Row:
     """The columns that rows of prefill, decoding and training share.
 
     `speedup` is over the baseline; `ideal` what the cost model predicts from operations alone; `share` their ratio.
     """
-    speedup, ideal = baseline.median / timing.median, full.flops / work.flops
+    speedup, ideal = compared.median / timing.median, full.flops / work.flops
     return {
         "length": length,
         "name": variant.name,

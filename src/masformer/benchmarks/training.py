@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from masformer.benchmarks.limits import Probe
 from masformer.benchmarks.models import (
-    STOCK,
     Variant,
     Work,
+    baseline,
     check_sizes,
     forward_work,
     model_row,
@@ -27,8 +27,6 @@ from masformer.benchmarks.timing import compare_times, peak_memory
 from masformer.plan import AttentionPlan
 from masformer.training.loss import use_chunked_loss
 
-BY_ITSELF = STOCK.partition(",")[0]
-
 
 def bench_train(
     model: PreTrainedModel,
@@ -38,6 +36,7 @@ def bench_train(
     checkpointing: bool = False,
     repeats: int = 3,
     backend: str = "auto",
+    peers: bool = True,
     progress: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Any]:
     """Times training steps on one row of random tokens: forward, loss, backward, and AdamW on all weights.
@@ -52,17 +51,18 @@ def bench_train(
         checkpointing: make activations anew in the backward pass, in all variants.
         repeats: timed rounds, after one in which memory is measured.
         backend: see `masformer.attend`.
+        peers: measure transformers by itself as well; without it the baseline is full attention under masformer.
         progress: called with a line before each call.
 
     Returns:
-        As `bench_prefill`, without `cache_bytes`; `speedup` is over transformers by itself. `peak_bytes` holds the
+        As `bench_prefill`, without `cache_bytes`; `peak_bytes` holds the
         gradients and the activations; the optimizer's state is there before.
 
     Raises:
         MasformerError: a value out of range, or a length beyond the model's positions.
     """
     check_sizes(model, plans, lengths, repeats)
-    rows, rates, measured = [], [], variants(model, plans, caches=False)
+    rows, rates, measured = [], [], variants(model, plans, caches=False, peers=peers)
     use_chunked_loss(model)
     optimizers = {}
     for variant in measured:
@@ -73,7 +73,7 @@ def bench_train(
             optimizers[variant.model] = torch.optim.AdamW(
                 variant.model.parameters(), lr=0.0, weight_decay=0.0, fused=True
             )
-    probe = Probe(model.dtype, model.device)
+    probe, base = Probe(model.dtype, model.device), baseline(measured)
     for length in lengths:
         tokens = random_tokens(model, length)
 
@@ -95,9 +95,7 @@ def bench_train(
         works = {variant.name: _work(model, variant.visible, length, checkpointing) for variant in measured}
         for variant in measured:
             name = variant.name
-            row = model_row(
-                length, variant, times[name], times[BY_ITSELF], works[name], works[BY_ITSELF], limits, length
-            )
+            row = model_row(length, variant, times[name], times[base], works[name], works[base], limits, length)
             rows.append(row | {"peak_bytes": memory[name]})
     return {"results": with_exponents(rows, ["name"]), "limits": rates}
 

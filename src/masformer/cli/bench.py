@@ -20,6 +20,9 @@ from masformer.spans import Span
 WIDTH = 120
 """Of a table, at least: a name cut into syllables is worse than a line that a narrow terminal wraps."""
 
+Peers = Literal["all", "none"]
+BASELINE = {"all": "transformers", "none": "all full"}
+
 
 def bench_attention(
     span: list[str] | None = None,
@@ -87,6 +90,7 @@ def bench_prefill(
     lengths: str = "1024,2048,4096,8192",
     backend: Backend = "auto",
     random_weights: bool = False,
+    peers: Peers = "all",
     repeats: int = 3,
     seed: int = records.SEED,
     plot: str | None = None,
@@ -96,6 +100,7 @@ def bench_prefill(
     Args:
         lengths: prompt lengths in tokens, separated by commas.
         random_weights: MODEL is a config alone; times do not depend on the weights.
+        peers: transformers by itself, all its ways or none; its sliding layers need a mask of all pairs.
         repeats: timed rounds, after one in which memory is measured.
         seed: of the random tokens.
         plot: file for a picture of time against length.
@@ -103,8 +108,8 @@ def bench_prefill(
     Example:
         masformer bench prefill MODEL --lengths 2048,8192 --plan 'full@11-18; window:512+4'
     """
-    measure = partial(benchmarks.bench_prefill, repeats=repeats, backend=backend)
-    title = "Time to the first token; speed-up over transformers, DynamicCache"
+    measure = partial(benchmarks.bench_prefill, repeats=repeats, backend=backend, peers=peers == "all")
+    title = f"Time to the first token; speed-up over {BASELINE[peers]}"
     return _bench("prefill", title, measure, model, options, lengths, random_weights, seed, plot)
 
 
@@ -116,6 +121,7 @@ def bench_decode(
     new: int = 32,
     backend: Backend = "auto",
     random_weights: bool = False,
+    peers: Peers = "all",
     repeats: int = 5,
     seed: int = records.SEED,
     plot: str | None = None,
@@ -126,6 +132,7 @@ def bench_decode(
         lengths: prompt lengths in tokens, separated by commas.
         new: tokens of one round.
         random_weights: MODEL is a config alone; times do not depend on the weights.
+        peers: transformers by itself, all its ways or none; its sliding layers need a mask of all pairs.
         repeats: timed rounds, after one for warming up.
         seed: of the random tokens.
         plot: file for a picture of time against length.
@@ -133,8 +140,8 @@ def bench_decode(
     Example:
         masformer bench decode MODEL --lengths 1024,7680 --new 32 --plan 'full@11-18; window:512+4'
     """
-    measure = partial(benchmarks.bench_decode, repeats=repeats, new=new, backend=backend)
-    title = f"Rounds of {new} new tokens; speed-up over transformers, DynamicCache"
+    measure = partial(benchmarks.bench_decode, repeats=repeats, new=new, backend=backend, peers=peers == "all")
+    title = f"Rounds of {new} new tokens; speed-up over {BASELINE[peers]}"
     return _bench("decode", title, measure, model, options, lengths, random_weights, seed, plot)
 
 
@@ -146,6 +153,7 @@ def bench_train(
     checkpointing: bool = False,
     backend: Backend = "auto",
     random_weights: bool = False,
+    peers: Peers = "all",
     repeats: int = 3,
     seed: int = records.SEED,
     plot: str | None = None,
@@ -156,6 +164,7 @@ def bench_train(
         lengths: tokens of a row, separated by commas.
         checkpointing: make activations anew in the backward pass, which saves memory.
         random_weights: MODEL is a config alone; times do not depend on the weights.
+        peers: transformers by itself, all its ways or none; its sliding layers need a mask of all pairs.
         repeats: timed rounds, after one in which memory is measured.
         seed: of the random tokens.
         plot: file for a picture of time against length.
@@ -163,8 +172,10 @@ def bench_train(
     Example:
         masformer bench train MODEL --lengths 2048,8192 --checkpointing --plan 'full@11-18; window:512+4'
     """
-    measure = partial(benchmarks.bench_train, repeats=repeats, checkpointing=checkpointing, backend=backend)
-    title = "Training step of one row; speed-up over transformers"
+    measure = partial(
+        benchmarks.bench_train, repeats=repeats, checkpointing=checkpointing, backend=backend, peers=peers == "all"
+    )
+    title = f"Training step of one row; speed-up over {BASELINE[peers]}"
     figures = _bench("train", title, measure, model, options, lengths, random_weights, seed, plot)
     return figures | {"checkpointing": checkpointing}
 
