@@ -107,17 +107,19 @@ KINDS: Mapping[str, View] = {
         metrics={"results": ("speedup=times as fast",)},
     ),
     "bench prefill": View(
-        intro="Times of a prompt up to its first token, as ratios to transformers' default cache in the same run.",
+        intro="Times of a prompt up to its first token, as ratios to transformers' default cache in the same run "
+        "(to all full without it).",
         tables={"results": _BENCH},
         metrics={"results": ("speedup=times as fast",)},
     ),
     "bench decode": View(
-        intro="Times of new tokens after a prompt, as ratios to transformers' default cache in the same run.",
+        intro="Times of new tokens after a prompt, as ratios to transformers' default cache in the same run "
+        "(to all full without it).",
         tables={"results": _BENCH},
         metrics={"results": ("speedup=times as fast",)},
     ),
     "bench train": View(
-        intro="Times of a training step, as ratios to the model as it is by itself in the same run.",
+        intro="Times of a training step, as ratios to transformers by itself in the same run (to all full without it).",
         tables={"results": _BENCH},
         metrics={"results": ("speedup=times as fast",)},
     ),
