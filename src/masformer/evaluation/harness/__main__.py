@@ -12,7 +12,7 @@ from masformer.errors import MasformerError
 
 
 def main() -> int:
-    """Runs `lm_eval` with the words of this command line; returns the exit code: 2, with one line, for a wrong value."""
+    """Runs lm_eval with the words of this command line; returns the exit code: 2, with a line, for a wrong value."""
     if find_spec("lm_eval") is None:
         print("masformer: error: this needs lm-eval: pip install 'masformer[lm-eval]'", file=sys.stderr)
         return MasformerError.exit_code
