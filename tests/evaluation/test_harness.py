@@ -208,6 +208,7 @@ def test_a_plan_comes_through_the_command_line(folder, model_args, plan, monkeyp
         ({"parallelize": True}, "parallelize=True of hf cannot be honoured"),
         ({"trust_remote_code": True}, "trust_remote_code=True of hf cannot be honoured"),
         ({"revision": "old"}, "revision='old' of hf cannot be honoured"),
+        ({"mixed_precision_dtype": "bfloat16"}, "mixed_precision_dtype='bfloat16' of hf cannot be honoured"),
         ({"load_in_4bit": True}, "load_in_4bit is not known; allowed: pretrained, plan"),
         ({"plan": "full@0", "2-3; window:5": ""}, "cut at the commas, and '2-3; window:5' is no option"),
         ({"plan": "full", "full": 2}, "give either plan or full/placement/local"),

@@ -33,7 +33,6 @@ SHARED = (
     "logits_cache",
     "max_batch_size",
     "max_length",
-    "mixed_precision_dtype",
     "prefix_token_id",
     "softmax_dtype",
     "think_end_token",
