@@ -286,7 +286,6 @@ def test_the_command_line(folder, tmp_path, module):
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert "|notes_perplexity|" in done.stdout
