@@ -170,6 +170,32 @@ class AttentionPlan:
         return cls(tuple(FullSpan() if layer in full_layers else local for layer in range(num_layers)))
 
     @classmethod
+    def from_options(
+        cls, num_layers: int, full: int | None, placement: Any, local: str | None, *, dashes: str = ""
+    ) -> AttentionPlan:
+        """A mixed plan as options of a command line name it, where `middle` is the default placement.
+
+        Args:
+            num_layers: layers of the model.
+            full: number of full layers.
+            placement: see `place_full_layers`.
+            local: span of the other layers, as text.
+            dashes: what stands before the names of the options in messages.
+
+        Raises:
+            MasformerError: the options do not name a plan.
+        """
+        if local is None:
+            raise MasformerError(
+                f"{dashes}full and {dashes}placement need {dashes}local SPAN, the span of the other layers"
+            )
+        if full is None and placement is None:
+            raise MasformerError(
+                f"{dashes}local needs {dashes}full N or {dashes}placement LAYERS, the layers that stay full"
+            )
+        return cls.mixed(num_layers, full, "middle" if placement is None else placement, local=Span.parse(local))
+
+    @classmethod
     def parse(cls, text: str, num_layers: int | None = None) -> AttentionPlan:
         """Reads the text form: `full@0-3,17; window:512+4`, `window:512` for all layers, or one span per layer.
 

@@ -50,6 +50,18 @@ def test_equal_to_reference_forward_and_backward(backend, span, batch, heads, gr
             torch.testing.assert_close(b, a, atol=10 * tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("span", [FullSpan(), WindowSpan(10), WindowSpan(10, 4), BlockSpan(16, 1)])
+def test_under_autocast_everything_is_in_its_dtype(span):
+    query, key, value = tensors(2, 1, 3, 61, 70, 16, torch.float32)
+    expected = attend(query, key, value, span, backend="reference")
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with context, torch.autocast("cpu", torch.bfloat16):
+            # as in models: positions are turned in float32, values come out of a layer
+            actual = attend(query, key, value.bfloat16(), span)
+        assert actual.dtype == torch.bfloat16
+        torch.testing.assert_close(actual.float(), expected, atol=3e-2, rtol=0)
+
+
 @pytest.mark.parametrize("backend", ["tiled", "flex"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("span", [FullSpan(), WindowSpan(100), WindowSpan(70, 4), BlockSpan(200, 1), BlockSpan(32)])

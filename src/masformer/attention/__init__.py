@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from masformer.attention.auto import auto_attention
@@ -55,7 +56,7 @@ def attend(
             on CUDA flex, or flash-attn's windows where that package is installed and can do the call; else tiled.
 
     Returns:
-        [batch, query_heads, query_len, value_dim], in the dtype of `query`.
+        [batch, query_heads, query_len, value_dim], in the dtype of `query`; under autocast in its dtype.
 
     Raises:
         MasformerError: shapes that do not fit, a value out of range, a backend that is unknown or cannot do the call.
@@ -87,4 +88,8 @@ def attend(
     if layout is None:
         layout = Layout.of(padding_mask, document_ids)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    device = query.device.type
+    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
+        # not every kernel below is one that autocast knows
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     return BACKENDS[backend](query, key, value, span, scale, layout, dropout, softcap)

@@ -13,7 +13,6 @@ from masformer.errors import MasformerError
 from masformer.models.checkpoint import load_model
 from masformer.models.positions import parse_max_positions
 from masformer.plan import AttentionPlan
-from masformer.spans import Span
 
 Figures = dict[str, Any]
 """What a command measured, as plain values: such a command takes --json FILE."""
@@ -43,12 +42,7 @@ class PlanOptions:
         if self.full is not None or self.placement is not None or self.local is not None:
             if self.plan is not None:
                 raise MasformerError("give either --plan or --full/--placement/--local")
-            if self.local is None:
-                raise MasformerError("--full and --placement need --local SPAN, the span of the other layers")
-            if self.full is None and self.placement is None:
-                raise MasformerError("--local needs --full N or --placement LAYERS, the layers that stay full")
-            local = Span.parse(self.local)
-            mixed = AttentionPlan.mixed(len(own), self.full, self.placement or "middle", local=local)
+            mixed = AttentionPlan.from_options(len(own), self.full, self.placement, self.local, dashes="--")
             return {str(mixed): mixed}
         found: dict[str, AttentionPlan] = {}
         for text in self.plan or ():
