@@ -1,4 +1,4 @@
-"""The pass key, learnt from nothing under three plans: what full and mixed spans find everywhere, local ones find nearby."""
+"""The pass key, learnt from nothing: full and mixed spans find it everywhere, local ones nearby."""
 
 import json
 
@@ -23,7 +23,7 @@ SETTINGS = {
             "num_hidden_layers": LAYERS,
             "num_attention_heads": 2,
             "num_key_value_heads": 2,
-            "max_position_embeddings": 256,
+            "max_position_embeddings": 1024,
         },
     },
     "training": {"steps": 200, "rows": 4, "device_rows": 4, "learning_rate": 3e-3, "warmup_steps": 20},
@@ -51,9 +51,9 @@ def scores(plan, material, tmp_path):
     trained, tokenizer = load_model(train(recipe, console=Console(quiet=True)).model)
     plans = {plan: AttentionPlan.parse(plan, LAYERS)}
     results, reach = retrieve(trained, Prober(tokenizer, **PROMPTS), [TASK], plans, [LENGTH], DEPTHS, 20, batch=50)
-    return {result.depth: result.score.mean for result in results if result.depth is not None}, reach[0].effective_length
-
-
+    return {result.depth: result.score.mean for result in results if result.depth is not None}, reach[
+        0
+    ].effective_length
 
 
 @pytest.mark.parametrize("plan", ["full", f"full@1; window:{WINDOW}"])

@@ -1,7 +1,7 @@
 """Finding what is hidden in long prompts, by plan, task, length and depth.
 
-`tasks` says what is hidden and asked for, `haystack` what it is hidden in, `prompts` makes prompts and training pairs of
-a given length, `measure` runs and scores them, `words` is a tokenizer for tiny models.
+`tasks` says what is hidden and asked for, `haystack` what it is hidden in, `prompts` makes prompts and training pairs
+of a given length, `measure` runs and scores them, `words` is a tokenizer for tiny models.
 """
 
 from masformer.evaluation.retrieval.haystack import Haystack, read_haystack
