@@ -21,6 +21,7 @@ from masformer.evaluation.retrieval import (
     Haystack,
     Prober,
     effective_length,
+    graded_lengths,
     parse_depths,
     read_haystack,
     retrieval_tables,
@@ -313,6 +314,7 @@ def test_names_and_numbers_that_are_not_allowed(tokenizer):
         (lambda: Haystack((" ",)), "every sentence is blank"),
         (lambda: word_tokenizer([PASSKEY], 4), "numbers of 4 digits are too many"),
         (lambda: word_tokenizer([TASKS["variable_tracking"]], 2), "allowed: passkey, niah_single"),
+        (lambda: graded_lengths(9, 8), "longest length must be at least 9"),
         (lambda: list(training_pairs(tokenizer, [], [90], 1)), "at least one task and one length"),
         (lambda: list(training_pairs(tokenizer, [PASSKEY], [90], 0)), "pairs must be at least 1"),
         *((lambda text=text: parse_depths(text), "are not allowed; allowed: a whole number from 2") for text in
@@ -328,6 +330,9 @@ def test_names_and_numbers_that_are_not_allowed(tokenizer):
 
 
 def test_pairs_are_the_prompts_of_the_test_and_never_the_tested_ones(tokenizer, tmp_path):
+    lengths = graded_lengths(110, 130)
+    assert (min(lengths), max(lengths), len(lengths), sorted(lengths)) == (110, 130, 100, lengths)
+    assert sum(length < 115 for length in lengths) > 50
     options = {"digits": 2, "max_new_tokens": 4}
     pairs = list(training_pairs(tokenizer, [PASSKEY, SINGLE], [110, 130], 40, **options))
     assert pairs == list(training_pairs(tokenizer, [PASSKEY, SINGLE], [110, 130], 40, **options))

@@ -13,7 +13,7 @@ from masformer.evaluation.retrieval.measure import (
     retrieval_tables,
     retrieve,
 )
-from masformer.evaluation.retrieval.prompts import Probe, Prober, training_pairs
+from masformer.evaluation.retrieval.prompts import Probe, Prober, graded_lengths, training_pairs
 from masformer.evaluation.retrieval.tasks import TASKS, Task, string_match_all, tasks_of
 from masformer.evaluation.retrieval.words import word_tokenizer
 
@@ -26,6 +26,7 @@ __all__ = [
     "RetrievalResult",
     "Task",
     "effective_length",
+    "graded_lengths",
     "parse_depths",
     "read_haystack",
     "retrieval_tables",
