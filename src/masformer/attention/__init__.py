@@ -89,7 +89,8 @@ def attend(
         layout = Layout.of(padding_mask, document_ids)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     device = query.device.type
-    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and query.dtype != torch.float64:
         # not every kernel below is one that autocast knows
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     return BACKENDS[backend](query, key, value, span, scale, layout, dropout, softcap)

@@ -27,7 +27,7 @@ from masformer.cli import (
     tour,
     train,
 )
-from masformer.cli.options import LINE, console
+from masformer.cli.options import LINE, say
 from masformer.cli.parser import Command, Help, add_commands, error_line, grouped
 from masformer.errors import MasformerError
 
@@ -111,7 +111,7 @@ def main(words: Sequence[str] | None = None) -> int:
         line = figures.pop(LINE, None)
         if json is not None:
             records.write_record(json, ["masformer", *words], masformer.__version__, **figures)
-            console.print(f"figures: {json}", markup=False)
+            say(f"figures: {json}")
         if line is not None:
             print(line)
     except (MasformerError, jsonargparse.ArgumentError) as error:

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from masformer import benchmarks, records
-from masformer.cli.options import LINE, Backend, Figures, ModelOptions, console, lengths_of
+from masformer.cli.options import LINE, Backend, Figures, ModelOptions, console, lengths_of, say
 from masformer.errors import MasformerError
 from masformer.models.checkpoint import load_config
 from masformer.plots import checked_figure, plot_times
@@ -79,7 +79,7 @@ def bench_attention(
 
     found = _measured("attention", "Attention; speed-up over full causal SDPA", measure, plot)
     for why, what in found["left_out"].items():
-        console.print(f"left out: {why} ({'; '.join(what)})", markup=False)
+        say(f"left out: {why} ({'; '.join(what)})")
     return {**shape, "dtype": dtype, "backend": backend, **found}
 
 
@@ -221,5 +221,5 @@ def _measured(
         Console(width=max(console.width, WIDTH)).print(table)
     if plot is not None:
         plot_times(found["results"], plot)
-        console.print(f"picture: {plot}", markup=False)
+        say(f"picture: {plot}")
     return found | {LINE: benchmarks.summary_line(bench, found["results"])}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from masformer.cli.options import Figures, ModelOptions, console
+from masformer.cli.options import Figures, ModelOptions, console, say
 from masformer.cli.parser import INSTEAD
 from masformer.errors import MasformerError
 from masformer.models.checkpoint import check_folder, load_config
@@ -48,7 +48,7 @@ def export(
             f"{model} has no tokenizer, and {target} runs no text without one; put one beside the model"
         )
     export_model(loaded, out, target, tokenizer, overwrite=overwrite)
-    console.print(f"{out}: {chosen}, for {target}; {out}/README.md says how to run it", markup=False)
+    say(f"{out}: {chosen}, for {target}; {out}/README.md says how to run it")
     figures: Figures = {"model": model, "target": target, "plan": str(chosen)}
     if verify:
         found = verify_export(loaded, out, target, python)

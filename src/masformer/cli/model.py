@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from masformer import benchmarks, records
-from masformer.cli.options import Figures, ModelOptions, PlanOptions, console, lengths_of
+from masformer.cli.options import Figures, ModelOptions, PlanOptions, console, lengths_of, say
 from masformer.cost import ModelShape, compare, cost_table
 from masformer.errors import MasformerError
 from masformer.models.checkpoint import check_plan, load_config, save_model
@@ -43,16 +43,16 @@ def show_plan(
         raise MasformerError("--plot draws one plan; give one --plan")
     shape = ModelShape.of(config)
     width = torch.finfo(benchmarks.DTYPES[cache_dtype]).bits // 8
-    console.print(f"{model}: {config.model_type}, {shape.num_layers} layers, {shape.parameters:,} parameters")
+    say(f"{model}: {config.model_type}, {shape.num_layers} layers, {shape.parameters:,} parameters")
     figures = []
     for each in plans.values():
-        console.print(f"\n{picture(each)}\n", markup=False)
+        say(f"\n{picture(each)}\n")
         costs = compare(shape, each, lengths, cache_bytes_per_value=width)
         console.print(cost_table(costs))
         figures.append({"plan": str(each), "costs": [cost.to_dict() for cost in costs]})
         if plot is not None:
             plot_plan(each, plot, max(lengths))
-            console.print(f"attention patterns: {plot}")
+            say(f"attention patterns: {plot}")
     return {"model": model, "cache_dtype": cache_dtype, "plans": figures}
 
 
@@ -77,5 +77,5 @@ def convert(
     chosen = options.one(load_config(model)[1], "a checkpoint")
     loaded, tokenizer = options.load(model, chosen)
     save_model(loaded, out, tokenizer, overwrite=overwrite)
-    console.print(f"{out}: {chosen}", markup=False)
-    console.print(f"load it with masformer.load_model({out!r}); stock transformers refuses it", markup=False)
+    say(f"{out}: {chosen}")
+    say(f"load it with masformer.load_model({out!r}); stock transformers refuses it")

@@ -23,6 +23,11 @@ Backend = Literal["auto", "tiled", "flex", "reference"]
 console = Console(highlight=False, soft_wrap=False)
 
 
+def say(text: str) -> None:
+    """Prints lines as they are: a path is never broken where a terminal or a pipe is narrow."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
 @dataclass(frozen=True)
 class PlanOptions:
     """The options that name plans, the same everywhere; a command that takes them has a parameter of this type."""

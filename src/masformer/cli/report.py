@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from masformer import records, reports
-from masformer.cli.options import console
+from masformer.cli.options import say
 from masformer.errors import MasformerError
 
 
@@ -35,17 +35,17 @@ def report(
         if out is not None or title is not None:
             raise MasformerError("--out and --title are of a report; they do nothing with --into")
         changed = reports.update_tables(into, folder, check=check)
-        console.print(f"{into}: tables {'written' if changed else 'are up to date'}", markup=False)
+        say(f"{into}: tables {'written' if changed else 'are up to date'}")
         return
     target = Path(folder) / "report" if out is None else Path(out)
     found, others = records.read_records(folder, without=[target])
     made = reports.build_report(found, title or Path(folder).resolve().name, others)
     files = made.write(target)
     if others:
-        console.print(f"no records, left out: {', '.join(map(str, others))}", markup=False)
+        say(f"no records, left out: {', '.join(map(str, others))}")
     pages = ", ".join(str(file) for file in files if file.suffix != ".png")
     drawn = sum(file.suffix == ".png" for file in files)
     records_read, drawings = (
         f"{count} {what}{'s' * (count != 1)}" for count, what in ((len(found), "record"), (drawn, "drawing"))
     )
-    console.print(f"{records_read}: {pages}; {drawings}", markup=False)
+    say(f"{records_read}: {pages}; {drawings}")

@@ -6,7 +6,7 @@ import json
 from typing import Literal
 
 from masformer import records
-from masformer.cli.options import Figures, ModelOptions, console, lengths_of
+from masformer.cli.options import Figures, ModelOptions, console, lengths_of, say
 from masformer.errors import MasformerError
 from masformer.evaluation.predictions import BATCH
 from masformer.evaluation.retrieval import (
@@ -106,7 +106,7 @@ def eval_retrieval(
         figure = heat_map([{**result.to_dict(), "score": result.score} for result in results], "score")
         assert figure is not None
         write_figure(figure, plot)
-        console.print(f"heat map: {plot}", markup=False)
+        say(f"heat map: {plot}")
     return {
         "model": model,
         "data": data,
@@ -175,7 +175,7 @@ def write_pairs(
         for pair in progress.track(pairs, total=count, description="pairs"):
             lines.append(json.dumps(pair, ensure_ascii=False) + "\n")
     write_whole(out, "".join(lines))
-    console.print(f"{out}: {count:,} pairs; in a recipe: files [{out}], prompt prompt, target target", markup=False)
+    say(f"{out}: {count:,} pairs; in a recipe: files [{out}], prompt prompt, target target")
 
 
 def _haystack(data: list[str] | None, field: str | None) -> Haystack:

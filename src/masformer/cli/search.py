@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from masformer import placement, records
-from masformer.cli.options import Dtype, Figures, ModelOptions, console
+from masformer.cli.options import Dtype, Figures, ModelOptions, console, say
 from masformer.data import read_documents
 from masformer.errors import MasformerError
 from masformer.evaluation.perplexity import prefix_token, tokenize
@@ -102,8 +102,8 @@ def search(
         )
     console.print(placement.placement_table(result))
     result.save(out, model=model, data=data)
-    console.print(f"{out}: {result.plan}", markup=False)
+    say(f"{out}: {result.plan}")
     if plot is not None:
         placement.plot_search(result, plot)
-        console.print(f"map of the layers: {plot}", markup=False)
+        say(f"map of the layers: {plot}")
     return {"model": model, "data": data, **result.to_dict()}
