@@ -149,10 +149,7 @@ def plot_plan(plan: AttentionPlan, path: str | os.PathLike[str], length: int = 8
         MasformerError: the suffix is unknown, the folder does not exist, or the length is below 1.
     """
     check_int("length", length, 1)
-    path = checked_figure(path)
-    buffer = io.BytesIO()
-    _figure(plan, length).savefig(buffer, format=path.suffix.lower()[1:], dpi=DPI)
-    write_whole(path, buffer.getvalue())
+    write_figure(_figure(plan, length), path)
 
 
 def plot_times(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
@@ -165,7 +162,7 @@ def plot_times(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) 
     Raises:
         MasformerError: the suffix is unknown or the folder does not exist.
     """
-    path = checked_figure(path)
+    checked_figure(path)
     passes = list(dict.fromkeys(row.get("pass") for row in rows))
     figure = Figure(figsize=(6.2 * len(passes), 4.6), facecolor="white", layout="constrained")
     for axes, pass_ in zip(np.atleast_1d(figure.subplots(1, len(passes))), passes, strict=True):
@@ -179,6 +176,16 @@ def plot_times(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) 
         axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7, frameon=False)
+    write_figure(figure, path)
+
+
+def write_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Writes a figure, whole or not at all.
+
+    Raises:
+        MasformerError: the suffix is none of `SUFFIXES`, or the folder does not exist.
+    """
+    path = checked_figure(path)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix.lower()[1:], dpi=DPI)
     write_whole(path, buffer.getvalue())

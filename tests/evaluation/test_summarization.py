@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from masformer import AttentionPlan, FullSpan, MasformerError, apply_plan, cli
-from masformer.evaluation import summarization
+from masformer.evaluation import predictions
 from masformer.evaluation.intervals import bootstrap
 from masformer.evaluation.predictions import METRICS, Prediction
 from masformer.evaluation.prompts import Example, Prompter, Template
@@ -197,7 +197,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_file(model, prompter,
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(summarization, "generate_batch", interrupted)
+    monkeypatch.setattr(predictions, "generate_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         summarize(model, prompter, examples, PLANS, [30, 60], out, **options)
     assert len(lines(out)) == 7  # batches of 2, 2, 1, and 2 again

@@ -13,7 +13,20 @@ import transformers
 
 import masformer
 from masformer import records
-from masformer.cli import bench, evaluate, export, generate, model, report, search, serve, summarization, tour, train
+from masformer.cli import (
+    bench,
+    evaluate,
+    export,
+    generate,
+    model,
+    report,
+    retrieval,
+    search,
+    serve,
+    summarization,
+    tour,
+    train,
+)
 from masformer.cli.options import LINE, console
 from masformer.cli.parser import Command, Help, add_commands, error_line, grouped
 from masformer.errors import MasformerError
@@ -33,6 +46,7 @@ block:SIZE, block:SIZExBLOCKS.
   masformer train --config RECIPE                          train on, with long sequences
   masformer eval perplexity OUT --data FILE --lengths 1024,4096
   masformer eval summarization OUT --data FILE ...         summaries of long documents, by ROUGE
+  masformer eval retrieval OUT --lengths 1024,4096         pass keys and needles, by length and depth
   masformer report FOLDER                                  tables and drawings of what --json recorded
   masformer generate OUT --file report.txt                 from long prompts
   masformer export OUT FOLDER --target vllm                for the tools people use"""
@@ -46,7 +60,12 @@ COMMANDS: dict[str, Any] = {
     "generate": generate.generate,
     "serve": serve.serve,
     "export": export.export,
-    "eval": {"perplexity": evaluate.eval_perplexity, "summarization": summarization.eval_summarization},
+    "eval": {
+        "perplexity": evaluate.eval_perplexity,
+        "summarization": summarization.eval_summarization,
+        "retrieval": retrieval.eval_retrieval,
+    },
+    "pairs": retrieval.write_pairs,
     "bench": {
         "attention": bench.bench_attention,
         "prefill": bench.bench_prefill,

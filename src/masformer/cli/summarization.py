@@ -18,7 +18,8 @@ from masformer.evaluation.prompts import (
     choose_shots,
     read_examples,
 )
-from masformer.evaluation.summarization import BATCH, summarization_tables, summarize
+from masformer.evaluation.predictions import BATCH
+from masformer.evaluation.summarization import summarization_tables, summarize
 from masformer.models.checkpoint import load_config
 from masformer.progress import progress_bar
 

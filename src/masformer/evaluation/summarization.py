@@ -1,14 +1,11 @@
 """Summaries of long documents under several plans and at several lengths of the prompt, scored against references.
 
-Predictions are kept as they are made, one JSON object a line, so that a run that was stopped goes on where it was. All
-prompts of one plan and length are sorted by their length and continued in batches; cut prompts are of one length, so
-that most batches need no padding.
+Predictions are kept as they are made, so that a run that was stopped goes on where it was. Cut prompts are of one
+length, so that most batches need no padding.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -20,17 +17,24 @@ from transformers import PreTrainedModel
 
 from masformer.errors import MasformerError, check_int
 from masformer.evaluation.intervals import Interval, bootstrap
-from masformer.evaluation.predictions import METRICS, Prediction, Predictions
-from masformer.evaluation.prompts import Example, Prompt, Prompter
+from masformer.evaluation.predictions import (
+    BATCH,
+    METRICS,
+    Group,
+    Prediction,
+    Predictions,
+    Request,
+    check_run,
+    fingerprint,
+    model_settings,
+    predict,
+)
+from masformer.evaluation.prompts import Example, Prompter
 from masformer.evaluation.rouge import LONGBENCH, ROUGE
-from masformer.generation import BatchGeneration, generate_batch
-from masformer.models.bridge import apply_plan
 from masformer.models.fingerprint import model_fingerprint
 from masformer.models.positions import position_limit
 from masformer.plan import AttentionPlan
 
-BATCH = 8
-"""Prompts that are continued together."""
 COLUMNS = ("prompt", "R-1", "R-2", "R-L", "R-Lsum", "R-L*")
 
 
@@ -130,82 +134,26 @@ def summarize(
     """
     _check(model, examples, plans, lengths, max_new_tokens, beams, batch)
     common = _settings(model, prompter, max_new_tokens, beams, backend) | dict(settings or {})
-    kept = Predictions(out, common)
+    kept = Predictions(out, common, Prediction)
     weights = model_fingerprint(model)
-    prompts = {length: [prompter.prompt(example, length) for example in examples] for length in lengths}
-    prints = {
-        length: [
-            _fingerprint(weights, common, each.tokens, example.target)
-            for each, example in zip(prompts[length], examples, strict=True)
-        ]
+    groups = [
+        Group(length, [_request(prompter, example, length, weights, common) for example in examples], max_new_tokens)
         for length in lengths
-    }
-    for plan in plans.values():  # what does not belong is named before hours of work
-        for length in lengths:
-            for example, mark in zip(examples, prints[length], strict=True):
-                kept.get(example, str(plan), length, mark)
-    ends = [prompter.tokenizer.eos_token_id] if prompter.tokenizer.eos_token_id is not None else []
-    done, total = 0, len(plans) * sum(len(prompt.tokens) for each in prompts.values() for prompt in each)
-    found: dict[tuple[str, int], list[Prediction]] = {}
-    for name, plan in plans.items():
-        apply_plan(model, plan, backend)
-        for length in lengths:
-            rows, made = prompts[length], prints[length]
-            order = sorted(
-                range(len(examples)), key=lambda index: -len(rows[index].tokens)
-            )  # the longest first: memory
-            todo = [index for index in order if kept.get(examples[index], str(plan), length, made[index]) is None]
-            done += sum(len(prompt.tokens) for prompt in rows) - sum(len(rows[index].tokens) for index in todo)
-            if progress is not None:
-                progress(name, length, done, total)
-            for start in range(0, len(todo), batch):
-                here = todo[start : start + batch]
-                output = generate_batch(
-                    model,
-                    [rows[index].tokens for index in here],
-                    max_new_tokens=max_new_tokens,
-                    end_tokens=ends,
-                    beams=beams,
-                )
-                kept.add(
-                    [
-                        _line(prompter, examples[index], str(plan), length, rows[index], output, row, made[index])
-                        for row, index in enumerate(here)
-                    ]
-                )
-                done += sum(len(rows[index].tokens) for index in here)
-                if progress is not None:
-                    progress(name, length, done, total)
-            lines = [kept.get(each, str(plan), length, key) for each, key in zip(examples, made, strict=True)]
-            found[name, length] = [line for line in lines if line is not None]
-    return _scored(found, plans, examples, lengths)
+    ]
+    found = predict(
+        model, prompter.tokenizer, plans, groups, kept, beams=beams, batch=batch, backend=backend, progress=progress
+    )
+    lines = {(name, group.length): each for name in plans for group, each in zip(groups, found[name], strict=True)}
+    return _scored(lines, plans, examples, lengths)
 
 
-def _line(
-    prompter: Prompter,
-    example: Example,
-    plan: str,
-    length: int,
-    prompt: Prompt,
-    output: BatchGeneration,
-    row: int,
-    fingerprint: str,
-) -> Prediction:
-    made = output.rows[row]
-    text: str = prompter.tokenizer.decode(made.tokens, skip_special_tokens=True)
-    return Prediction(
-        id=example.name,
-        plan=plan,
-        length=length,
-        prediction=text.strip(),
-        reference=example.target,
-        prompt_tokens=len(prompt.tokens),
-        cut_tokens=prompt.cut,
-        new_tokens=len(made.tokens),
-        at_limit=not made.ended,
-        prefill_seconds=round(output.prefill_seconds / len(output.rows), 3),
-        decode_seconds=round(output.decode_seconds / len(output.rows), 3),
-        fingerprint=fingerprint,
+def _request(prompter: Prompter, example: Example, length: int, weights: str, settings: Mapping[str, Any]) -> Request:
+    prompt = prompter.prompt(example, length)
+    return Request(
+        example.name,
+        prompt.tokens,
+        fingerprint(weights, settings, prompt.tokens, example.target),
+        {"reference": example.target, "cut_tokens": prompt.cut},
     )
 
 
@@ -289,10 +237,7 @@ def _settings(
     model: PreTrainedModel, prompter: Prompter, max_new_tokens: int, beams: int, backend: str
 ) -> dict[str, Any]:
     """Everything that all predictions of a file have in common, but for the model's weights."""
-    own = model.generation_config.to_diff_dict() if model.generation_config is not None else {}
-    own.pop("transformers_version", None)
-    return {
-        "dtype": str(model.dtype),
+    return model_settings(model, backend) | {
         "max_new_tokens": max_new_tokens,
         "beams": beams,
         "cut": prompter.cut,
@@ -300,14 +245,7 @@ def _settings(
         "template": prompter.template.text,
         "shots": [shot.name for shot in prompter.shots],
         "shot_tokens": prompter.shot_tokens if prompter.shots else None,
-        "backend": backend,
-        "generation_config": own,
     }
-
-
-def _fingerprint(weights: str, settings: Mapping[str, Any], tokens: Sequence[int], reference: str) -> str:
-    parts = [weights, json.dumps(settings, sort_keys=True, default=str), list(tokens), reference]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def _check(
@@ -319,23 +257,17 @@ def _check(
     beams: int,
     batch: int,
 ) -> None:
-    for name, number in {"max_new_tokens": max_new_tokens, "beams": beams, "batch": batch}.items():
+    for name, number in {"max_new_tokens": max_new_tokens, "beams": beams}.items():
         check_int(name, number, 1)
     if not examples or not plans or not lengths:
         raise MasformerError("nothing to summarize: at least one example, one plan and one length are needed")
     if len({example.name for example in examples}) != len(examples):
         raise MasformerError("two examples have the same name")
-    if len(set(lengths)) != len(lengths):
-        raise MasformerError(f"a length is given twice: {', '.join(map(str, lengths))}")
-    for plan in plans.values():
-        plan.for_layers(model.config.num_hidden_layers)
+    check_run(model, plans, lengths, batch)
     limit = position_limit(model.config)
     for length in lengths:
-        check_int("length", length, 1)
         if limit is not None and length + max_new_tokens > limit:
             raise MasformerError(
                 f"prompts of {length} tokens and {max_new_tokens} new ones are beyond the {limit} positions of the "
                 f"model; allowed: up to {limit} together, or extend them with --max-positions {length + max_new_tokens}"
             )
-    if model.training:
-        raise MasformerError("the model is in training mode; call model.eval() first")

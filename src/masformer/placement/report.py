@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import os
 import textwrap
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from masformer.errors import MasformerError
-from masformer.files import write_whole
 from masformer.placement.result import FOUND, FULL, RANDOM, SearchResult
-from masformer.plots import DPI, FULL_COLOR, INK, SUFFIXES
+from masformer.plots import FULL_COLOR, INK, write_figure
 
 
 def placement_table(result: SearchResult) -> Table:
@@ -69,12 +65,7 @@ def plot_search(result: SearchResult, path: str | os.PathLike[str]) -> None:
     Raises:
         MasformerError: the suffix is unknown, or the folder does not exist.
     """
-    path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise MasformerError(f"cannot tell the format of figure {path}; allowed: {', '.join(SUFFIXES)}")
-    buffer = io.BytesIO()
-    search_figure(result).savefig(buffer, format=path.suffix.lower()[1:], dpi=DPI)
-    write_whole(path, buffer.getvalue())
+    write_figure(search_figure(result), path)
 
 
 def search_figure(result: SearchResult) -> Figure:

@@ -82,9 +82,14 @@ KINDS: Mapping[str, View] = {
         rows=_perplexity_rows,
     ),
     "eval retrieval": View(
-        intro="Finding what is hidden in long prompts, in percent. Intervals are 95% over samples. The right answer's "
-        "tokens are scored as they follow the prompt, without generating.",
-        metrics={"results": ("score", "answer_tokens_right=right answer tokens")},
+        intro="Finding what is hidden in long prompts, in percent of what should be in the generated answer (RULER's "
+        "string match). Intervals are 95% over examples. The effective length is the longest up to which the score "
+        "is above 85.6; 0: none.",
+        tables={
+            "results": ("name=plan", "task", "length", "score", "prompt_tokens=prompt", "seconds"),
+            "effective_lengths": ("name=plan", "task", "effective_length"),
+        },
+        metrics={"results": ("score",)},
     ),
     "eval summarization": View(intro="Summaries of long documents against references; higher is better."),
     "demo": View(

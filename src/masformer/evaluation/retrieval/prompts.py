@@ -52,7 +52,7 @@ class Prober:
         haystack: what things are hidden in.
         seed: of all that is drawn.
         digits: of the numbers; by default those of the task.
-        room: the most tokens to generate, in place of the task's.
+        max_new_tokens: the most tokens to generate, in place of the task's.
 
     Raises:
         MasformerError: a number out of range, or a chat template that is missing.
@@ -66,20 +66,20 @@ class Prober:
         haystack: Haystack | None = None,
         seed: int = 0,
         digits: int | None = None,
-        room: int | None = None,
+        max_new_tokens: int | None = None,
     ) -> None:
         if digits is not None:
             check_digits(digits)
-        if room is not None:
-            check_int("max_new_tokens", room, 1)
+        if max_new_tokens is not None:
+            check_int("max_new_tokens", max_new_tokens, 1)
         self.tokenizer, self.seed, self.digits = tokenizer, seed, digits
         self.haystack = Haystack() if haystack is None else haystack
         self.chat = uses_chat(tokenizer, chat)
-        self._room = room
+        self.max_new_tokens = max_new_tokens
 
     def room(self, task: Task) -> int:
         """The most tokens to generate."""
-        return task.room if self._room is None else self._room
+        return task.room if self.max_new_tokens is None else self.max_new_tokens
 
     def probe(self, task: Task, length: int, depth: float, index: int, stream: str = TESTING) -> Probe:
         """A prompt that, with room for the answer, takes as much of `length` as it can, and never more.
@@ -164,7 +164,7 @@ def training_pairs(
     haystack: Haystack | None = None,
     seed: int = 0,
     digits: int | None = None,
-    room: int | None = None,
+    max_new_tokens: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Pairs to train on, for `masformer train` with `prompt` and `target`: the prompts of `Prober` without chat template.
 
@@ -179,7 +179,7 @@ def training_pairs(
         haystack: as in `Prober`, like the following.
         seed: of all that is drawn.
         digits: of the numbers.
-        room: the most tokens of an answer.
+        max_new_tokens: the most tokens of an answer.
 
     Yields:
         `prompt` and `target`, and the `task`, `length` and `depth`.
@@ -190,7 +190,7 @@ def training_pairs(
     check_int("pairs", pairs, 1)
     if not tasks or not lengths:
         raise MasformerError("pairs need at least one task and one length")
-    prober = Prober(tokenizer, chat=False, haystack=haystack, seed=seed, digits=digits, room=room)
+    prober = Prober(tokenizer, chat=False, haystack=haystack, seed=seed, digits=digits, max_new_tokens=max_new_tokens)
     choose = random.Random(f"{TRAINING} {seed}")
     for index in range(pairs):
         task, length, depth = choose.choice(tasks), choose.choice(lengths), choose.uniform(0, 100)

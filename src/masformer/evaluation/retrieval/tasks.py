@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from masformer.errors import MasformerError, check_int
@@ -201,7 +201,7 @@ def check_digits(digits: int) -> None:
     check_int("digits", digits, 2)
 
 
-def string_match_all(text: str, references: tuple[str, ...]) -> float:
+def string_match_all(text: str, references: Sequence[str]) -> float:
     """RULER's score of one example: the share of references that the text holds, in percent, whatever their case.
 
     Args:

@@ -1,0 +1,70 @@
+"""The pass key, learnt from nothing under three plans: what full and mixed spans find everywhere, local ones find nearby."""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from masformer import AttentionPlan, load_model
+from masformer.evaluation.retrieval import TASKS, Prober, retrieve, training_pairs, word_tokenizer
+from masformer.training.recipe import Recipe
+from masformer.training.run import train
+
+TASK = TASKS["passkey"]
+LENGTH, LAYERS, WINDOW = 224, 3, 16
+DEPTHS = [0.0, 25.0, 50.0, 75.0, 100.0]
+PROMPTS = {"digits": 2, "max_new_tokens": 4}
+SETTINGS = {
+    "model": {
+        "config": {
+            "model_type": "llama",
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+        },
+    },
+    "training": {"steps": 200, "rows": 4, "device_rows": 4, "learning_rate": 3e-3, "warmup_steps": 20},
+    "checkpoints": {"every": None},
+}
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A folder with the tokenizer and the pairs."""
+    folder = tmp_path_factory.mktemp("material")
+    tokenizer = word_tokenizer([TASK], PROMPTS["digits"])
+    tokenizer.save_pretrained(folder / "tokenizer")
+    pairs = training_pairs(tokenizer, [TASK], range(80, LENGTH + 1), 3000, **PROMPTS)
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return folder
+
+
+def scores(plan, material, tmp_path):
+    """Depth -> percent, of a model that was trained under a plan."""
+    source = {"files": [str(material / "pairs.jsonl")], "prompt": "prompt", "target": "target"}
+    model = {**SETTINGS["model"], "tokenizer": str(material / "tokenizer"), "plan": plan}
+    data = {"sources": {"pairs": source}, "length": 1024, "cache": str(material / "cache")}
+    recipe = Recipe.from_dict({**SETTINGS, "output": str(tmp_path / "run"), "model": model, "data": data})
+    trained, tokenizer = load_model(train(recipe, console=Console(quiet=True)).model)
+    plans = {plan: AttentionPlan.parse(plan, LAYERS)}
+    results, reach = retrieve(trained, Prober(tokenizer, **PROMPTS), [TASK], plans, [LENGTH], DEPTHS, 20, batch=50)
+    return {result.depth: result.score.mean for result in results if result.depth is not None}, reach[0].effective_length
+
+
+
+
+@pytest.mark.parametrize("plan", ["full", f"full@1; window:{WINDOW}"])
+def test_full_and_mixed_spans_find_the_pass_key_at_every_depth(plan, material, tmp_path):
+    found, reach = scores(plan, material, tmp_path)
+    assert min(found.values()) >= 95
+    assert reach == LENGTH
+
+
+def test_local_spans_find_it_within_their_reach_alone(material, tmp_path):
+    found, reach = scores(f"window:{WINDOW}", material, tmp_path)
+    assert found.pop(100.0) >= 95
+    assert max(found.values()) <= 15, "one of 90 numbers, by chance"
+    assert reach is None
