@@ -8,6 +8,7 @@ from typing import Literal
 from masformer import records
 from masformer.cli.options import Figures, ModelOptions, console, lengths_of
 from masformer.errors import MasformerError, check_int
+from masformer.evaluation.predictions import BATCH
 from masformer.evaluation.prompts import (
     QUERY,
     SHOT_TOKENS,
@@ -18,7 +19,6 @@ from masformer.evaluation.prompts import (
     choose_shots,
     read_examples,
 )
-from masformer.evaluation.predictions import BATCH
 from masformer.evaluation.summarization import summarization_tables, summarize
 from masformer.models.checkpoint import load_config
 from masformer.progress import progress_bar

@@ -1,7 +1,7 @@
 """The pieces that a study is made of: each is done once, and its result kept as a file of its own.
 
-A unit is one trained model, one measurement or one search. Its file says what it was made with; a unit of other settings
-is refused by name, so that nothing is lost and nothing is mixed up.
+A unit is one trained model, one measurement or one search. Its file says what it was made with; a unit of other
+settings is refused by name, so that nothing is lost and nothing is mixed up.
 """
 
 from __future__ import annotations
