@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,14 @@ def load(model: ModelRecipe, plan: AttentionPlan | None = None) -> tuple[Any, An
 def config_of(model: ModelRecipe) -> PretrainedConfig:
     """A model's config: its own where it is on this machine, else what is expected of it; no hub is asked."""
     if model.source is not None and (model.config is None or Path(model.source).exists()):
-        return load_config(model.source)[0]
+        return _config(model.source)
     return recipe_config(model)[0]
+
+
+@lru_cache(maxsize=16)
+def _config(source: str) -> PretrainedConfig:
+    """Of a model on this machine; that of a .gguf file takes seconds to read."""
+    return load_config(source)[0]
 
 
 def layers_of(model: ModelRecipe) -> int:

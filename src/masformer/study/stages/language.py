@@ -48,8 +48,9 @@ def units(stage: LanguageStage, place: Place) -> list[Unit]:
             made = _name(group, kind, name, seed)
             recipe = _recipe(stage, place, name, seed) if kind == "train" else _long_recipe(stage, place, name, seed)
             work = Perplexity(model_of(recipe), stage.plans[name], stage.text, tuple(stage.lengths), stage.max_tokens)
-            found.append(Unit(made, group, Train(recipe), before if kind == "train" else needs, turn))
-            found.append(Unit(f"{made}/perplexity", group, work, (made,), turn))
+            when = turn if kind == "train" else turn + len(stage.seeds)  # long runs take longest, and come last
+            found.append(Unit(made, group, Train(recipe), before if kind == "train" else needs, when))
+            found.append(Unit(f"{made}/perplexity", group, work, (made,), when))
     return found
 
 
