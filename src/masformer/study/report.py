@@ -19,6 +19,7 @@ from masformer.study.verdicts import Verdict
 SPECS = {"attention": ":.1%", "forward": ":.1%", "cache": ":.1%"}
 TITLES = {
     "name": "plan",
+    "plan": "spans",
     "second_half": "second half",
     "attention": "attention",
     "training_flops": "training",
@@ -59,9 +60,7 @@ def write_report(
     for stage in stages:
         mine = stage.units(stage.settings, place)
         left = [unit.name for unit in mine if unit.name in absent and unit.stage == stage.name]
-        if len(left) < sum(unit.stage == stage.name for unit in mine) or any(
-            unit.name in results for unit in mine if stage.name == "training"
-        ):
+        if not mine or any(unit.name in results for unit in mine):
             found.append((stage, stage.findings(stage.settings, place, results), left))
     report = Report(title)
     report.text(scale.about)

@@ -35,7 +35,7 @@ from masformer.reports.document import slug
 from masformer.spans import Span
 from masformer.study.units import DATA, MODELS, Estimate, Place
 from masformer.training.dry_run import forecast
-from masformer.training.model import END, dtype_of, recipe_config, recipe_tokenizer
+from masformer.training.model import END, dtype_of, new_model, recipe_config, recipe_tokenizer
 from masformer.training.recipe import ModelRecipe, Recipe
 from masformer.training.run import train
 from masformer.training.trainer import METRICS
@@ -64,10 +64,15 @@ class StoppedError(MasformerError):
 def load(model: ModelRecipe, plan: AttentionPlan | None = None) -> tuple[Any, Any]:
     """The model on the default device, in evaluation mode, and its tokenizer.
 
+    Where the recipe names no source, its weights are random.
+
     Raises:
         MasformerError: it cannot be read, or has no tokenizer.
     """
-    assert model.source is not None
+    tokenizer = recipe_tokenizer(model)
+    if model.source is None:
+        config, own = recipe_config(model, tokenizer)
+        return new_model(config, plan or own, model).eval().to(benchmarks.default_device()), tokenizer
     loaded, _ = load_model(
         model.source,
         plan or (None if model.plan is None else AttentionPlan.load(model.plan, layers_of(model))),
@@ -76,7 +81,7 @@ def load(model: ModelRecipe, plan: AttentionPlan | None = None) -> tuple[Any, An
         dtype=dtype_of(model.dtype),
         backend=model.backend,
     )
-    return loaded.to(benchmarks.default_device()), recipe_tokenizer(model)
+    return loaded.to(benchmarks.default_device()), tokenizer
 
 
 def config_of(model: ModelRecipe) -> PretrainedConfig:

@@ -49,8 +49,8 @@ def findings(stage: CostStage, place: Place, results: Results) -> Findings:
     ]
     made = Findings(
         "Cost",
-        "Operations and cache as counted, as shares of all full; and medians of rounds in one run, as times faster "
-        "than transformers by itself. Intervals in the verdicts are 95% over rounds.",
+        "Operations and cache as counted, as shares of all full; and medians of rounds in one run, as times "
+        "faster than transformers by itself. Intervals in the verdicts are 95% over rounds.",
         {"counted": counted},
     )
     for bench in stage.benches:

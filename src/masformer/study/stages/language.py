@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from masformer.study.findings import Findings, Results, Row, attention_share, do
 from masformer.study.losses import Losses
 from masformer.study.scale import FULL, LOCAL, LanguageStage
 from masformer.study.units import DATA, Place, Unit
-from masformer.study.verdicts import Nearness, comes_close, difference, interval, is_no_worse
+from masformer.study.verdicts import OPEN, Nearness, Verdict, comes_close, difference, interval, is_no_worse
 from masformer.study.works import Perplexity, Train, Vocabulary, config_of, layers_of, model_of, recipe_of
 from masformer.training.recipe import Recipe
 
@@ -131,7 +132,7 @@ def language_findings(stage: LanguageStage, place: Place, results: Results) -> F
             if name not in (FULL, LOCAL) and attention_share(stage.plans[name], layers, length) <= CHEAP
         }
         claim = "A few full layers come close to full attention at a quarter of the attention cost."
-        made.verdicts.append(comes_close(claim, cheap, "nats"))
+        made.verdicts.append(_known(comes_close(claim, cheap, "nats"), stage))
     longest = [row for row in rows if row["length"] == length]
     if len(longest) > 1:
         points = [(str(row["name"]), float(row["attention"]), row["second_half"]) for row in longest]
@@ -187,10 +188,17 @@ def training_findings(stage: LanguageStage, place: Place, results: Results) -> F
                 )
     made.rows["ways"] = compared
     if stage.long:
-        claim = "Training short and then converting is as good as training long from the beginning, for less."
+        claim = "Training short and then converting is as good as training long from the beginning."
         named = {f"{name}, converted less long": each for name, each in differences.items()}
-        made.verdicts.append(is_no_worse(claim, named))
+        made.verdicts.append(_known(is_no_worse(claim, named), stage))
     return made
+
+
+def _known(verdict: Verdict, stage: LanguageStage) -> Verdict:
+    """With one seed it is said that nothing is known of others."""
+    if len(stage.seeds) > 1 or verdict.answer == OPEN:
+        return verdict
+    return replace(verdict, why=f"{verdict.why} (one seed: the intervals know documents alone)")
 
 
 def _what(stage: LanguageStage) -> str:

@@ -51,7 +51,8 @@ def findings(stage: SpansStage, place: Place, results: Results) -> Findings:
     made = Findings(
         "Which local span",
         f"Perplexity of {stage.text.place} at {length:,} tokens with one span at all local layers, {beside}, without "
-        "any training; attention is the share of the attention operations of all full. Intervals are 95% over documents.",
+        "any training; attention is the share of the attention operations of all full. Intervals are 95% over "
+        "documents.",
     )
     for title, spans in stage.groups.items():
         made.rows[title] = [
