@@ -46,7 +46,7 @@ def eval_retrieval(
     out: str | None = None,
     plot: str | None = None,
 ) -> Figures:
-    """Finding what is hidden in long prompts: the pass key and tasks of RULER, by length and by depth; plans share one load.
+    """Finding what is hidden in long prompts, pass keys and RULER's tasks, by length and depth; plans share one load.
 
     Args:
         tasks: passkey, niah_single, niah_multikey, niah_multivalue, variable_tracking; separated by commas.
@@ -57,7 +57,7 @@ def eval_retrieval(
         field: key of the text in JSONL files (default: text).
         raw: take the prompt as it is, without the chat template.
         digits: of the numbers that are hidden; by default those of the papers, 5 to 7.
-        max_new_tokens: the most tokens to generate; by default RULER's 128 (30 for variable tracking), and 16 for a pass key.
+        max_new_tokens: the most tokens to generate; by default RULER's 128 (variable tracking 30, pass key 16).
         batch: prompts that are continued together.
         seed: of the prompts.
         out: file for the predictions, as JSON lines; a run that was stopped goes on from it.

@@ -78,8 +78,8 @@ def insert(sentences: Sequence[str], needles: Sequence[tuple[float, str]]) -> st
 
     Args:
         sentences: of the haystack.
-        needles: (depth, sentence): between sentences, as near as can be to that share of the haystack's words (0: before
-            them all, 1: after them all). Needles of equal depth keep their order.
+        needles: (depth, sentence): between sentences, as near as can be to that share of the haystack's words (0:
+            before them all, 1: after them all). Needles of equal depth keep their order.
     """
     ends = list(accumulate((len(sentence.split()) for sentence in sentences), initial=0))
     places: dict[int, list[str]] = {}

@@ -32,7 +32,7 @@ from masformer.models.positions import position_limit
 from masformer.plan import AttentionPlan
 
 THRESHOLD = 85.6
-"""Percent that the score must exceed for a length to count as effective: Llama-2-7B's at 4096 tokens (RULER, section 4)."""
+"""Percent that the score must exceed for a length to count as effective: Llama-2-7B's at 4k (RULER, section 4)."""
 ALL = "all"
 """In place of a task: the mean of all tasks."""
 
@@ -84,7 +84,9 @@ class RetrievalResult:
     score: Interval
 
     @classmethod
-    def of(cls, name: str, plan: str, task: str, length: int, depth: float | None, lines: Sequence[Retrieved]) -> Any:
+    def of(
+        cls, name: str, plan: str, task: str, length: int, depth: float | None, lines: Sequence[Retrieved]
+    ) -> RetrievalResult:
         """Of its predictions."""
         return cls(
             name=name,

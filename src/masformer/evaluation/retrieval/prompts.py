@@ -84,8 +84,8 @@ class Prober:
     def probe(self, task: Task, length: int, depth: float, index: int, stream: str = TESTING) -> Probe:
         """A prompt that, with room for the answer, takes as much of `length` as it can, and never more.
 
-        The first needle stands at the depth; further ones of the same answer stand at random places after it, those that
-        are not asked for anywhere.
+        The first needle stands at the depth; further ones of the same answer stand at random places after it, those
+        that are not asked for anywhere.
 
         Args:
             task: what is hidden and asked for.
@@ -117,8 +117,8 @@ class Prober:
         alone = len(tokens)
         if alone >= wanted:
             raise MasformerError(
-                f"{task.name}: a length of {length} tokens has no room for a haystack: the question, what is hidden and "
-                f"{self.room(task)} tokens of an answer take {alone + self.room(task)}; give more --lengths"
+                f"{task.name}: a length of {length} tokens has no room for a haystack: the question, what is hidden "
+                f"and {self.room(task)} tokens of an answer take {alone + self.room(task)}; give more --lengths"
             )
         fits, beyond = 0, wanted - alone + 1  # in words, each of a token or more
         guess = beyond // 2
@@ -155,6 +155,24 @@ def _worked(task: Task, choose: random.Random, digits: int) -> str:
     return f"{question} {begun}{task.answer(hidden)}\n\n"
 
 
+def graded_lengths(shortest: int, longest: int) -> list[int]:
+    """Lengths for `training_pairs` of a model that knows nothing yet: 100 from the shortest to the longest, most short.
+
+    A short prompt holds little but what is asked for, so that a model learns what to look for there and the rest from
+    longer ones; from long ones alone a plan with one full layer learns nothing in the same time.
+
+    Args:
+        shortest: tokens of prompt and answer together.
+        longest: likewise.
+
+    Raises:
+        MasformerError: they are not in this order.
+    """
+    check_int("shortest length", shortest, 1)
+    check_int("longest length", longest, shortest)
+    return [shortest + round((longest - shortest) * (step / 99) ** 3) for step in range(100)]
+
+
 def training_pairs(
     tokenizer: Any,
     tasks: Sequence[Task],
@@ -166,7 +184,7 @@ def training_pairs(
     digits: int | None = None,
     max_new_tokens: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Pairs to train on, for `masformer train` with `prompt` and `target`: the prompts of `Prober` without chat template.
+    """Pairs for `masformer train` with `prompt` and `target`: the prompts of `Prober` without chat template.
 
     Task, length and depth are drawn at random for each; numbers, keys and places are of another stream than those that
     are tested.

@@ -1,5 +1,5 @@
-"""What is hidden and asked for: the pass key of Mohtashami & Jaggi (arXiv 2305.16300, appendix B), and four tasks of RULER
-(Hsieh et al., arXiv 2404.06654, appendix B) in RULER's own words.
+"""What is hidden and asked for: the pass key of Mohtashami & Jaggi (arXiv 2305.16300), and four tasks of RULER (Hsieh
+et al., arXiv 2404.06654) in RULER's own words.
 
 | task | hidden | asked for |
 |---|---|---|

@@ -31,7 +31,9 @@ def word_tokenizer(tasks: Sequence[Task], digits: int) -> PreTrainedTokenizerFas
     """
     check_digits(digits)
     if digits > MOST_DIGITS:
-        raise MasformerError(f"numbers of {digits} digits are too many for tokens of their own; allowed: 2, {MOST_DIGITS}")
+        raise MasformerError(
+            f"numbers of {digits} digits are too many for tokens of their own; allowed: 2, {MOST_DIGITS}"
+        )
     if TASKS["variable_tracking"] in tasks:
         allowed = ", ".join(name for name in TASKS if name != "variable_tracking")
         raise MasformerError(f"a word tokenizer cannot hold the variables of variable_tracking; allowed: {allowed}")
