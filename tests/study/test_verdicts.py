@@ -12,6 +12,7 @@ from masformer.study.verdicts import (
     difference,
     interval,
     is_better,
+    is_different,
     is_faster,
     is_no_worse,
 )
@@ -74,6 +75,7 @@ def test_nothing_is_claimed_of_one_measurement():
     assert near.answer == OPEN
     assert is_better("c", Interval(-1, -1, -1, 1), "a less b").answer == OPEN
     assert is_no_worse("c", {"a": Interval(-1, -1, -1, 1)}).answer == OPEN
+    assert is_different("c", Interval(1, 1, 1, 1), "a less b").answer == OPEN
     assert is_faster("c", {"a": Interval(2, 2, 2, 1)}).answer == OPEN
 
 
@@ -106,6 +108,13 @@ def test_an_interval_decides(low, high, better, no_worse, faster):
     assert is_better("c", found, "a less b").answer == better
     assert is_no_worse("c", {"a less b": found}).answer == no_worse
     assert is_faster("c", {"a": found}).answer == faster
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "answer"), [(0.02, 0.3, HOLDS), (-0.1, 0.3, OPEN), (0.0, 0.01, FAILS), (0.002, 0.005, FAILS)]
+)
+def test_a_difference_that_is_too_small_is_none(low, high, answer):
+    assert is_different("c", Interval((low + high) / 2, low, high, 8), "worst less best").answer == answer
 
 
 def test_all_must_be_no_worse_and_all_faster():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
@@ -67,7 +66,11 @@ def reproduce(
             place,
             lambda name, done, total: progress.update(task, description=name, completed=done, total=total),
         )
-    command = ["masformer", *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:])]
+    command = ["masformer", "reproduce", "--scale", Path(scale).name, "--out", Path(out).name]
+    command += [word for each in stage or () for word in ("--stage", each)]
+    command += [] if model is None else ["--model", Path(model).name if Path(model).exists() else model]
+    command += ["--data"] * bool(files)
+    command += [f"{name}={Path(path).name}" for name, paths in files.items() for path in paths]
     verdicts = study.write_report(
         settings,
         study.stages_of(settings),

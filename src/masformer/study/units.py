@@ -93,7 +93,7 @@ class Place:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._content: dict[int, str] = {}
+        self._content: dict[str, str] = {}
         self._prints: dict[str, str] = {}
 
     def make(self) -> None:
@@ -169,7 +169,7 @@ class Place:
             path = Path(value)
             if path.is_relative_to(self.folder):
                 return f"{HERE}/{path.relative_to(self.folder).as_posix()}"
-            if path.is_absolute() or (path.name != str(value) and path.exists()):
+            if path.is_absolute() or (path.name != str(value) and _exists(path)):
                 return path.name
         return value
 
@@ -185,9 +185,10 @@ class Place:
         return self._prints[unit.name]
 
     def _text(self, source: Source) -> str:
-        if id(source) not in self._content:
-            self._content[id(source)] = source.fingerprint()
-        return self._content[id(source)]
+        key = repr(source)
+        if key not in self._content:
+            self._content[key] = source.fingerprint()
+        return self._content[key]
 
 
 def in_order(units: Sequence[Unit]) -> list[Unit]:
@@ -214,6 +215,14 @@ def in_order(units: Sequence[Unit]) -> list[Unit]:
     for unit in sorted(by_name.values(), key=lambda unit: unit.turn):
         add(unit)
     return list(found.values())
+
+
+def _exists(path: Path) -> bool:
+    """Also of text that is too long for a path."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -131,6 +131,21 @@ def is_better(claim: str, found: Interval, what: str, unit: str = "nats") -> Ver
     return Verdict(claim, answer, f"{what}: {signed(found)} {unit}")
 
 
+def is_different(claim: str, found: Interval, what: str, unit: str = "nats") -> Verdict:
+    """Whether a difference is certainly above 0; not, where it is certainly within `MARGIN`.
+
+    Args:
+        claim: in a sentence.
+        found: the worst less the best.
+        what: was compared.
+        unit: of the values.
+    """
+    if _lone(found):
+        return Verdict(claim, OPEN, f"{what}: one measurement gives no interval")
+    answer = FAILS if found.high <= MARGIN else HOLDS if found.low > 0 else OPEN
+    return Verdict(claim, answer, f"{what}: {signed(found)} {unit}")
+
+
 def is_no_worse(claim: str, found: dict[str, Interval], unit: str = "nats") -> Verdict:
     """Whether all differences are at most `MARGIN` for certain; not, where one is above for certain.
 

@@ -11,7 +11,7 @@ from masformer.study.findings import Findings, Results, attention_share
 from masformer.study.losses import Losses
 from masformer.study.scale import FULL, LOCAL, WhereStage
 from masformer.study.units import Place, Unit
-from masformer.study.verdicts import FAILS, HOLDS, OPEN, Verdict, difference, is_better, signed
+from masformer.study.verdicts import difference, is_better, is_different
 from masformer.study.works import Perplexity, Search, layers_of
 
 STAGE = "where"
@@ -79,11 +79,7 @@ def findings(stage: WhereStage, place: Place, results: Results) -> Findings:
         ordered = sorted(rules, key=lambda name: difference(late[name], late[rules[0]], weights).mean)
         best, worst = ordered[0], ordered[-1]
         apart = difference(late[worst], late[best], weights)
-        sure = apart.count > 1
-        answer = HOLDS if sure and apart.low > 0 else FAILS if sure and apart.high < 0 else OPEN
-        made.verdicts.append(
-            Verdict("It matters which layers are full.", answer, f"{worst} less {best}: {signed(apart)} nats")
-        )
+        made.verdicts.append(is_different("It matters which layers are full.", apart, f"{worst} less {best}"))
         if FOUND in late:
             claim = "Layers that a search finds are better than every rule."
             made.verdicts.append(is_better(claim, difference(late[FOUND], late[best], weights), f"found less {best}"))
