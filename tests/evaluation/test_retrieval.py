@@ -329,7 +329,7 @@ def test_names_and_numbers_that_are_not_allowed(tokenizer):
 # What is trained on
 
 
-def test_pairs_are_the_prompts_of_the_test_and_never_the_tested_ones(tokenizer, tmp_path):
+def test_pairs_have_the_form_of_tested_prompts_and_random_numbers_of_their_own(tokenizer, tmp_path):
     lengths = graded_lengths(110, 130)
     assert (min(lengths), max(lengths), len(lengths), sorted(lengths)) == (110, 130, 100, lengths)
     assert sum(length < 115 for length in lengths) > 50

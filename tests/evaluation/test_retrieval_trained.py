@@ -13,6 +13,7 @@ from masformer.training.run import train
 TASK = TASKS["passkey"]
 LENGTH, LAYERS, WINDOW = 160, 3, 20
 DEPTHS = [0.0, 25.0, 50.0, 100.0]
+EXAMPLES = 20
 REACH = LAYERS * (WINDOW - 1)
 PROMPTS = {"digits": 2, "max_new_tokens": 4}
 SETTINGS = {
@@ -36,12 +37,15 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):
-    """A folder with the tokenizer and the pairs."""
+    """A folder with the tokenizer and the pairs, none of which is tested."""
     folder = tmp_path_factory.mktemp("material")
     tokenizer = word_tokenizer([TASK], PROMPTS["digits"])
     tokenizer.save_pretrained(folder / "tokenizer")
+    prober = Prober(tokenizer, **PROMPTS)
+    tested = {prober.probe(TASK, LENGTH, depth, index).text for depth in DEPTHS for index in range(EXAMPLES)}
     pairs = training_pairs(tokenizer, [TASK], graded_lengths(62, LENGTH), 2000, **PROMPTS)
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    lines = [json.dumps(pair) + "\n" for pair in pairs if pair["prompt"] not in tested]
+    (folder / "pairs.jsonl").write_text("".join(lines))
     return folder
 
 
@@ -53,7 +57,9 @@ def scores(plan, material, tmp_path):
     recipe = Recipe.from_dict({**SETTINGS, "output": str(tmp_path / "run"), "model": model, "data": data})
     trained, tokenizer = load_model(train(recipe, console=Console(quiet=True)).model)
     plans = {plan: AttentionPlan.parse(plan, LAYERS)}
-    results, reach = retrieve(trained, Prober(tokenizer, **PROMPTS), [TASK], plans, [LENGTH], DEPTHS, 20, batch=50)
+    results, reach = retrieve(
+        trained, Prober(tokenizer, **PROMPTS), [TASK], plans, [LENGTH], DEPTHS, EXAMPLES, batch=50
+    )
     found = {result.depth: result.score.mean for result in results if result.depth is not None}
     return found, reach[0].effective_length
 

@@ -156,7 +156,7 @@ def write_pairs(
         field: key of the text in JSONL files (default: text).
         digits: of the numbers that are hidden; by default those of the papers, 5 to 7.
         max_new_tokens: room for the answer within the length; by default as in eval retrieval.
-        seed: of the pairs; none is drawn as those of eval retrieval are, whatever the seed.
+        seed: of the pairs; their random numbers are others than those of eval retrieval, whatever the seed.
 
     Example:
         masformer pairs MODEL pairs.jsonl --count 10000 --tasks passkey,niah_single --lengths 512,1024,2048

@@ -187,7 +187,7 @@ def training_pairs(
     """Pairs for `masformer train` with `prompt` and `target`: the prompts of `Prober` without chat template.
 
     Task, length and depth are drawn at random for each; numbers, keys and places are of another stream than those that
-    are tested.
+    are tested. With numbers of two digits, a tested prompt may still come up by chance.
 
     Args:
         tokenizer: of transformers.
