@@ -16,9 +16,11 @@ FILE = Path(__file__).parent.parent / "README.md"
 README = FILE.read_text(encoding="utf-8")
 
 
-def test_its_tables_are_those_of_the_records():
-    assert "<!-- table: " in README
-    update_tables(FILE, FILE.parent / "benchmarks" / "results", check=True)
+@pytest.mark.parametrize("name", ["README.md", "docs/evaluation.md"])
+def test_tables_are_those_of_the_records(name):
+    file = FILE.parent / name
+    assert "<!-- table: " in file.read_text(encoding="utf-8")
+    update_tables(file, FILE.parent / "benchmarks" / "results", check=True)
 
 
 def blocks(language):

@@ -20,6 +20,7 @@ from masformer.cli import (
     generate,
     model,
     report,
+    reproduce,
     retrieval,
     search,
     serve,
@@ -47,6 +48,7 @@ block:SIZE, block:SIZExBLOCKS.
   masformer eval perplexity OUT --data FILE --lengths 1024,4096
   masformer eval summarization OUT --data FILE ...         summaries of long documents, by ROUGE
   masformer eval retrieval OUT --lengths 1024,4096         pass keys and needles, by length and depth
+  masformer reproduce --scale tiny --out DIR               the experiments of the paper as one report
   masformer report FOLDER                                  tables and drawings of what --json recorded
   masformer generate OUT --file report.txt                 from long prompts
   masformer export OUT FOLDER --target vllm                for the tools people use"""
@@ -73,6 +75,7 @@ COMMANDS: dict[str, Any] = {
         "train": bench.bench_train,
     },
     "report": report.report,
+    "reproduce": reproduce.reproduce,
 }
 
 

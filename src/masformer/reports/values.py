@@ -60,7 +60,7 @@ def show(value: Any, key: str = "", spec: str | None = None) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(show(each, key, spec) for each in value) or NOTHING
     if isinstance(value, str):
-        return Code(value) if is_plan(value) else value
+        return Code(value) if is_plan(value) else " ".join(value.split())  # a cell is one line
     unit = spec if spec is not None else next((unit for unit in ("bytes", "flops") if _ends_with(key, unit)), None)
     if isinstance(value, Interval):
         parts = (value.mean, value.low, value.high)

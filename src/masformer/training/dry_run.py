@@ -113,6 +113,20 @@ def dry_run(recipe: Recipe, console: Console) -> Forecast:
     Raises:
         MasformerError: the recipe cannot be carried out.
     """
+    for source in (*recipe.data.sources.values(), *recipe.evaluation.sources.values()):
+        source.check()
+    found = forecast(recipe)
+    for line in forecast_lines(found, recipe):
+        console.print(line, markup=False, soft_wrap=True)
+    return found
+
+
+def forecast(recipe: Recipe) -> Forecast:
+    """What a recipe would do; files of texts need not be there unless the steps depend on them.
+
+    Raises:
+        MasformerError: the model cannot be what the recipe makes of it.
+    """
     notes: list[str] = []
     config, own = _config(recipe, notes)
     plan = recipe_plan(recipe.model, own)
@@ -120,13 +134,12 @@ def dry_run(recipe: Recipe, console: Console) -> Forecast:
     shape = ModelShape.of(config)
     trained, total = _counts(recipe, model)
     for source in (*recipe.data.sources.values(), *recipe.evaluation.sources.values()):
-        source.check()
         if source.hub:
             notes.append(f"dataset {source.hub} was not asked for")
     steps = recipe.training.steps or _steps(recipe, notes)
     (comparison,) = compare(shape, plan, [recipe.data.length])
     per_row = comparison.plan.training_flops + comparison.plan.forward_flops * recipe.training.checkpointing
-    forecast = Forecast(
+    return Forecast(
         kind=config.model_type,
         parameters=total,
         trained=trained,
@@ -139,9 +152,6 @@ def dry_run(recipe: Recipe, console: Console) -> Forecast:
         memory=estimate_memory(recipe, model.config, shape, plan, total, trained),
         notes=tuple(notes),
     )
-    for line in forecast_lines(forecast, recipe):
-        console.print(line, markup=False, soft_wrap=True)
-    return forecast
 
 
 def forecast_lines(forecast: Forecast, recipe: Recipe) -> Iterator[str]:

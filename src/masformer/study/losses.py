@@ -1,0 +1,56 @@
+"""Losses of one plan, by seed and document, from the results of its units."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from masformer.evaluation.perplexity import exp_or_inf
+from masformer.evaluation.perplexity.measure import exp_interval
+from masformer.study.findings import Row
+from masformer.study.verdicts import Values, interval
+
+
+class Losses:
+    """What `masformer.study.works.Perplexity` measured of one plan.
+
+    Args:
+        parts: its results, one a seed.
+    """
+
+    def __init__(self, parts: Sequence[dict[str, Any]]) -> None:
+        self._by_length = [{row["length"]: row for row in part["results"]} for part in parts]
+
+    def _documents(self, length: int, key: str) -> list[dict[str, Any]]:
+        return [rows[length][key] for rows in self._by_length]
+
+    def late(self, length: int) -> Values:
+        """[seeds][documents] mean loss in the second half of windows of that length, in nats."""
+        return _means(self._documents(length, "second_half_by_document"))
+
+    def weights(self, length: int) -> list[float]:
+        """Predicted tokens of each document in the second half."""
+        found: list[float] = self._documents(length, "second_half_by_document")[0]["tokens"]
+        return found
+
+    def row(self, length: int) -> Row:
+        """Perplexity of all tokens and of the second half, with intervals, and how many seeds and documents."""
+        whole = self._documents(length, "by_document")
+        found: Row = {"perplexity": exp_interval(interval(_means(whole), whole[0]["tokens"]))}
+        found["second_half"] = exp_interval(interval(self.late(length), self.weights(length)))
+        return found | {"seeds": len(whole), "documents": len(whole[0]["tokens"])}
+
+    def positions(self, length: int) -> list[Row]:
+        """Perplexity by position in the window, the mean over seeds."""
+        found = []
+        for buckets in zip(*(rows[length]["buckets"] for rows in self._by_length), strict=True):
+            losses = [bucket["nll"] for bucket in buckets if bucket["nll"] is not None]
+            if losses:
+                first = buckets[0]
+                place = f"{first['start']}-{first['end'] - 1}"
+                found.append({"position": place, "perplexity": exp_or_inf(sum(losses) / len(losses))})
+        return found
+
+
+def _means(documents: Sequence[dict[str, Any]]) -> list[list[float]]:
+    return [[nll / tokens for nll, tokens in zip(each["nll"], each["tokens"], strict=True)] for each in documents]

@@ -1,0 +1,131 @@
+"""The report of a study, and a record of each stage beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from masformer import __version__
+from masformer.records import environment, write_record
+from masformer.reports import Code, Report, Section, Table
+from masformer.reports.rows import Column, keys_of, table, words
+from masformer.study.findings import Findings, Row
+from masformer.study.run import Stage, results_of
+from masformer.study.scale import Scale
+from masformer.study.units import Place
+from masformer.study.verdicts import Verdict
+
+SPECS = {"attention": ":.1%", "forward": ":.1%", "cache": ":.1%"}
+TITLES = {
+    "name": "plan",
+    "plan": "spans",
+    "second_half": "second half",
+    "attention": "attention",
+    "training_flops": "training",
+    "rougeL": "ROUGE-L",
+    "median": "median, s",
+    "speedup": "times as fast",
+    "ideal": "by operations",
+}
+
+
+def write_report(
+    scale: Scale,
+    stages: Sequence[Stage],
+    place: Place,
+    title: str,
+    command: Sequence[str],
+    seconds: float | None = None,
+) -> list[Verdict]:
+    """Writes report.md, report.html and a record of each stage, of what is there.
+
+    Args:
+        scale: of the study.
+        stages: all that are reported on.
+        place: of the results.
+        title: of the report.
+        command: the words of the command line.
+        seconds: that the study took.
+
+    Returns:
+        The verdicts.
+
+    Raises:
+        MasformerError: a file cannot be written.
+    """
+    results, missing = results_of(stages, place)
+    absent = {unit.name for unit in missing}
+    found: list[tuple[Stage, Findings, list[str]]] = []
+    for stage in stages:
+        mine = stage.units(stage.settings, place)
+        left = [unit.name for unit in mine if unit.name in absent and unit.stage == stage.name]
+        if not mine or any(unit.name in results for unit in mine):
+            found.append((stage, stage.findings(stage.settings, place, results), left))
+    report = Report(title)
+    report.text(scale.about)
+    verdicts = [verdict for _, findings, _ in found for verdict in findings.verdicts]
+    if verdicts:
+        report.section("Verdicts").table(_verdicts(verdicts))
+    nothing = [stage.name for stage in stages if stage.name not in [each.name for each, _, _ in found]]
+    for stage, findings, left in found:
+        _add(report, findings, left)
+        record: dict[str, Any] = findings.to_dict() | {"stage": stage.name, "missing": left}
+        write_record(place.folder / f"{stage.name}.json", command, __version__, **record)
+    if nothing:
+        report.text("Not run yet: ", ", ".join(nothing), ".")
+    made = report.section("How it was made")
+    made.code(" ".join(command))
+    facts = environment()
+    parts = [f"masformer {__version__}", *(f"{name} {version}" for name, version in facts["versions"].items())]
+    parts += [str(facts["device"]), f"{facts['threads']} threads"]
+    if seconds is not None:
+        parts.append(f"{seconds / 60:.1f} minutes for what this command did")
+    made.text("; ".join(parts) + ".", small=True)
+    made.text(
+        "The records beside this file hold every row; ",
+        Code("units"),
+        " holds the raw result of each unit.",
+        small=True,
+    )
+    report.write(place.folder)
+    return verdicts
+
+
+def _add(report: Report, findings: Findings, left: Sequence[str]) -> Section:
+    section = report.section(findings.title)
+    section.text(findings.intro)
+    for verdict in findings.verdicts:
+        section.text(f"{verdict.claim} {verdict.answer[0].upper()}{verdict.answer[1:]}: {verdict.why}.")
+    for title, rows in findings.rows.items():
+        if rows:
+            section.table(_table(title, rows))
+    for name, figure, caption in findings.drawings:
+        section.figure(name, figure, caption)
+    if left:
+        section.text("Missing, not run yet: ", ", ".join(left), small=True)
+    return section
+
+
+def _table(title: str, rows: Sequence[Row]) -> Table:
+    """Columns that hold something; of rows with depths, the one line that holds all depths."""
+    note = ""
+    if any(row.get("depth") is not None for row in rows):
+        rows = [row for row in rows if row["depth"] is None]
+        note = "over all depths"
+    keys = [key for key in keys_of(rows) if any(row.get(key) is not None for row in rows)]
+    columns = [Column.parse(f"{key}{SPECS.get(key, '')}={TITLES.get(key, words(key))}") for key in keys]
+    return table(rows, columns, "" if title == "results" else title, note)
+
+
+def _verdicts(verdicts: Sequence[Verdict]) -> Table:
+    return Table(
+        columns=("claim", "verdict", "why"),
+        rows=tuple((verdict.claim, verdict.answer, verdict.why) for verdict in verdicts),
+        numeric=(False, False, False),
+    )
+
+
+def report_files(place: Place) -> list[Path]:
+    """What is meant to be read."""
+    return [place.folder / "report.md", place.folder / "report.html"]

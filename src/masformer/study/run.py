@@ -1,0 +1,208 @@
+"""Runs a study: its units one after the other, each once, and the report of what is there."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table as Lines
+
+from masformer.cost import bytes_text, flops_text
+from masformer.errors import MasformerError
+from masformer.files import write_whole
+from masformer.settings import check_choice
+from masformer.study.findings import Findings, Results
+from masformer.study.scale import Scale
+from masformer.study.stages import cost, generation, language, recall, spans, where
+from masformer.study.units import Place, Unit, in_order
+from masformer.study.works import Train
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a study.
+
+    Attributes:
+        name: of it.
+        settings: its part of the scale.
+        units: makes its units.
+        findings: what their results say.
+    """
+
+    name: str
+    settings: Any
+    units: Callable[[Any, Place], list[Unit]]
+    findings: Callable[[Any, Place, Results], Findings]
+
+
+STAGES = ("recall", "where", "spans", "cost", "language", "training", "generation")
+"""In the order in which they are run."""
+
+
+def stages_of(scale: Scale, chosen: Sequence[str] = ()) -> list[Stage]:
+    """The stages that a scale has.
+
+    Args:
+        scale: of them.
+        chosen: their names; none: all.
+
+    Raises:
+        MasformerError: a name that is none, or of a stage that this scale does not have.
+    """
+    every = (
+        Stage("recall", scale.recall, recall.units, recall.findings),
+        Stage("where", scale.where, where.units, where.findings),
+        Stage("spans", scale.spans, spans.units, spans.findings),
+        Stage("cost", scale.cost, cost.units, cost.findings),
+        Stage("language", scale.language, language.units, language.language_findings),
+        Stage("training", scale.language if _trained_on(scale) else None, language.units, language.training_findings),
+        Stage("generation", scale.generation, generation.units, generation.findings),
+    )
+    there = {stage.name: stage for stage in every if stage.settings is not None}
+    for name in chosen:
+        check_choice("--stage", name, STAGES)
+        if name not in there:
+            raise MasformerError(f"this scale has no stage {name}; it has {', '.join(there)}")
+    return [stage for name, stage in there.items() if not chosen or name in chosen]
+
+
+def _trained_on(scale: Scale) -> bool:
+    """Whether there is more to say of training than what it ends with."""
+    return scale.language is not None and bool(scale.language.long or scale.language.recipe.get("evaluation"))
+
+
+def units_of(stages: Sequence[Stage], place: Place) -> list[Unit]:
+    """Their units, in the order in which they are run; each once."""
+    found: dict[str, Unit] = {}
+    for stage in stages:
+        mine = {unit.name: unit for unit in stage.units(stage.settings, place)}
+        wanted = [unit for unit in mine.values() if unit.stage == stage.name]
+        if stage.name == language.TRAINING:
+            wanted = list(mine.values())  # what goes on from short sequences is held against it
+        for unit in wanted:
+            found |= {name: mine[name] for name in _needed(unit, mine)} | {unit.name: unit}
+    return in_order(list(found.values()))
+
+
+def _needed(unit: Unit, units: Mapping[str, Unit]) -> list[str]:
+    return [name for need in unit.needs for name in (*_needed(units[need], units), need)]
+
+
+def run_study(
+    stages: Sequence[Stage],
+    place: Place,
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> None:
+    """Does the units that are not done yet.
+
+    Args:
+        stages: of `stages_of`.
+        place: where results are kept.
+        progress: called with (name of the unit, units done, units in all), before each unit and at the end.
+
+    Raises:
+        MasformerError: something cannot be done, or results are there that were made with other settings.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise MasformerError(
+            "a study runs in one process; on several GPUs write its recipes with --recipes, train them with torchrun "
+            "and masformer train, and go on from there"
+        )
+    place.make()
+    units = units_of(stages, place)
+    by_name = {unit.name: unit for unit in units}
+    todo = [unit for unit in units if place.result(unit, by_name) is None]
+    done = len(units) - len(todo)
+    for unit in todo:
+        progress(unit.name, done, len(units))
+        began = time.monotonic()
+        result = unit.work.run(place, unit.name)
+        place.keep(unit, by_name, result, time.monotonic() - began)
+        done += 1
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    progress("", done, len(units))
+
+
+def results_of(stages: Sequence[Stage], place: Place) -> tuple[dict[str, dict[str, Any]], list[Unit]]:
+    """What is there, and the units that are missing."""
+    units = units_of(stages, place)
+    by_name = {unit.name: unit for unit in units}
+    found, missing = {}, []
+    for unit in units:
+        result = place.result(unit, by_name)
+        if result is None:
+            missing.append(unit)
+        else:
+            found[unit.name] = result
+    return found, missing
+
+
+def write_recipes(units: Sequence[Unit], folder: Path) -> list[Path]:
+    """The recipes of all training runs as files, for `masformer train --config FILE --resume` on other machines."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MasformerError(f"cannot make folder {folder}: {error.strerror}") from None
+    found = []
+    for unit in units:
+        if isinstance(unit.work, Train):
+            found.append(folder / f"{unit.slug}.yaml")
+            write_whole(found[-1], unit.work.recipe.to_yaml())
+    return found
+
+
+def forecast_rows(units: Sequence[Unit], scale: Scale) -> list[dict[str, Any]]:
+    """What each unit would take; seconds where the scale knows a rate."""
+    rows = []
+    for unit in units:
+        found = unit.work.estimate()
+        rate = scale.rates.get(found.rate)
+        seconds = None if found.flops is None or rate is None else found.flops / rate
+        row = {"name": unit.name, "stage": unit.stage, "flops": found.flops, "memory_bytes": found.memory}
+        rows.append(row | {"seconds": seconds, "note": found.note})
+    return rows
+
+
+def forecast_table(rows: Sequence[Mapping[str, Any]], scale: Scale) -> Lines:
+    """For people to read, with the sum of each stage."""
+    table = Lines(title=f"{len(rows)} units", title_justify="left", caption_justify="left")
+    if scale.measured_on:
+        table.caption = f"times by rates that were measured on {scale.measured_on}"
+    table.add_column("unit", overflow="fold")
+    for column in ("operations", "memory", "time"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("")
+    for stage in dict.fromkeys(row["stage"] for row in rows):
+        here = [row for row in rows if row["stage"] == stage]
+        for row in here:
+            memory = "-" if row["memory_bytes"] is None else bytes_text(row["memory_bytes"])
+            table.add_row(row["name"], _flops(row["flops"]), memory, _time(row["seconds"]), row["note"])
+        flops = [row["flops"] for row in here if row["flops"] is not None]
+        seconds = [row["seconds"] for row in here if row["seconds"] is not None]
+        table.add_row(f"stage {stage}", _flops(sum(flops)), "", _time(sum(seconds) if seconds else None), style="bold")
+        table.add_section()
+    return table
+
+
+def _flops(flops: float | None) -> str:
+    return "-" if flops is None else flops_text(flops)
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )

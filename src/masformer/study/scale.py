@@ -1,0 +1,400 @@
+"""A scale: what a study trains and measures, as a file. The code is the same at every scale."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from masformer.data.sources import Source
+from masformer.errors import MasformerError, check_int
+from masformer.evaluation.retrieval import TASKS
+from masformer.settings import build, check_choice, read_settings
+from masformer.training.recipe import ModelRecipe
+
+SCALES = ("tiny", "small", "gpu", "paper")
+"""Scales that come with the package."""
+DATA = "@"
+"""Before a name in `files` of a source: the files that `--data NAME=FILE` gives."""
+MODEL = "@model"
+"""As the source of a model: what `--model` gives."""
+FULL, LOCAL = "all full", "all local"
+"""Names that plans of a stage must have: what the others are held against."""
+
+
+def check_plans(name: str, plans: Mapping[str, str], needed: Sequence[str] = (FULL, LOCAL)) -> None:
+    """Raises MasformerError where a plan that the others are held against is missing."""
+    for each in needed:
+        if each not in plans:
+            raise MasformerError(f"{name}.plans needs a plan named {each!r}; there are {', '.join(plans) or 'none'}")
+
+
+def check_seeds(name: str, seeds: Sequence[int]) -> None:
+    """Raises MasformerError unless there are seeds, each once."""
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise MasformerError(f"{name}.seeds must be different whole numbers, at least one, got {list(seeds)}")
+
+
+@dataclass(frozen=True)
+class RecallStage:
+    """Values that are planted far back and asked for at the end, learnt from nothing.
+
+    Attributes:
+        recipe: parts of a training recipe; the pairs, tokenizer, plan and seed are added.
+        plans: name -> plan.
+        seeds: of the training runs; each has its own pairs.
+        task: of `masformer.evaluation.retrieval.TASKS`.
+        digits: of the numbers.
+        room: tokens of an answer.
+        train_lengths: shortest and longest pair that is trained on.
+        pairs: to train on.
+        length: that is tested.
+        depths: in percent.
+        examples: prompts for each depth.
+    """
+
+    recipe: dict[str, Any]
+    plans: dict[str, str]
+    seeds: list[int]
+    train_lengths: list[int]
+    pairs: int
+    length: int
+    depths: list[float]
+    examples: int
+    task: str = "passkey"
+    digits: int = 2
+    room: int = 4
+
+    def __post_init__(self) -> None:
+        check_plans("recall", self.plans)
+        check_seeds("recall", self.seeds)
+        check_choice("recall.task", self.task, TASKS)
+        if len(self.train_lengths) != 2 or self.train_lengths[0] > self.train_lengths[1]:
+            raise MasformerError(f"recall.train_lengths must be the shortest and longest, got {self.train_lengths}")
+        if not self.depths or not all(0 <= depth <= 100 for depth in self.depths):
+            raise MasformerError(f"recall.depths must be percentages, at least one, got {self.depths}")
+        for name in ("examples", "pairs", "length"):
+            check_int(f"recall.{name}", getattr(self, name), 1)
+
+
+@dataclass(frozen=True)
+class LanguageStage:
+    """Language modelling: models that start from the same weights and are trained on under each plan.
+
+    Attributes:
+        recipe: parts of a training recipe; plan and seed are added.
+        plans: name -> plan.
+        seeds: of the training runs.
+        text: held-out documents.
+        lengths: context lengths that are measured.
+        max_tokens: of each document, the first so many.
+        start: recipe of short sequences from scratch, under full attention, that all plans start from; None: they start
+            from `recipe.model`.
+        vocabulary: tokens of a tokenizer that is trained first; None: the model's own.
+        vocabulary_text: what it is trained on.
+        long: names of plans that are also trained from scratch at the long length, with as many tokens.
+    """
+
+    recipe: dict[str, Any]
+    plans: dict[str, str]
+    seeds: list[int]
+    text: Source
+    lengths: list[int]
+    max_tokens: int
+    start: dict[str, Any] | None = None
+    vocabulary: int | None = None
+    vocabulary_text: Source | None = None
+    long: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_plans("language", self.plans)
+        check_seeds("language", self.seeds)
+        check_int("language.max_tokens", self.max_tokens, max(self.lengths, default=1))
+        if not self.lengths:
+            raise MasformerError("language.lengths needs at least one length")
+        if (self.vocabulary is None) != (self.vocabulary_text is None):
+            raise MasformerError("language.vocabulary and vocabulary_text are given together or not at all")
+        for name in self.long:
+            check_choice("language.long", name, self.plans)
+        if self.long and self.start is None:
+            raise MasformerError("language.long is held against training that starts short; give language.start")
+
+
+@dataclass(frozen=True)
+class WhereStage:
+    """Which layers are full: rules, a search, and random controls, of equal cost.
+
+    Attributes:
+        model: the model.
+        choose: documents that the search chooses by.
+        text: other documents, that all placements are measured on.
+        budget: number of full layers.
+        local: span of the others.
+        length: of the windows.
+        windows: that the search chooses by.
+        random: random placements.
+        seed: of them.
+    """
+
+    model: ModelRecipe
+    choose: Source
+    text: Source
+    budget: int
+    local: str
+    length: int
+    windows: int = 4
+    random: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("budget", "length", "windows", "random"):
+            check_int(f"where.{name}", getattr(self, name), 1)
+
+
+@dataclass(frozen=True)
+class SpansStage:
+    """Which local span, in layers that are not full.
+
+    Attributes:
+        model: the model.
+        text: documents.
+        groups: name -> spans that are compared, as text.
+        equal: pairs of a block and a window span of equal cost.
+        length: of the windows of text.
+        full: layers that are full beside them, as text; empty: none.
+    """
+
+    model: ModelRecipe
+    text: Source
+    groups: dict[str, list[str]]
+    equal: list[list[str]]
+    length: int
+    full: str = ""
+
+    def __post_init__(self) -> None:
+        check_int("spans.length", self.length, 2)
+        known = {span for spans in self.groups.values() for span in spans}
+        for pair in self.equal:
+            if len(pair) != 2 or not set(pair) <= known:
+                raise MasformerError(f"spans.equal must hold pairs of spans that a group names, got {pair}")
+
+
+@dataclass(frozen=True)
+class SummarizationPart:
+    """Fine-tuning on pairs, and summaries by length of the prompt.
+
+    Attributes:
+        recipe: parts of a training recipe on pairs.
+        plans: name -> plan.
+        text: documents (`prompt`) and references (`target`) to test on.
+        template: the words around a document.
+        lengths: of the prompts.
+        max_new_tokens: of a summary.
+        seed: of the training run.
+    """
+
+    recipe: dict[str, Any]
+    plans: dict[str, str]
+    text: Source
+    template: str
+    lengths: list[int]
+    max_new_tokens: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_plans("generation.summarization", self.plans)
+        if not self.text.is_pairs:
+            raise MasformerError("generation.summarization.text needs prompt and target, the fields of its pairs")
+
+
+@dataclass(frozen=True)
+class RetrievalPart:
+    """Retrieval by depth, without training.
+
+    Attributes:
+        model: the model.
+        plans: name -> plan.
+        lengths: of prompt and answer.
+        depths: in percent.
+        examples: prompts for each length and depth.
+        task: of `masformer.evaluation.retrieval.TASKS`.
+    """
+
+    model: ModelRecipe
+    plans: dict[str, str]
+    lengths: list[int]
+    depths: list[float]
+    examples: int
+    task: str = "passkey"
+
+    def __post_init__(self) -> None:
+        check_plans("generation.retrieval", self.plans)
+        check_choice("generation.retrieval.task", self.task, TASKS)
+
+
+@dataclass(frozen=True)
+class GenerationStage:
+    """Summaries and retrieval.
+
+    Attributes:
+        summarization: fine-tuned summaries.
+        retrieval: retrieval by depth.
+    """
+
+    summarization: SummarizationPart | None = None
+    retrieval: RetrievalPart | None = None
+
+    def __post_init__(self) -> None:
+        if self.summarization is None and self.retrieval is None:
+            raise MasformerError("generation needs summarization or retrieval")
+
+
+@dataclass(frozen=True)
+class CostStage:
+    """What plans cost: counted, and timed.
+
+    Attributes:
+        model: the model.
+        plans: name -> plan.
+        counted: lengths at which operations and caches are counted.
+        benches: `prefill`, `decode` or `train` -> lengths that are timed.
+        repeats: timed rounds.
+    """
+
+    model: ModelRecipe
+    plans: dict[str, str]
+    counted: list[int]
+    benches: dict[str, list[int]] = field(default_factory=dict)
+    repeats: int = 3
+
+    def __post_init__(self) -> None:
+        check_int("cost.repeats", self.repeats, 1)
+        for bench in self.benches:
+            check_choice("cost.benches", bench, ("prefill", "decode", "train"))
+        if not self.plans or not self.counted:
+            raise MasformerError("cost needs at least one plan and one length to count at")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a study does.
+
+    Attributes:
+        about: what this scale is for.
+        data: texts that `--data` gives: name -> what they must be.
+        rates: FLOP/s that were measured for training, forward passes and so on, to reckon times by.
+        measured_on: the machine of the rates.
+        recall: the recall task.
+        language: language modelling and continual training.
+        where: placement of full layers.
+        spans: local spans.
+        generation: summaries and retrieval.
+        cost: cost.
+    """
+
+    about: str
+    data: dict[str, str] = field(default_factory=dict)
+    rates: dict[str, float] = field(default_factory=dict)
+    measured_on: str | None = None
+    recall: RecallStage | None = None
+    language: LanguageStage | None = None
+    where: WhereStage | None = None
+    spans: SpansStage | None = None
+    generation: GenerationStage | None = None
+    cost: CostStage | None = None
+
+
+def _settings(name: str) -> dict[str, Any]:
+    if name in SCALES:
+        with resources.as_file(resources.files("masformer.study") / "scales" / f"{name}.yaml") as path:
+            return read_settings(path, "scale")
+    if name.endswith((".yaml", ".yml")):
+        return read_settings(Path(name), "scale")
+    raise MasformerError(f"unknown scale {name!r}; allowed: {', '.join(SCALES)}, or a .yaml file")
+
+
+def data_names(name: str) -> list[str]:
+    """Names of the texts that a scale asks for; errors as `load_scale`."""
+    return list(_settings(name).get("data") or {})
+
+
+def needs_model(name: str) -> bool:
+    """Whether a scale leaves a model open; errors as `load_scale`."""
+    return _holds(_settings(name), MODEL)
+
+
+def load_scale(
+    name: str, *, data: Mapping[str, Sequence[str]] | None = None, model: str | None = None, check: bool = True
+) -> Scale:
+    """Reads a scale.
+
+    Args:
+        name: one of `SCALES`, or a YAML file.
+        data: name -> files.
+        model: hub id, folder or .gguf file, where the scale leaves it open.
+        check: texts that are missing are an error; else they stay names.
+
+    Raises:
+        MasformerError: there is no such scale, a setting is wrong, or texts or a model are missing or not asked for.
+    """
+    settings = _settings(name)
+    wanted, given = settings.get("data") or {}, dict(data or {})
+    for each in given:
+        if each not in wanted:
+            raise MasformerError(
+                f"scale {name} uses no data named {each!r}; allowed: {', '.join(wanted) or 'none, it needs no data'}"
+            )
+    if model is not None and not _holds(settings, MODEL):
+        raise MasformerError(f"--model does nothing at scale {name}: it names its models itself")
+    if check:
+        for each, what in wanted.items():
+            if each not in given:
+                raise MasformerError(f"scale {name} needs --data {each}=FILE: {what}")
+    filled = _filled(copy.deepcopy(settings), given, model)
+    try:
+        scale: Scale = build(Scale, filled, "", "the scale")
+    except MasformerError as error:
+        raise MasformerError(f"scale {name}: {error}") from None
+    return scale
+
+
+def named_files(words: Sequence[str], names: Sequence[str]) -> dict[str, list[str]]:
+    """Reads the words of `--data`: `papers=pubmed.jsonl.xz`; a file alone is that of the name it begins with.
+
+    Raises:
+        MasformerError: it is not said which texts a file holds.
+    """
+    found: dict[str, list[str]] = {}
+    for word in words:
+        name, sign, path = word.partition("=")
+        if not sign:
+            name, path = Path(word).name.partition(".")[0], word
+            if name not in names:
+                raise MasformerError(
+                    f"--data {word}: which texts are these? Give NAME={word}; allowed names: {', '.join(names)}"
+                )
+        found.setdefault(name, []).append(path)
+    return found
+
+
+def _holds(value: Any, what: str) -> bool:
+    if isinstance(value, Mapping):
+        return any(_holds(each, what) for each in value.values())
+    return bool(value == what)
+
+
+def _filled(value: Any, data: Mapping[str, Sequence[str]], model: str | None) -> Any:
+    if isinstance(value, dict):
+        found = {key: _filled(each, data, model) for key, each in value.items()}
+        files = found.get("files")
+        if isinstance(files, list):
+            found["files"] = [
+                path
+                for each in files
+                for path in (data.get(str(each)[1:], [each]) if str(each).startswith(DATA) else [each])
+            ]
+        return found
+    return model if value == MODEL and model is not None else value

@@ -1,0 +1,255 @@
+"""Language modelling: from the same weights, trained on under each plan; and what continual training gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from masformer.cost import ModelShape, cost
+from masformer.evaluation.intervals import Interval
+from masformer.evaluation.perplexity.measure import exp_interval
+from masformer.plan import AttentionPlan
+from masformer.reports.figures import curves, draw
+from masformer.study.figures import pareto
+from masformer.study.findings import Findings, Results, Row, attention_share, done
+from masformer.study.losses import Losses
+from masformer.study.scale import FULL, LOCAL, LanguageStage
+from masformer.study.units import DATA, Place, Unit
+from masformer.study.verdicts import OPEN, Nearness, Verdict, comes_close, difference, interval, is_no_worse
+from masformer.study.works import Perplexity, Train, Vocabulary, config_of, layers_of, model_of, recipe_of
+from masformer.training.recipe import Recipe
+
+LANGUAGE, TRAINING = "language", "training"
+CHEAP = 0.3
+"""Share of the attention operations up to which a mix counts as one at a quarter of the cost."""
+
+
+def units(stage: LanguageStage, place: Place) -> list[Unit]:
+    """For each seed a start and, for each plan, a model that goes on from it and its perplexity; then long runs."""
+    found = []
+    needs: tuple[str, ...] = ()
+    if stage.vocabulary is not None and stage.vocabulary_text is not None:
+        folder = place.folder / DATA / f"{LANGUAGE}-tokenizer"
+        vocabulary = Unit(
+            f"{LANGUAGE}/tokenizer", LANGUAGE, Vocabulary(stage.vocabulary_text, stage.vocabulary, folder)
+        )
+        found.append(vocabulary)
+        needs = (vocabulary.name,)
+    for turn, seed in enumerate(stage.seeds):
+        before = needs
+        if stage.start is not None:
+            start = Unit(_start(seed), LANGUAGE, Train(_start_recipe(stage, place, seed)), needs, turn)
+            found.append(start)
+            before = (start.name,)
+        runs = [(LANGUAGE, "train", name) for name in stage.plans] + [(TRAINING, "long", name) for name in stage.long]
+        for group, kind, name in runs:
+            made = _name(group, kind, name, seed)
+            recipe = _recipe(stage, place, name, seed) if kind == "train" else _long_recipe(stage, place, name, seed)
+            work = Perplexity(model_of(recipe), stage.plans[name], stage.text, tuple(stage.lengths), stage.max_tokens)
+            when = turn if kind == "train" else turn + len(stage.seeds)  # long runs take longest, and come last
+            found.append(Unit(made, group, Train(recipe), before if kind == "train" else needs, when))
+            found.append(Unit(f"{made}/perplexity", group, work, (made,), when))
+    return found
+
+
+def _name(group: str, kind: str, plan: str, seed: int) -> str:
+    return f"{group}/{kind}/{plan}/seed {seed}"
+
+
+def _start(seed: int) -> str:
+    return f"{LANGUAGE}/start/seed {seed}"
+
+
+def _tokenizer(stage: LanguageStage, place: Place) -> dict[str, str]:
+    return {} if stage.vocabulary is None else {"tokenizer": str(place.folder / DATA / f"{LANGUAGE}-tokenizer")}
+
+
+def _start_recipe(stage: LanguageStage, place: Place, seed: int) -> Recipe:
+    assert stage.start is not None
+    model = {"plan": "full", **_tokenizer(stage, place)}
+    return recipe_of(stage.start, place, _start(seed), model=model, training={"seed": seed})
+
+
+def _recipe(stage: LanguageStage, place: Place, name: str, seed: int) -> Recipe:
+    model: dict[str, Any] = {"plan": stage.plans[name], **_tokenizer(stage, place)}
+    if stage.start is not None:
+        start = _start_recipe(stage, place, seed)
+        model |= {"source": f"{start.output}/model", "config": start.model.config}
+    made = _name(LANGUAGE, "train", name, seed)
+    return recipe_of(stage.recipe, place, made, model=model, training={"seed": seed})
+
+
+def _long_recipe(stage: LanguageStage, place: Place, name: str, seed: int) -> Recipe:
+    """From scratch at the long length, for as many tokens as the start and what follows it have together."""
+    start, then = _start_recipe(stage, place, seed), _recipe(stage, place, name, seed)
+    config = dict(start.model.config or {}) | {"max_position_embeddings": then.data.length}
+    steps = (then.training.steps or 0) + -(-_tokens(start) // (then.training.rows * then.data.length))
+    training = {"seed": seed, "steps": steps, "learning_rate": start.training.learning_rate}
+    model = {
+        **(stage.start or {}).get("model", {}),
+        "config": config,
+        "plan": stage.plans[name],
+        **_tokenizer(stage, place),
+    }
+    parts = {key: value for key, value in stage.recipe.items() if key != "model"}
+    return recipe_of(parts, place, _name(TRAINING, "long", name, seed), model=model, training=training)
+
+
+def _tokens(recipe: Recipe) -> int:
+    return (recipe.training.steps or 0) * recipe.training.rows * recipe.data.length
+
+
+def language_findings(stage: LanguageStage, place: Place, results: Results) -> Findings:
+    """Perplexity by plan, length and position, against attention operations; and whether the cheap mixes come close."""
+    length = max(stage.lengths)
+    layers = layers_of(_recipe(stage, place, FULL, stage.seeds[0]).model)
+    losses = _losses(stage, results, LANGUAGE, "train", stage.plans)
+    rows: list[Row] = []
+    positions: list[Row] = []
+    for name, each in losses.items():
+        share = attention_share(stage.plans[name], layers, length)
+        for size in stage.lengths:
+            row = {"name": name, "plan": stage.plans[name], "length": size} | each.row(size)
+            rows.append(row | {"attention": share})
+        positions += [{"name": name, "length": length, **row} for row in each.positions(length)]
+    made = Findings(
+        "Language modelling",
+        f"Perplexity of held-out text after {_what(stage)}, by context length and position; attention is the share of "
+        f"the attention operations of all full at {length:,} tokens. Intervals are 95% over documents, and wide enough "
+        "to hold every seed; differences are of the loss in the second half of the context, in nats, paired by seed "
+        "and document.",
+        {"results": rows, "differences": _differences(losses, length), "positions": positions},
+    )
+    if FULL in losses and LOCAL in losses:
+        cheap = {
+            name: Nearness.of(
+                losses[FULL].late(length), losses[LOCAL].late(length), each.late(length), each.weights(length)
+            )
+            for name, each in losses.items()
+            if name not in (FULL, LOCAL) and attention_share(stage.plans[name], layers, length) <= CHEAP
+        }
+        claim = "A few full layers come close to full attention at a quarter of the attention cost."
+        made.verdicts.append(_known(comes_close(claim, cheap, "nats"), stage))
+    longest = [row for row in rows if row["length"] == length]
+    if len(longest) > 1:
+        points = [(str(row["name"]), float(row["attention"]), row["second_half"]) for row in longest]
+        made.draw(
+            "pareto",
+            (pareto(points, "perplexity, second half of the context"), "perplexity against attention operations"),
+        )
+    made.draw("language", draw(rows, "perplexity", "perplexity"))
+    return made
+
+
+def training_findings(stage: LanguageStage, place: Place, results: Results) -> Findings:
+    """Perplexity while training, and training long at once against training short and then converting."""
+    length = max(stage.lengths)
+    series: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
+    rows: list[Row] = []
+    for name in stage.plans:
+        parts = done(results, [_name(LANGUAGE, "train", name, seed) for seed in stage.seeds])
+        if parts is None:
+            continue
+        curve = _curve(parts, length)
+        rows += [{"name": name, "step": step, "perplexity": value, "seeds": len(parts)} for step, value in curve]
+        if len(curve) > 1:
+            series[name] = [step for step, _ in curve], [value.mean for _, value in curve]
+    made = Findings(
+        "Continual training",
+        f"Perplexity at {length:,} tokens while the plans are trained on from the same weights, by optimizer step; "
+        "intervals over seeds. Below: trained at the long length from the beginning, with as many tokens in all.",
+        {"curves": rows},
+    )
+    if series:
+        made.draw("curves", (curves(series, "step", "perplexity"), "perplexity while training"))
+    short = _losses(stage, results, LANGUAGE, "train", stage.long)
+    long = _losses(stage, results, TRAINING, "long", stage.long)
+    compared: list[Row] = []
+    differences: dict[str, Interval] = {}
+    for name in long:
+        if name in short:
+            here = difference(short[name].late(length), long[name].late(length), long[name].weights(length))
+            differences[name] = here
+            for way, each, recipe in (
+                ("short, then converted", short[name], None),
+                ("long from the beginning", long[name], _long_recipe(stage, place, name, stage.seeds[0])),
+            ):
+                flops = (
+                    _flops(recipe)
+                    if recipe
+                    else _flops(_recipe(stage, place, name, stage.seeds[0]))
+                    + _flops(_start_recipe(stage, place, stage.seeds[0]))
+                )
+                compared.append(
+                    {"name": name, "way": way, "training_flops": flops, "length": length, **each.row(length)}
+                )
+    made.rows["ways"] = compared
+    if stage.long:
+        claim = "Training short and then converting is as good as training long from the beginning."
+        named = {f"{name}, converted less long": each for name, each in differences.items()}
+        made.verdicts.append(_known(is_no_worse(claim, named), stage))
+    return made
+
+
+def _known(verdict: Verdict, stage: LanguageStage) -> Verdict:
+    """With one seed it is said that nothing is known of others."""
+    if len(stage.seeds) > 1 or verdict.answer == OPEN:
+        return verdict
+    return replace(verdict, why=f"{verdict.why} (one seed: the intervals know documents alone)")
+
+
+def _what(stage: LanguageStage) -> str:
+    steps = stage.recipe.get("training", {}).get("steps")
+    if stage.start is None:
+        return f"{steps:,} steps of training under each plan"
+    short = stage.start.get("training", {}).get("steps")
+    return f"{short:,} steps with short sequences and full attention, and {steps:,} more with long ones under each plan"
+
+
+def _losses(
+    stage: LanguageStage, results: Results, group: str, kind: str, plans: Mapping[str, str] | Sequence[str]
+) -> dict[str, Losses]:
+    found = {}
+    for name in plans:
+        parts = done(results, [f"{_name(group, kind, name, seed)}/perplexity" for seed in stage.seeds])
+        if parts is not None:
+            found[name] = Losses(parts)
+    return found
+
+
+def _differences(losses: Mapping[str, Losses], length: int) -> list[Row]:
+    if FULL not in losses:
+        return []
+    base = losses[FULL].late(length)
+    return [
+        {
+            "name": name,
+            "against": FULL,
+            "length": length,
+            "difference": difference(each.late(length), base, each.weights(length)),
+        }
+        for name, each in losses.items()
+        if name != FULL
+    ]
+
+
+def _curve(parts: Sequence[Mapping[str, Any]], length: int) -> list[tuple[int, Interval]]:
+    """(step, perplexity over seeds), of the first text."""
+    found: dict[int, list[list[float]]] = {}
+    for part in parts:
+        for row in part["evaluations"]:
+            key = next((key for key in row if key.endswith(f"_{length}_loss")), None)
+            if key is not None:
+                found.setdefault(row["step"], []).append([row[key]])
+    return [(step, exp_interval(interval(values))) for step, values in found.items() if len(values) == len(parts)]
+
+
+def _flops(recipe: Recipe) -> float:
+    """Of a training run."""
+    shape = ModelShape.of(config_of(recipe.model))
+    plan = AttentionPlan.load(recipe.model.plan or "full", shape.num_layers)
+    rows = (recipe.training.steps or 0) * recipe.training.rows
+    return float(np.multiply(cost(shape, plan, recipe.data.length).training_flops, rows))

@@ -1,0 +1,76 @@
+"""Which local span: blocks against windows at equal cost, window sizes, and attention sinks, without training."""
+
+from __future__ import annotations
+
+from masformer.plan import AttentionPlan
+from masformer.reports.figures import draw
+from masformer.spans import FullSpan, Span
+from masformer.study.findings import Findings, Results, attention_share, span_share
+from masformer.study.losses import Losses
+from masformer.study.scale import SpansStage
+from masformer.study.units import Place, Unit
+from masformer.study.verdicts import difference, is_no_worse
+from masformer.study.works import Perplexity, layers_of
+
+STAGE = "spans"
+
+
+def units(stage: SpansStage, place: Place) -> list[Unit]:
+    """The perplexity of every span that a group names, once."""
+    return [
+        Unit(
+            _name(span),
+            STAGE,
+            Perplexity(stage.model, _plan(stage, span), stage.text, (stage.length,), stage.length),
+        )
+        for span in _spans(stage)
+    ]
+
+
+def _spans(stage: SpansStage) -> list[str]:
+    return list(dict.fromkeys(span for spans in stage.groups.values() for span in spans))
+
+
+def _name(span: str) -> str:
+    return f"{STAGE}/{span}/perplexity"
+
+
+def _plan(stage: SpansStage, span: str) -> str:
+    spans = [Span.parse(span)] * layers_of(stage.model)
+    if stage.full:
+        for layer in AttentionPlan.parse(f"full@{stage.full}; {span}", len(spans)).full_layers:
+            spans[layer] = FullSpan()
+    return str(AttentionPlan(tuple(spans)))
+
+
+def findings(stage: SpansStage, place: Place, results: Results) -> Findings:
+    """Perplexity by span, and blocks against windows."""
+    length, layers = stage.length, layers_of(stage.model)
+    losses = {span: Losses([results[_name(span)]]) for span in _spans(stage) if _name(span) in results}
+    beside = f"layers {stage.full} full" if stage.full else "no layer full"
+    made = Findings(
+        "Which local span",
+        f"Perplexity of {stage.text.place} at {length:,} tokens with one span at all local layers, {beside}, without "
+        "any training; attention is the share of the attention operations of all full. Intervals are 95% over "
+        "documents.",
+    )
+    for title, spans in stage.groups.items():
+        made.rows[title] = [
+            {"name": span, "length": length, **losses[span].row(length)}
+            | {"attention": attention_share(_plan(stage, span), layers, length)}
+            for span in spans
+            if span in losses
+        ]
+        if made.rows[title]:
+            figure = draw(made.rows[title], "second_half", "perplexity of the second half")
+            made.draw(f"spans {title}", None if figure is None else (figure[0], f"{title}: {figure[1]}"))
+    pairs = {}
+    for block, window in stage.equal:
+        if block in losses and window in losses:
+            cost = f"{span_share(block, length):.0%} and {span_share(window, length):.0%} of the pairs"
+            found = difference(losses[block].late(length), losses[window].late(length), losses[block].weights(length))
+            pairs[f"{block} less {window} ({cost})"] = found
+    if stage.equal:
+        claim = "Blocks, which the paper takes, are as good as windows of equal cost (without training for either)."
+        made.verdicts.append(is_no_worse(claim, pairs))
+    return made

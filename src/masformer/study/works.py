@@ -1,0 +1,525 @@
+"""What units do: each kind calls what the package has for it, and gives its figures as plain values."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
+from masformer import benchmarks
+from masformer.cost import ModelShape, cost, prefill_bytes
+from masformer.data import Document
+from masformer.data.sources import Source
+from masformer.errors import MasformerError
+from masformer.evaluation.perplexity import compare_plans, prefix_token, tokenize
+from masformer.evaluation.predictions import Prediction
+from masformer.evaluation.prompts import Example, Prompter, Template
+from masformer.evaluation.retrieval import TASKS, Prober, retrieve, training_pairs, word_tokenizer
+from masformer.evaluation.retrieval.measure import Retrieved
+from masformer.evaluation.summarization import summarize
+from masformer.files import write_whole
+from masformer.journal import recover_lines
+from masformer.models.checkpoint import load_config, load_model
+from masformer.placement import search_layers
+from masformer.plan import PLACEMENTS, AttentionPlan
+from masformer.reports.document import slug
+from masformer.spans import Span
+from masformer.study.units import DATA, MODELS, Estimate, Place
+from masformer.training.dry_run import forecast
+from masformer.training.model import END, dtype_of, new_model, recipe_config, recipe_tokenizer
+from masformer.training.recipe import ModelRecipe, Recipe
+from masformer.training.run import train
+from masformer.training.trainer import METRICS
+
+BATCH = 32
+"""Prompts of retrieval that are continued together."""
+BENCHES: Mapping[str, Callable[..., dict[str, Any]]] = {
+    "prefill": benchmarks.bench_prefill,
+    "decode": benchmarks.bench_decode,
+    "train": benchmarks.bench_train,
+}
+
+
+class StoppedError(MasformerError):
+    """A training run was stopped by a signal; it goes on from its checkpoint.
+
+    Attributes:
+        exit_code: as a shell has it, 128 and the signal's number.
+    """
+
+    def __init__(self, name: str, signal: int) -> None:
+        super().__init__(f"{name} was stopped; the same command goes on from there")
+        self.exit_code = 128 + signal
+
+
+def load(model: ModelRecipe, plan: AttentionPlan | None = None) -> tuple[Any, Any]:
+    """The model on the default device, in evaluation mode, and its tokenizer.
+
+    Where the recipe names no source, its weights are random.
+
+    Raises:
+        MasformerError: it cannot be read, or has no tokenizer.
+    """
+    tokenizer = recipe_tokenizer(model)
+    if model.source is None:
+        config, own = recipe_config(model, tokenizer)
+        return new_model(config, plan or own, model).eval().to(benchmarks.default_device()), tokenizer
+    loaded, _ = load_model(
+        model.source,
+        plan or (None if model.plan is None else AttentionPlan.load(model.plan, layers_of(model))),
+        max_positions=model.max_positions,
+        position_method=model.position_method,
+        dtype=dtype_of(model.dtype),
+        backend=model.backend,
+    )
+    return loaded.to(benchmarks.default_device()), tokenizer
+
+
+def config_of(model: ModelRecipe) -> PretrainedConfig:
+    """A model's config: its own where it is on this machine, else what is expected of it; no hub is asked."""
+    if model.source is not None and (model.config is None or Path(model.source).exists()):
+        return _config(model.source)
+    return recipe_config(model)[0]
+
+
+@lru_cache(maxsize=16)
+def _config(source: str) -> PretrainedConfig:
+    """Of a model on this machine; that of a .gguf file takes seconds to read."""
+    return load_config(source)[0]
+
+
+def layers_of(model: ModelRecipe) -> int:
+    """Its number of layers."""
+    return int(config_of(model).num_hidden_layers)
+
+
+def forward_estimate(model: ModelRecipe, plan: AttentionPlan | None, lengths: Sequence[int], each: float) -> Estimate:
+    """Forward passes of one sequence of each length, `each` times; memory of the longest at once."""
+    config = config_of(model)
+    shape = ModelShape.of(config)
+    spans = plan or AttentionPlan.uniform(shape.num_layers, Span.parse("full"))
+    size = 4 if model.dtype == "float32" else 2
+    longest = max(lengths)
+    return Estimate(
+        flops=each * sum(cost(shape, spans, length).forward_flops for length in lengths),
+        memory=shape.parameters * size + prefill_bytes(shape, spans, longest, longest, bytes_per_value=size),
+    )
+
+
+def documents_of(source: Source) -> list[Document]:
+    """The texts of a source that are not blank."""
+    return [Document(row.name, text) for row in source.rows() if (text := row.texts[source.field]).strip()]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Trains a byte-level BPE tokenizer (Sennrich et al., arXiv 1508.07909, on bytes as in GPT-2).
+
+    Attributes:
+        text: what it is trained on.
+        size: tokens, the one that ends a document included.
+        folder: where it goes.
+    """
+
+    text: Source
+    size: int
+    folder: Path
+
+    def settings(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def sources(self) -> Sequence[Source]:
+        return [self.text]
+
+    def estimate(self) -> Estimate:
+        return Estimate(note="seconds to a minute")
+
+    def run(self, place: Place, name: str) -> dict[str, Any]:
+        texts = [document.text for document in documents_of(self.text)]
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=self.size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END).save_pretrained(self.folder)
+        return {"documents": len(texts), "characters": sum(map(len, texts)), "tokens": tokenizer.get_vocab_size()}
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Writes pairs of a retrieval task to train on, and a tokenizer with a token for each of its words.
+
+    Attributes:
+        task: of `masformer.evaluation.retrieval.TASKS`.
+        digits: of the numbers.
+        room: tokens of an answer.
+        lengths: shortest and longest pair, in tokens.
+        count: pairs.
+        seed: of what is drawn.
+        file: where the pairs go.
+        folder: where the tokenizer goes.
+    """
+
+    task: str
+    digits: int
+    room: int
+    lengths: tuple[int, int]
+    count: int
+    seed: int
+    file: Path
+    folder: Path
+
+    def settings(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def sources(self) -> Sequence[Source]:
+        return []
+
+    def estimate(self) -> Estimate:
+        return Estimate(note="seconds")
+
+    def run(self, place: Place, name: str) -> dict[str, Any]:
+        tasks, (shortest, longest) = [TASKS[self.task]], self.lengths
+        tokenizer = word_tokenizer(tasks, self.digits)
+        tokenizer.save_pretrained(self.folder)
+        lengths = range(shortest, longest + 1)
+        rows = training_pairs(
+            tokenizer, tasks, lengths, self.count, seed=self.seed, digits=self.digits, max_new_tokens=self.room
+        )
+        write_whole(self.file, "".join(json.dumps(row) + "\n" for row in rows))
+        return {"pairs": self.count, "tokens": len(tokenizer)}
+
+
+@dataclass(frozen=True)
+class Train:
+    """Trains a model by a recipe; what was interrupted goes on from its checkpoint.
+
+    Attributes:
+        recipe: the run.
+    """
+
+    recipe: Recipe
+
+    def settings(self) -> dict[str, Any]:
+        found = self.recipe.to_dict()
+        del found["output"], found["logging"], found["checkpoints"]
+        found["data"].pop("cache", None)
+        return found
+
+    def sources(self) -> Sequence[Source]:
+        every = (*self.recipe.data.sources.values(), *self.recipe.evaluation.sources.values())
+        inside = str(Path(self.recipe.output).parent.parent)
+        return [source for source in every if not any(file.startswith(inside) for file in source.files)]
+
+    def estimate(self) -> Estimate:
+        found = forecast(self.recipe)
+        return Estimate(found.flops, found.memory.total, "training", f"{found.steps} steps")
+
+    def run(self, place: Place, name: str) -> dict[str, Any]:
+        began = time.monotonic()
+        outcome = train(self.recipe, resume=True, console=Console(quiet=True))
+        if outcome.signal is not None:
+            raise StoppedError(name, outcome.signal)
+        lines = (Path(self.recipe.output) / METRICS).read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        return {
+            "steps": self.recipe.training.steps,
+            "losses": [[row["step"], row["loss"]] for row in rows if "loss" in row],
+            "evaluations": [row for row in rows if "loss" not in row],
+            "seconds": round(time.monotonic() - began, 1),
+        }
+
+
+def model_of(recipe: Recipe) -> ModelRecipe:
+    """What a recipe leaves, with what its config is then expected to say."""
+    settings = recipe.model
+    config = dict(settings.config or {})
+    if settings.max_positions is not None:
+        config["max_position_embeddings"] = settings.max_positions
+    return ModelRecipe(source=f"{recipe.output}/model", config=config, plan=settings.plan, dtype=settings.dtype)
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity under one plan, by length, position and document.
+
+    Attributes:
+        model: the model.
+        plan: its text; None: the plan that the unit `found_by` found.
+        text: documents.
+        lengths: of the windows, in tokens.
+        max_tokens: of each document, the first so many.
+        found_by: name of a unit that searches.
+    """
+
+    model: ModelRecipe
+    plan: str | None
+    text: Source
+    lengths: tuple[int, ...]
+    max_tokens: int
+    found_by: str | None = None
+
+    def settings(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def sources(self) -> Sequence[Source]:
+        return [self.text]
+
+    def estimate(self) -> Estimate:
+        plan = None if self.plan is None else AttentionPlan.load(self.plan, layers_of(self.model))
+        windows = (self.text.limit or 1) * self.max_tokens
+        parts = [forward_estimate(self.model, plan, [length], windows / length) for length in self.lengths]
+        return Estimate(sum(part.flops or 0 for part in parts), max(part.memory or 0 for part in parts))
+
+    def run(self, place: Place, name: str) -> dict[str, Any]:
+        text = self.plan
+        if text is None:
+            assert self.found_by is not None
+            text = json.loads(place.beside(self.found_by, "json").read_text(encoding="utf-8"))["result"]["plan"]
+        plan = AttentionPlan.load(text, layers_of(self.model))
+        loaded, tokenizer = load(self.model, plan)
+        tokens, _ = tokenize(tokenizer, documents_of(self.text), max_tokens=self.max_tokens)
+        results = compare_plans(
+            loaded,
+            tokens,
+            {str(plan): plan},
+            self.lengths,
+            prefix=prefix_token(tokenizer),
+        )
+        return {"plan": str(plan), "results": [result.to_dict() for result in results]}
+
+
+@dataclass(frozen=True)
+class Search:
+    """Searches for the layers that need full attention.
+
+    Attributes:
+        model: the model.
+        text: documents to choose by.
+        budget: number of full layers.
+        local: span of the others.
+        length: of the windows.
+        windows: to choose by, and as many to report on.
+        random: random placements among the controls.
+        seed: of them.
+    """
+
+    model: ModelRecipe
+    text: Source
+    budget: int
+    local: str
+    length: int
+    windows: int
+    random: int
+    seed: int
+
+    def settings(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def sources(self) -> Sequence[Source]:
+        return [self.text]
+
+    def estimate(self) -> Estimate:
+        controls = self.random + len(PLACEMENTS) + 3
+        measured = self.windows * (layers_of(self.model) + 1 + controls)
+        return forward_estimate(self.model, None, [self.length], measured)
+
+    def run(self, place: Place, name: str) -> dict[str, Any]:
+        loaded, tokenizer = load(self.model)
+        tokens, _ = tokenize(tokenizer, documents_of(self.text))
+        found = search_layers(
+            loaded,
+            tokens,
+            self.budget,
+            Span.parse(self.local),
+            length=self.length,
+            prefix=prefix_token(tokenizer),
+            windows=self.windows,
+            held_out_windows=self.windows,
+            random_placements=self.random,
+            seed=self.seed,
+            journal=place.beside(name, "journal"),
+        )
+        return found.to_dict()
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Finds what is hidden, under one plan, by length and depth.
+
+    Attributes:
+        model: the model.
+        plan: its text.
+        task: of `masformer.evaluation.retrieval.TASKS`.
+        lengths: of prompt and answer together.
+        depths: in percent.
+        examples: prompts for each length and depth.
+        seed: of the prompts.
+        digits: of the numbers; by default the task's.
+        room: tokens of an answer; by default the task's.
+    """
+
+    model: ModelRecipe
+    plan: str
+    task: str
+    lengths: tuple[int, ...]
+    depths: tuple[float, ...]
+    examples: int
+    seed: int = 0
+    digits: int | None = None
+    room: int | None = None
+
+    def settings(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def sources(self) -> Sequence[Source]:
+        return []
+
+    def estimate(self) -> Estimate:
+        plan = AttentionPlan.load(self.plan, layers_of(self.model))
+        return forward_estimate(self.model, plan, self.lengths, self.examples * len(self.depths))
+
+    def run(self, place: Place, name: str) -> dict[str, Any]:
+        plan = AttentionPlan.load(self.plan, layers_of(self.model))
+        loaded, tokenizer = load(self.model, plan)
+        prober = Prober(tokenizer, seed=self.seed, digits=self.digits, max_new_tokens=self.room)
+        tasks, plans = [TASKS[self.task]], {str(plan): plan}
+        kept = place.beside(name, "predictions.jsonl")
+        results, reach = retrieve(
+            loaded, prober, tasks, plans, self.lengths, self.depths, self.examples, kept, batch=BATCH
+        )
+        scores: dict[str, dict[str, float]] = {}
+        for line in recover_lines(kept, lambda row: Retrieved(**row), "a prediction"):
+            scores.setdefault(str(line.length), {})[line.id] = line.score
+        return {
+            "plan": str(plan),
+            "results": [result.to_dict() for result in results],
+            "effective_length": reach[0].to_dict()["effective_length"],
+            "scores": scores,
+        }
+
+
+@dataclass(frozen=True)
+class Summaries:
+    """Summarizes documents under one plan at several lengths of the prompt.
+
+    Attributes:
+        model: the model.
+        plan: its text.
+        text: documents (`prompt`) and references (`target`).
+        template: the words around a document, see `masformer.evaluation.prompts.Template`.
+        lengths: the most tokens of a prompt.
+        max_new_tokens: the most tokens of a summary.
+    """
+
+    model: ModelRecipe
+    plan: str
+    text: Source
+    template: str
+    lengths: tuple[int, ...]
+    max_new_tokens: int
+
+    def settings(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def sources(self) -> Sequence[Source]:
+        return [self.text]
+
+    def estimate(self) -> Estimate:
+        plan = AttentionPlan.load(self.plan, layers_of(self.model))
+        read = forward_estimate(self.model, plan, self.lengths, self.text.limit or 1)
+        return replace(read, note=f"and {self.max_new_tokens} new tokens each")
+
+    def run(self, place: Place, name: str) -> dict[str, Any]:
+        plan = AttentionPlan.load(self.plan, layers_of(self.model))
+        examples = self._examples()
+        loaded, tokenizer = load(self.model, plan)
+        prompter = Prompter(tokenizer, Template(self.template), chat=False)
+        kept, plans = place.beside(name, "predictions.jsonl"), {str(plan): plan}
+        results, _ = summarize(
+            loaded, prompter, examples, plans, self.lengths, kept, max_new_tokens=self.max_new_tokens
+        )
+        lines = recover_lines(kept, lambda row: Prediction(**row), "a prediction")
+        scores: dict[str, dict[str, dict[str, float]]] = {}
+        for line in lines:
+            scores.setdefault(str(line.length), {})[line.id] = line.scores()
+        return {"plan": str(plan), "results": [result.to_dict() for result in results], "scores": scores}
+
+    def _examples(self) -> list[Example]:
+        prompt, target = self.text.fields
+        return [
+            Example(f"{self.text.place}:{number}", row.texts[prompt], row.texts[target])
+            for number, row in enumerate(self.text.rows(), start=1)
+            if row.texts[prompt].strip() and row.texts[target].strip()
+        ]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Times a plan, full attention and transformers by itself in one run.
+
+    Attributes:
+        model: the model.
+        bench: of `BENCHES`.
+        plans: name -> text.
+        lengths: in tokens.
+        repeats: timed rounds.
+    """
+
+    model: ModelRecipe
+    bench: str
+    plans: Mapping[str, str]
+    lengths: tuple[int, ...]
+    repeats: int
+
+    def settings(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def sources(self) -> Sequence[Source]:
+        return []
+
+    def estimate(self) -> Estimate:
+        rounds = (self.repeats + 1) * (len(self.plans) + 3) * (3 if self.bench == "train" else 1)
+        return forward_estimate(self.model, None, self.lengths, rounds)
+
+    def run(self, place: Place, name: str) -> dict[str, Any]:
+        layers = layers_of(self.model)
+        plans = {title: AttentionPlan.load(text, layers) for title, text in self.plans.items()}
+        loaded, _ = load(self.model, next(iter(plans.values())))
+        return BENCHES[self.bench](loaded, plans, self.lengths, repeats=self.repeats)
+
+
+def recipe_of(parts: Mapping[str, Any], place: Place, name: str, **changes: Mapping[str, Any]) -> Recipe:
+    """A whole recipe from the parts that a scale gives.
+
+    Args:
+        parts: settings of a recipe, some left out.
+        place: where the model goes.
+        name: of the unit.
+        **changes: part -> settings that take the place of those in it.
+
+    Raises:
+        MasformerError: the parts and changes are no recipe.
+    """
+    settings = copy.deepcopy(dict(parts))
+    for part, values in changes.items():
+        settings[part] = {**settings.get(part, {}), **values}
+    settings["data"] = {"cache": str(place.folder / DATA / "tokens"), **settings.get("data", {})}
+    settings["output"] = str(place.folder / MODELS / slug(name))
+    settings["checkpoints"] = {"keep": 1, **settings.get("checkpoints", {})}
+    try:
+        return Recipe.from_dict(settings)
+    except MasformerError as error:
+        raise MasformerError(f"{name}: {error}") from None

@@ -1,0 +1,337 @@
+"""Studies: tiny from end to end, what is done once stays, and what cannot be done is named."""
+
+import json
+import signal
+from importlib import resources
+
+import pytest
+import yaml
+from rich.console import Console
+
+from masformer import MasformerError, cli, study
+from masformer.records import read_records
+from masformer.study import works
+from masformer.study.units import Place, Unit, in_order
+from masformer.study.verdicts import HOLDS
+from masformer.training.recipe import load_recipe
+from masformer.training.run import Outcome
+
+SHAPE = {
+    "model_type": "llama",
+    "vocab_size": 257,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+PYTHON = {"builtin": "python-topics", "limit": 3}
+MINI = {
+    "about": "Seconds.",
+    "where": {
+        "model": {"source": "@model"},
+        "choose": {"files": ["@papers"], "field": "document"},
+        "text": {"files": ["@papers"], "field": "document", "limit": 3},
+        "budget": 1,
+        "local": "window:8",
+        "length": 32,
+        "windows": 2,
+        "random": 1,
+    },
+    "spans": {
+        "model": {"source": "@model"},
+        "text": {"files": ["@papers"], "field": "document", "limit": 3},
+        "groups": {"sizes": ["block:16", "window:8"], "sinks": ["window:8", "window:8+2"]},
+        "equal": [["block:16", "window:8"]],
+        "length": 32,
+        "full": "1",
+    },
+    "data": {"papers": "JSON lines with document and summary"},
+    "language": {
+        "start": {
+            "model": {"config": SHAPE, "tokenizer": "bytes"},
+            "data": {"sources": {"python": PYTHON}, "length": 32},
+            "training": {"steps": 2, "rows": 2},
+        },
+        "recipe": {
+            "model": {"max_positions": 1024, "position_method": "linear"},
+            "data": {"sources": {"python": PYTHON}, "length": 64},
+            "training": {"steps": 2, "rows": 2},
+            "evaluation": {"sources": {"python": PYTHON}, "lengths": [64], "every": 1, "max_tokens": 128},
+        },
+        "plans": {"all full": "full", "all local": "block:32", "1 full": "full@1; block:32"},
+        "seeds": [0],
+        "text": PYTHON,
+        "lengths": [32, 64],
+        "max_tokens": 128,
+        "long": ["1 full"],
+    },
+    "generation": {
+        "retrieval": {
+            "model": {"source": "@model"},
+            "plans": {"all full": "full", "all local": "window:8"},
+            "lengths": [800],
+            "depths": [50],
+            "examples": 2,
+        },
+        "summarization": {
+            "recipe": {
+                "model": {"source": "@model", "config": {"hidden_size": 16, "model_type": "llama"}},
+                "data": {
+                    "sources": {"papers": {"files": ["@papers"], "prompt": "document", "target": "summary"}},
+                    "length": 48,
+                },
+                "training": {"steps": 1, "rows": 1},
+            },
+            "plans": {"all full": "full", "all local": "window:8", "1 full": "full@1; window:8"},
+            "text": {"files": ["@papers"], "prompt": "document", "target": "summary", "limit": 3},
+            "template": "{document} :",
+            "lengths": [24, 48],
+            "max_new_tokens": 4,
+        },
+    },
+    "cost": {
+        "model": {"source": "@model"},
+        "plans": {"1 full": "full@1; window:8"},
+        "counted": [32, 64],
+        "benches": {"prefill": [32]},
+        "repeats": 2,
+    },
+}
+
+
+def scale_file(folder, **changes):
+    path = folder / "mini.yaml"
+    path.write_text(yaml.safe_dump(MINI | changes, sort_keys=False))
+    return path
+
+
+def mini(folder, *stages):
+    """A scale of these stages alone, that needs neither data nor a model."""
+    path = folder / "mini.yaml"
+    found = {"about": "Seconds."} | {name: MINI[name] for name in stages}
+    path.write_text(yaml.safe_dump(found, sort_keys=False))
+    return path
+
+
+def run(*words):
+    return cli.main(["reproduce", *map(str, words)])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The folder of the study at scale tiny, as the command leaves it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    assert run("--scale", "tiny", "--out", folder / "study", "--json", folder / "record.json") == 0
+    return folder / "study"
+
+
+def test_in_recall_the_mix_does_what_full_attention_does_and_local_attention_fails(tiny):
+    rows = json.loads((tiny / "recall.json").read_text())["results"]
+    scores = {row["name"]: row["score"] for row in rows if row["depth"] is None}
+    assert all(score["count"] == 3 for score in scores.values()), "three seeds"
+    assert scores["mixed"]["low"] >= 95
+    assert scores["all full"]["low"] >= 95
+    assert scores["all local"]["high"] <= 20
+    for row in rows:
+        assert (row["score"]["high"] <= 30) == (row["name"] == "all local"), "at every depth"
+    (verdict,) = json.loads((tiny / "recall.json").read_text())["verdicts"]
+    assert verdict["answer"] == HOLDS
+
+
+def test_the_report_of_tiny_shows_every_stage_and_its_records_are_read_by_masformer_report(tiny):
+    text = (tiny / "report.md").read_text()
+    for title in ("Verdicts", "Recall", "Language modelling", "Cost", "How it was made"):
+        assert f"## {title}\n" in text
+    assert "Missing" not in text
+    assert str(tiny) not in text
+    assert (tiny / "pareto.png").exists()
+    assert (tiny / "report.html").exists()
+    records, _ = read_records(tiny)
+    kinds = {record.name: record.kind for record in records}
+    assert kinds == {"cost": "reproduce", "language": "reproduce", "recall": "reproduce"}
+    assert cli.main(["report", str(tiny), "--out", str(tiny.parent / "again")]) == 0
+
+
+def test_a_done_study_is_not_done_again(tiny, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in (tiny / "units").iterdir()}
+    monkeypatch.setattr(works, "train", None)
+    assert run("--scale", "tiny", "--out", tiny) == 0
+    assert {path: path.stat().st_mtime_ns for path in (tiny / "units").iterdir()} == before
+
+
+def test_every_stage_runs_and_reports(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    documents = [f"{word} and {word} again, and so on without an end to it. " * 4 for word in ("one", "two", "three")]
+    rows = [{"document": text, "summary": f"about {text[:5]}"} for text in documents]
+    (tmp_path / "papers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    start = mini(tmp_path, "language")
+    assert run("--scale", start, "--out", "start", "--stage", "language") == 0
+    model = tmp_path / "start/models/language-train-1-full-seed-0/model"
+    words = ["--data", "papers.jsonl", "--model", model, "--out", "study"]
+    assert run("--scale", scale_file(tmp_path), *words) == 0
+    text = (tmp_path / "study/report.md").read_text()
+    for title in ("Where", "Which local span", "Cost", "Language modelling", "Continual training", "Generation"):
+        assert f"## {title}\n" in text
+    assert "Missing" not in text
+    assert "nan" not in text
+    ways = json.loads((tmp_path / "study/training.json").read_text())["ways"]
+    assert ways[0]["training_flops"] < ways[1]["training_flops"], "short sequences cost less"
+    differences = json.loads((tmp_path / "study/generation.json").read_text())["differences of summaries"]
+    assert {row["length"] for row in differences} == {24, 48}
+    found = json.loads((tmp_path / "study/where.json").read_text())["results"]
+    assert found[-1]["name"] == "found by search"
+    assert str(tmp_path) not in text
+    assert all(str(tmp_path) not in path.read_text() for path in (tmp_path / "study").glob("*.json"))
+
+
+def test_an_interrupted_study_goes_on_and_reports_what_is_there(tmp_path, monkeypatch, capsys):
+    scale, real, ran = mini(tmp_path, "language"), works.Train.run, []
+
+    def interrupted(self, place, name):
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        ran.append(name)
+        return real(self, place, name)
+
+    monkeypatch.setattr(works.Train, "run", interrupted)
+    assert run("--scale", scale, "--out", tmp_path / "study") == 130
+    assert ran == ["language/start/seed 0", "language/train/all full/seed 0"]
+    monkeypatch.setattr(works.Train, "run", lambda self, place, name: ran.append(name) or real(self, place, name))
+    assert run("--scale", scale, "--out", tmp_path / "study", "--stage", "language") == 0
+    assert len(ran) == len(set(ran)) == 4
+    text = (tmp_path / "study/report.md").read_text()
+    assert "Missing, not run yet: training/long/1 full/seed 0, training/long/1 full/seed 0/perplexity" in text
+
+
+def test_training_that_is_stopped_by_a_signal_stops_the_study(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(works, "train", lambda recipe, **options: Outcome(None, 1, signal.SIGTERM, {}))
+    assert run("--scale", mini(tmp_path, "language"), "--out", tmp_path / "study") == 143
+    assert "language/start/seed 0 was stopped; the same command goes on" in capsys.readouterr().err
+
+
+def test_other_settings_are_refused_by_name(tmp_path, capsys):
+    path = mini(tmp_path, "language")
+    assert run("--scale", path, "--out", tmp_path / "study", "--stage", "language") == 0
+    changed = yaml.safe_load(path.read_text())
+    changed["language"]["recipe"]["training"]["steps"] = 3
+    path.write_text(yaml.safe_dump(changed, sort_keys=False))
+    assert run("--scale", path, "--out", tmp_path / "study", "--stage", "language") == 2
+    err = capsys.readouterr().err
+    assert "was made with other settings: training.steps was 2 and is 3; give another --out" in err
+
+
+@pytest.mark.parametrize("scale", study.SCALES)
+def test_every_scale_is_dry_run_without_a_network_data_or_weights(scale, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = ["--model", "HuggingFaceTB/SmolLM2-135M-Instruct"] if scale == "small" else []
+    assert run("--scale", scale, "--out", "study", "--dry-run", "--json", "record.json", *model) == 0
+    units = json.loads((tmp_path / "record.json").read_text())["units"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "record.json"]
+    trained = [unit for unit in units if "/train/" in unit["name"] and not unit["name"].endswith("/perplexity")]
+    assert len(trained) >= 3
+    assert all(unit["flops"] > 0 and unit["memory_bytes"] > 0 for unit in trained)
+    stages = set(study.STAGES) - {"tiny": {"where", "spans", "training", "generation"}}.get(scale, {"recall"})
+    if scale in ("small", "paper"):
+        assert {unit["stage"] for unit in units} | {"training"} == stages
+    if scale == "paper":
+        sizes = {unit["name"]: unit["memory_bytes"] for unit in units}
+        assert sizes["language/train/8 full/seed 0"] > 16 * 1.3e9, "weights, gradients and AdamW of 1.3B weights"
+
+
+def test_recipes_of_the_paper_are_written_for_other_machines(tmp_path):
+    assert run("--scale", "paper", "--out", tmp_path, "--stage", "language", "--recipes") == 0
+    recipe = load_recipe(tmp_path / "recipes/language-train-8-full-seed-0.yaml")
+    assert (recipe.model.plan, recipe.data.length, recipe.training.sharding) == ("full@8-15; block:1024", 8192, "fsdp")
+    assert recipe.output == str(tmp_path / "models/language-train-8-full-seed-0")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--scale", "huge"], "unknown scale 'huge'; allowed: tiny, small, gpu, paper, or a .yaml file"),
+        (["--scale", "no.yaml"], "scale no.yaml does not exist"),
+        (["--scale", "tiny", "--stage", "why"], "--stage 'why' is not allowed; allowed: recall, where"),
+        (["--scale", "tiny", "--stage", "where"], "this scale has no stage where; it has recall, cost, language"),
+        (["--scale", "tiny", "--data", "papers=a.jsonl"], "uses no data named 'papers'"),
+        (["--scale", "tiny", "--model", "m"], "--model does nothing at scale tiny"),
+        (["--scale", "small", "--model", "m"], "scale small needs --data papers=FILE"),
+        (["--scale", "small", "--model", "m", "--data", "a.jsonl"], "--data a.jsonl: which texts are these?"),
+        (["--scale", "tiny", "--dry-run", "--recipes"], "give either --dry-run or --recipes"),
+    ],
+)
+def test_what_cannot_be_done_is_named_in_one_line(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run("--out", "study", *words) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"plans": {"all full": "full"}}, "language.plans needs a plan named 'all local'"),
+        ({"seeds": []}, "language.seeds must be different whole numbers"),
+        ({"long": ["2 full"]}, "language.long '2 full' is not allowed"),
+        ({"lengthz": [3]}, "unknown setting language.lengthz; did you mean lengths?"),
+        ({"start": None}, "language.long is held against training that starts short"),
+        ({"vocabulary": 300}, "vocabulary and vocabulary_text are given together"),
+    ],
+)
+def test_wrong_scales_are_named_in_one_line(change, message, tmp_path):
+    path = mini(tmp_path, "language")
+    settings = yaml.safe_load(path.read_text())
+    settings["language"] |= change
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    with pytest.raises(MasformerError) as error:
+        study.load_scale(str(path))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(MasformerError, match="one process"):
+        study.run_study([], Place(tmp_path))
+
+
+def test_units_come_by_turn_and_after_what_they_need():
+    def unit(name, *needs, turn=0):
+        return Unit(name, "s", None, needs, turn)
+
+    units = [unit("c", "b"), unit("late", turn=1), unit("b", "a"), unit("a", turn=1)]
+    assert [each.name for each in in_order(units)] == ["a", "b", "c", "late"]
+    with pytest.raises(MasformerError, match="two units"):
+        in_order([unit("a"), unit("a", turn=1)])
+    with pytest.raises(MasformerError, match="no unit"):
+        in_order([unit("a", "b")])
+
+
+def test_a_vocabulary_gives_a_tokenizer_that_keeps_every_byte(tmp_path):
+    from transformers import AutoTokenizer
+
+    work = works.Vocabulary(works.Source(builtin="python-topics", limit=5), 400, tmp_path / "tokenizer")
+    assert work.run(Place(tmp_path), "v")["tokens"] == 400
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    text = "for each café:\n\tpass  # £"
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    assert len(ids) < len(text.encode())
+
+
+def test_the_table_of_a_dry_run_adds_up_the_times_of_a_stage():
+    scale = study.load_scale("gpu", check=False)
+    rows = [
+        {"name": name, "stage": "language", "flops": 1e15, "memory_bytes": None, "seconds": 60.0, "note": ""}
+        for name in "ab"
+    ]
+    console = Console(width=100, record=True)
+    console.print(study.forecast_table(rows, scale))
+    assert "120 s" not in console.export_text(clear=False)
+    assert "2 min" in console.export_text()
+
+
+def test_every_scale_is_a_file_of_the_package():
+    files = {path.name for path in (resources.files("masformer.study") / "scales").iterdir()}
+    assert files == {f"{name}.yaml" for name in study.SCALES}

@@ -1,0 +1,125 @@
+"""Verdicts follow from intervals alone."""
+
+import pytest
+
+from masformer.evaluation.intervals import Interval
+from masformer.study.verdicts import (
+    FAILS,
+    HOLDS,
+    OPEN,
+    Nearness,
+    comes_close,
+    difference,
+    interval,
+    is_better,
+    is_different,
+    is_faster,
+    is_no_worse,
+)
+
+FULL = [[3.0, 2.0, 4.0, 2.5]]
+LOCAL = [[3.5, 2.4, 4.6, 3.0]]
+
+
+def shifted(values, by):
+    return [[value + by for value in row] for row in values]
+
+
+def between(share):
+    """A plan that loses that share of what local attention loses, in every document."""
+    return [[full + share * (local - full) for full, local in zip(FULL[0], LOCAL[0], strict=True)]]
+
+
+def test_an_interval_holds_the_mean_of_every_seed_and_is_never_narrower_than_that_of_documents():
+    documents = interval([[1.0, 2.0, 3.0, 4.0]])
+    both = interval([[1.0, 2.0, 3.0, 4.0], [6.0, 7.0, 8.0, 9.0]])
+    assert (documents.mean, documents.count) == (2.5, 4)
+    assert documents.low < 2.5 < documents.high
+    assert both.mean == 5.0
+    assert both.low <= 2.5
+    assert both.high >= 7.5
+
+
+def test_seeds_are_the_units_where_each_gave_one_number():
+    found = interval([[10.0], [20.0], [60.0]])
+    assert (found.mean, found.low, found.high, found.count) == (30.0, 10.0, 60.0, 3)
+
+
+def test_documents_count_by_their_weights():
+    assert interval([[1.0, 5.0]], [3.0, 1.0]).mean == 2.0
+
+
+def test_differences_are_paired():
+    found = difference(shifted(FULL, 0.1), FULL)
+    assert found.low == pytest.approx(0.1)
+    assert found.high == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(("share", "answer"), [(0.0, HOLDS), (0.2, HOLDS), (0.6, FAILS), (1.0, FAILS), (-0.5, HOLDS)])
+def test_a_plan_comes_close_where_little_of_the_loss_is_left(share, answer):
+    near = Nearness.of(FULL, LOCAL, between(share))
+    assert near.answer == answer
+    assert near.left.mean == pytest.approx(share * near.gap.mean)
+
+
+def test_nothing_is_claimed_where_local_attention_loses_nothing_for_certain():
+    local = [[3.2, 1.8, 4.1, 2.4]]
+    near = Nearness.of(FULL, local, FULL)
+    assert near.answer == OPEN
+    assert "nothing to win back" in near.text("mixed", "nats")
+    assert comes_close("c", {"mixed": near}, "nats").answer == OPEN
+
+
+def test_nothing_is_claimed_of_one_measurement():
+    near = Nearness.of([[1.0]], [[2.0]], [[1.0]])
+    assert near.answer == OPEN
+    assert is_better("c", Interval(-1, -1, -1, 1), "a less b").answer == OPEN
+    assert is_no_worse("c", {"a": Interval(-1, -1, -1, 1)}).answer == OPEN
+    assert is_different("c", Interval(1, 1, 1, 1), "a less b").answer == OPEN
+    assert is_faster("c", {"a": Interval(2, 2, 2, 1)}).answer == OPEN
+
+
+def test_documents_that_disagree_leave_it_open():
+    plan = [[3.0, 2.4, 4.0, 3.0]]
+    assert Nearness.of(FULL, LOCAL, plan).answer == OPEN
+
+
+def test_one_good_mix_is_enough_and_all_must_fail():
+    good, bad = Nearness.of(FULL, LOCAL, between(0.1)), Nearness.of(FULL, LOCAL, between(0.9))
+    assert comes_close("c", {"1 full": bad, "2 full": good}, "nats").answer == HOLDS
+    assert "1 full" not in comes_close("c", {"1 full": bad, "2 full": good}, "nats").why
+    assert comes_close("c", {"1 full": bad}, "nats").answer == FAILS
+    assert comes_close("c", {}, "nats").answer == OPEN
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "better", "no_worse", "faster"),
+    [
+        (-0.2, -0.1, HOLDS, HOLDS, FAILS),
+        (-0.1, 0.005, OPEN, HOLDS, FAILS),
+        (-0.1, 0.1, OPEN, OPEN, FAILS),
+        (0.02, 0.1, FAILS, FAILS, FAILS),
+        (0.9, 1.1, FAILS, FAILS, OPEN),
+        (1.1, 1.3, FAILS, FAILS, HOLDS),
+    ],
+)
+def test_an_interval_decides(low, high, better, no_worse, faster):
+    found = Interval((low + high) / 2, low, high, 8)
+    assert is_better("c", found, "a less b").answer == better
+    assert is_no_worse("c", {"a less b": found}).answer == no_worse
+    assert is_faster("c", {"a": found}).answer == faster
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "answer"), [(0.02, 0.3, HOLDS), (-0.1, 0.3, OPEN), (0.0, 0.01, FAILS), (0.002, 0.005, FAILS)]
+)
+def test_a_difference_that_is_too_small_is_none(low, high, answer):
+    assert is_different("c", Interval((low + high) / 2, low, high, 8), "worst less best").answer == answer
+
+
+def test_all_must_be_no_worse_and_all_faster():
+    good, bad, open_ = Interval(-1, -2, 0, 5), Interval(1, 0.5, 2, 5), Interval(0, -1, 1, 5)
+    assert is_no_worse("c", {"a": good, "b": bad}).answer == FAILS
+    assert is_no_worse("c", {"a": good, "b": open_}).answer == OPEN
+    assert is_no_worse("c", {}).answer == OPEN
+    assert is_faster("c", {"a": Interval(2, 1.5, 3, 5), "b": Interval(1, 0.8, 1.2, 5)}).answer == OPEN
