@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -27,3 +30,13 @@ def progress_bar(console: Console | None = None) -> Progress:
         disable=not console.is_terminal,
         speed_estimate_period=600,  # a step may take a minute
     )
+
+
+@contextmanager
+def plan_progress() -> Iterator[Callable[[str, int, int, int], None]]:
+    """A bar for work under several plans at several lengths; gives what is called with (plan, length, done, total)."""
+    with progress_bar() as progress:
+        task = progress.add_task("", total=None)
+        yield lambda name, length, done, total: progress.update(
+            task, description=f"{name} at {length}", completed=done, total=total
+        )

@@ -14,7 +14,7 @@ from masformer.evaluation.perplexity import (
     tokenize,
 )
 from masformer.models.checkpoint import load_config
-from masformer.progress import progress_bar
+from masformer.progress import plan_progress
 
 
 def eval_perplexity(
@@ -60,8 +60,7 @@ def eval_perplexity(
     texts = list(read_documents(data, field=field, limit=documents))
     loaded, tokenizer = options.load_both(model, next(iter(plans.values())))
     tokens, text_bytes = tokenize(tokenizer, texts, max_tokens=max_tokens)
-    with progress_bar() as progress:
-        task = progress.add_task("", total=None)
+    with plan_progress() as progress:
         results = compare_plans(
             loaded,
             tokens,
@@ -72,9 +71,7 @@ def eval_perplexity(
             target_tokens=target_tokens,
             batch_size=batch_size,
             text_bytes=text_bytes if target_tokens is None else None,
-            progress=lambda name, length, done, total: progress.update(
-                task, description=f"{name} at {length}", completed=done, total=total
-            ),
+            progress=progress,
         )
     console.print(perplexity_table(results))
     differences = paired_differences(results, against)

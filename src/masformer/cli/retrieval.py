@@ -23,7 +23,7 @@ from masformer.evaluation.retrieval import (
 from masformer.files import write_whole
 from masformer.models.checkpoint import load_config, load_tokenizer
 from masformer.plots import checked_figure, write_figure
-from masformer.progress import progress_bar
+from masformer.progress import plan_progress, progress_bar
 from masformer.reports.figures import heat_map
 
 
@@ -82,8 +82,7 @@ def eval_retrieval(
         digits=digits,
         max_new_tokens=max_new_tokens,
     )
-    with progress_bar() as progress:
-        bar = progress.add_task("", total=None)
+    with plan_progress() as progress:
         results, reach = retrieve(
             loaded,
             prober,
@@ -96,9 +95,7 @@ def eval_retrieval(
             batch=batch,
             backend=backend,
             settings={"model": model},
-            progress=lambda name, length, done, total: progress.update(
-                bar, description=f"{name} at {length}", completed=done, total=total
-            ),
+            progress=progress,
         )
     for table in retrieval_tables(results, reach):
         console.print(table)

@@ -21,7 +21,7 @@ from masformer.evaluation.prompts import (
 )
 from masformer.evaluation.summarization import summarization_tables, summarize
 from masformer.models.checkpoint import load_config
-from masformer.progress import progress_bar
+from masformer.progress import plan_progress
 
 
 def eval_summarization(
@@ -94,8 +94,7 @@ def eval_summarization(
     shown = _shots(shots, shot_where, shot_tokens, seed, examples, read)
     loaded, tokenizer = options.load_both(model, next(iter(plans.values())))
     prompter = Prompter(tokenizer, words, chat=False if raw else None, cut=cut, shots=shown, shot_tokens=shot_tokens)
-    with progress_bar() as progress:
-        task = progress.add_task("", total=None)
+    with plan_progress() as progress:
         results, differences = summarize(
             loaded,
             prompter,
@@ -108,9 +107,7 @@ def eval_summarization(
             batch=batch,
             backend=backend,
             settings={"model": model},
-            progress=lambda name, length, done, total: progress.update(
-                task, description=f"{name} at {length}", completed=done, total=total
-            ),
+            progress=progress,
         )
     for table in summarization_tables(results, differences):
         console.print(table)

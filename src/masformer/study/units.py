@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from masformer.data.sources import Source
 from masformer.errors import MasformerError
@@ -44,18 +45,24 @@ class Estimate:
     note: str = ""
 
 
-class Work(Protocol):
-    """What a unit does."""
+@dataclass(frozen=True)
+class Work(ABC):
+    """What a unit does: its attributes say what, and of what texts."""
 
     def settings(self) -> dict[str, Any]:
         """Everything that the result depends on, as plain values."""
+        return asdict(self)
 
     def sources(self) -> Sequence[Source]:
         """Texts from outside, whose content the result depends on."""
+        values = (getattr(self, each.name) for each in fields(self))
+        return [value for value in values if isinstance(value, Source)]
 
+    @abstractmethod
     def run(self, place: Place, name: str) -> dict[str, Any]:
         """Does it; the result as plain values."""
 
+    @abstractmethod
     def estimate(self) -> Estimate:
         """What it would take, as far as that is known without reading texts or weights."""
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PretrainedConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from masformer import benchmarks
-from masformer.cost import ModelShape, cost, prefill_bytes
 from masformer.data import Document
 from masformer.data.sources import Source
 from masformer.errors import MasformerError
@@ -28,14 +25,13 @@ from masformer.evaluation.retrieval.measure import Retrieved
 from masformer.evaluation.summarization import summarize
 from masformer.files import write_whole
 from masformer.journal import recover_lines
-from masformer.models.checkpoint import load_config, load_model
 from masformer.placement import search_layers
-from masformer.plan import PLACEMENTS, AttentionPlan
-from masformer.reports.document import slug
+from masformer.plan import PLACEMENTS
 from masformer.spans import Span
-from masformer.study.units import DATA, MODELS, Estimate, Place
+from masformer.study.models import forward_estimate, layers_of, load, plan_of
+from masformer.study.units import Estimate, Place, Work
 from masformer.training.dry_run import forecast
-from masformer.training.model import END, dtype_of, new_model, recipe_config, recipe_tokenizer
+from masformer.training.model import END
 from masformer.training.recipe import ModelRecipe, Recipe
 from masformer.training.run import train
 from masformer.training.trainer import METRICS
@@ -61,67 +57,13 @@ class StoppedError(MasformerError):
         self.exit_code = 128 + signal
 
 
-def load(model: ModelRecipe, plan: AttentionPlan | None = None) -> tuple[Any, Any]:
-    """The model on the default device, in evaluation mode, and its tokenizer.
-
-    Where the recipe names no source, its weights are random.
-
-    Raises:
-        MasformerError: it cannot be read, or has no tokenizer.
-    """
-    tokenizer = recipe_tokenizer(model)
-    if model.source is None:
-        config, own = recipe_config(model, tokenizer)
-        return new_model(config, plan or own, model).eval().to(benchmarks.default_device()), tokenizer
-    loaded, _ = load_model(
-        model.source,
-        plan or (None if model.plan is None else AttentionPlan.load(model.plan, layers_of(model))),
-        max_positions=model.max_positions,
-        position_method=model.position_method,
-        dtype=dtype_of(model.dtype),
-        backend=model.backend,
-    )
-    return loaded.to(benchmarks.default_device()), tokenizer
-
-
-def config_of(model: ModelRecipe) -> PretrainedConfig:
-    """A model's config: its own where it is on this machine, else what is expected of it; no hub is asked."""
-    if model.source is not None and (model.config is None or Path(model.source).exists()):
-        return _config(model.source)
-    return recipe_config(model)[0]
-
-
-@lru_cache(maxsize=16)
-def _config(source: str) -> PretrainedConfig:
-    """Of a model on this machine; that of a .gguf file takes seconds to read."""
-    return load_config(source)[0]
-
-
-def layers_of(model: ModelRecipe) -> int:
-    """Its number of layers."""
-    return int(config_of(model).num_hidden_layers)
-
-
-def forward_estimate(model: ModelRecipe, plan: AttentionPlan | None, lengths: Sequence[int], each: float) -> Estimate:
-    """Forward passes of one sequence of each length, `each` times; memory of the longest at once."""
-    config = config_of(model)
-    shape = ModelShape.of(config)
-    spans = plan or AttentionPlan.uniform(shape.num_layers, Span.parse("full"))
-    size = 4 if model.dtype == "float32" else 2
-    longest = max(lengths)
-    return Estimate(
-        flops=each * sum(cost(shape, spans, length).forward_flops for length in lengths),
-        memory=shape.parameters * size + prefill_bytes(shape, spans, longest, longest, bytes_per_value=size),
-    )
-
-
 def documents_of(source: Source) -> list[Document]:
     """The texts of a source that are not blank."""
     return [Document(row.name, text) for row in source.rows() if (text := row.texts[source.field]).strip()]
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class Vocabulary(Work):
     """Trains a byte-level BPE tokenizer (Sennrich et al., arXiv 1508.07909, on bytes as in GPT-2).
 
     Attributes:
@@ -133,12 +75,6 @@ class Vocabulary:
     text: Source
     size: int
     folder: Path
-
-    def settings(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def sources(self) -> Sequence[Source]:
-        return [self.text]
 
     def estimate(self) -> Estimate:
         return Estimate(note="seconds to a minute")
@@ -158,7 +94,7 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
-class Pairs:
+class Pairs(Work):
     """Writes pairs of a retrieval task to train on, and a tokenizer with a token for each of its words.
 
     Attributes:
@@ -181,12 +117,6 @@ class Pairs:
     file: Path
     folder: Path
 
-    def settings(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def sources(self) -> Sequence[Source]:
-        return []
-
     def estimate(self) -> Estimate:
         return Estimate(note="seconds")
 
@@ -203,7 +133,7 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Train:
+class Train(Work):
     """Trains a model by a recipe; what was interrupted goes on from its checkpoint.
 
     Attributes:
@@ -242,17 +172,8 @@ class Train:
         }
 
 
-def model_of(recipe: Recipe) -> ModelRecipe:
-    """What a recipe leaves, with what its config is then expected to say."""
-    settings = recipe.model
-    config = dict(settings.config or {})
-    if settings.max_positions is not None:
-        config["max_position_embeddings"] = settings.max_positions
-    return ModelRecipe(source=f"{recipe.output}/model", config=config, plan=settings.plan, dtype=settings.dtype)
-
-
 @dataclass(frozen=True)
-class Perplexity:
+class Perplexity(Work):
     """Perplexity under one plan, by length, position and document.
 
     Attributes:
@@ -271,14 +192,8 @@ class Perplexity:
     max_tokens: int
     found_by: str | None = None
 
-    def settings(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def sources(self) -> Sequence[Source]:
-        return [self.text]
-
     def estimate(self) -> Estimate:
-        plan = None if self.plan is None else AttentionPlan.load(self.plan, layers_of(self.model))
+        plan = None if self.plan is None else plan_of(self.model, self.plan)
         windows = (self.text.limit or 1) * self.max_tokens
         parts = [forward_estimate(self.model, plan, [length], windows / length) for length in self.lengths]
         return Estimate(sum(part.flops or 0 for part in parts), max(part.memory or 0 for part in parts))
@@ -288,7 +203,7 @@ class Perplexity:
         if text is None:
             assert self.found_by is not None
             text = json.loads(place.beside(self.found_by, "json").read_text(encoding="utf-8"))["result"]["plan"]
-        plan = AttentionPlan.load(text, layers_of(self.model))
+        plan = plan_of(self.model, text)
         loaded, tokenizer = load(self.model, plan)
         tokens, _ = tokenize(tokenizer, documents_of(self.text), max_tokens=self.max_tokens)
         results = compare_plans(
@@ -302,7 +217,7 @@ class Perplexity:
 
 
 @dataclass(frozen=True)
-class Search:
+class Search(Work):
     """Searches for the layers that need full attention.
 
     Attributes:
@@ -324,12 +239,6 @@ class Search:
     windows: int
     random: int
     seed: int
-
-    def settings(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def sources(self) -> Sequence[Source]:
-        return [self.text]
 
     def estimate(self) -> Estimate:
         controls = self.random + len(PLACEMENTS) + 3
@@ -356,7 +265,7 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Retrieval:
+class Retrieval(Work):
     """Finds what is hidden, under one plan, by length and depth.
 
     Attributes:
@@ -381,18 +290,12 @@ class Retrieval:
     digits: int | None = None
     room: int | None = None
 
-    def settings(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def sources(self) -> Sequence[Source]:
-        return []
-
     def estimate(self) -> Estimate:
-        plan = AttentionPlan.load(self.plan, layers_of(self.model))
+        plan = plan_of(self.model, self.plan)
         return forward_estimate(self.model, plan, self.lengths, self.examples * len(self.depths))
 
     def run(self, place: Place, name: str) -> dict[str, Any]:
-        plan = AttentionPlan.load(self.plan, layers_of(self.model))
+        plan = plan_of(self.model, self.plan)
         loaded, tokenizer = load(self.model, plan)
         prober = Prober(tokenizer, seed=self.seed, digits=self.digits, max_new_tokens=self.room)
         tasks, plans = [TASKS[self.task]], {str(plan): plan}
@@ -412,7 +315,7 @@ class Retrieval:
 
 
 @dataclass(frozen=True)
-class Summaries:
+class Summaries(Work):
     """Summarizes documents under one plan at several lengths of the prompt.
 
     Attributes:
@@ -431,19 +334,13 @@ class Summaries:
     lengths: tuple[int, ...]
     max_new_tokens: int
 
-    def settings(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def sources(self) -> Sequence[Source]:
-        return [self.text]
-
     def estimate(self) -> Estimate:
-        plan = AttentionPlan.load(self.plan, layers_of(self.model))
+        plan = plan_of(self.model, self.plan)
         read = forward_estimate(self.model, plan, self.lengths, self.text.limit or 1)
         return replace(read, note=f"and {self.max_new_tokens} new tokens each")
 
     def run(self, place: Place, name: str) -> dict[str, Any]:
-        plan = AttentionPlan.load(self.plan, layers_of(self.model))
+        plan = plan_of(self.model, self.plan)
         examples = self._examples()
         loaded, tokenizer = load(self.model, plan)
         prompter = Prompter(tokenizer, Template(self.template), chat=False)
@@ -467,7 +364,7 @@ class Summaries:
 
 
 @dataclass(frozen=True)
-class Bench:
+class Bench(Work):
     """Times a plan, full attention and transformers by itself in one run.
 
     Attributes:
@@ -484,42 +381,11 @@ class Bench:
     lengths: tuple[int, ...]
     repeats: int
 
-    def settings(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def sources(self) -> Sequence[Source]:
-        return []
-
     def estimate(self) -> Estimate:
         rounds = (self.repeats + 1) * (len(self.plans) + 3) * (3 if self.bench == "train" else 1)
         return forward_estimate(self.model, None, self.lengths, rounds)
 
     def run(self, place: Place, name: str) -> dict[str, Any]:
-        layers = layers_of(self.model)
-        plans = {title: AttentionPlan.load(text, layers) for title, text in self.plans.items()}
+        plans = {title: plan_of(self.model, text) for title, text in self.plans.items()}
         loaded, _ = load(self.model, next(iter(plans.values())))
         return BENCHES[self.bench](loaded, plans, self.lengths, repeats=self.repeats)
-
-
-def recipe_of(parts: Mapping[str, Any], place: Place, name: str, **changes: Mapping[str, Any]) -> Recipe:
-    """A whole recipe from the parts that a scale gives.
-
-    Args:
-        parts: settings of a recipe, some left out.
-        place: where the model goes.
-        name: of the unit.
-        **changes: part -> settings that take the place of those in it.
-
-    Raises:
-        MasformerError: the parts and changes are no recipe.
-    """
-    settings = copy.deepcopy(dict(parts))
-    for part, values in changes.items():
-        settings[part] = {**settings.get(part, {}), **values}
-    settings["data"] = {"cache": str(place.folder / DATA / "tokens"), **settings.get("data", {})}
-    settings["output"] = str(place.folder / MODELS / slug(name))
-    settings["checkpoints"] = {"keep": 1, **settings.get("checkpoints", {})}
-    try:
-        return Recipe.from_dict(settings)
-    except MasformerError as error:
-        raise MasformerError(f"{name}: {error}") from None

@@ -7,10 +7,11 @@ from masformer.cost import ModelShape, compare
 from masformer.evaluation.intervals import bootstrap
 from masformer.plan import AttentionPlan
 from masformer.study.findings import Findings, Results
+from masformer.study.models import config_of, layers_of
 from masformer.study.scale import CostStage
 from masformer.study.units import Place, Unit
 from masformer.study.verdicts import is_faster
-from masformer.study.works import Bench, config_of, layers_of
+from masformer.study.works import Bench
 
 STAGE = "cost"
 SHOWN = ("name", "length", "median", "tokens_per_second", "speedup", "ideal", "cache_bytes", "peak_bytes")

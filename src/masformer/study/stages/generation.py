@@ -8,10 +8,11 @@ from typing import Any
 from masformer.evaluation.intervals import Interval
 from masformer.reports.figures import draw, heat_map
 from masformer.study.findings import Findings, Results, Row, attention_share
+from masformer.study.models import layers_of, model_of, recipe_of
 from masformer.study.scale import FULL, LOCAL, GenerationStage, RetrievalPart, SummarizationPart
 from masformer.study.units import Place, Unit
 from masformer.study.verdicts import Nearness, Values, Verdict, comes_close, difference
-from masformer.study.works import Retrieval, Summaries, Train, layers_of, model_of, recipe_of
+from masformer.study.works import Retrieval, Summaries, Train
 from masformer.training.recipe import Recipe
 
 STAGE = "generation"

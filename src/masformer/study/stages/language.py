@@ -16,10 +16,11 @@ from masformer.reports.figures import curves, draw
 from masformer.study.figures import pareto
 from masformer.study.findings import Findings, Results, Row, attention_share, done
 from masformer.study.losses import Losses
+from masformer.study.models import config_of, layers_of, model_of, recipe_of
 from masformer.study.scale import FULL, LOCAL, LanguageStage
 from masformer.study.units import DATA, Place, Unit
 from masformer.study.verdicts import OPEN, Nearness, Verdict, comes_close, difference, interval, is_no_worse
-from masformer.study.works import Perplexity, Train, Vocabulary, config_of, layers_of, model_of, recipe_of
+from masformer.study.works import Perplexity, Train, Vocabulary
 from masformer.training.recipe import Recipe
 
 LANGUAGE, TRAINING = "language", "training"

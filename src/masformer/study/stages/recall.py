@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from masformer.reports.figures import heat_map
 from masformer.study.findings import Findings, Results, Row, attention_share, done
+from masformer.study.models import layers_of, model_of, recipe_of
 from masformer.study.scale import FULL, LOCAL, RecallStage
 from masformer.study.units import DATA, Place, Unit
 from masformer.study.verdicts import Nearness, Values, comes_close, interval
-from masformer.study.works import Pairs, Retrieval, Train, layers_of, model_of, recipe_of
+from masformer.study.works import Pairs, Retrieval, Train
 
 STAGE = "recall"
 

@@ -7,10 +7,11 @@ from masformer.reports.figures import draw
 from masformer.spans import FullSpan, Span
 from masformer.study.findings import Findings, Results, attention_share, span_share
 from masformer.study.losses import Losses
+from masformer.study.models import layers_of
 from masformer.study.scale import SpansStage
 from masformer.study.units import Place, Unit
 from masformer.study.verdicts import difference, is_no_worse
-from masformer.study.works import Perplexity, layers_of
+from masformer.study.works import Perplexity
 
 STAGE = "spans"
 

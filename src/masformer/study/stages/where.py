@@ -9,10 +9,11 @@ from masformer.reports.figures import draw
 from masformer.spans import Span
 from masformer.study.findings import Findings, Results, attention_share
 from masformer.study.losses import Losses
+from masformer.study.models import layers_of
 from masformer.study.scale import FULL, LOCAL, WhereStage
 from masformer.study.units import Place, Unit
 from masformer.study.verdicts import difference, is_better, is_different
-from masformer.study.works import Perplexity, Search, layers_of
+from masformer.study.works import Perplexity, Search
 
 STAGE = "where"
 FOUND = "found by search"
