@@ -1,12 +1,15 @@
-"""Writing files whole: a reader sees the old content or the new one, never half of it."""
+"""Files as wholes: written so that a reader sees the old content or the new one, and told apart by all their bytes."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from pathlib import Path
 
 from masformer.errors import MasformerError
+
+READ_AT_ONCE = 1 << 20
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
@@ -36,3 +39,19 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def content_digest(path: str | os.PathLike[str]) -> bytes:
+    """SHA-256 of a file's bytes.
+
+    Raises:
+        MasformerError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with Path(path).open("rb") as file:
+            while data := file.read(READ_AT_ONCE):
+                digest.update(data)
+    except OSError as error:
+        raise MasformerError(f"cannot read {os.fspath(path)}: {error.strerror}") from None
+    return digest.digest()

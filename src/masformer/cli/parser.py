@@ -33,7 +33,7 @@ SHARED = {
 SPECIAL: dict[str, dict[str, Any]] = {
     "plan": {"action": "append", "type": str},
     "span": {"action": "append", "type": str},
-    "stage": {"action": "append", "type": str},
+    "stage": {"action": "extend", "nargs": "+", "type": str},
     "set": {"action": "append", "type": str, "metavar": "NAME=VALUE"},
     "where": {"action": "append", "type": str, "metavar": "FIELD=VALUE"},
     "shot_where": {"action": "append", "type": str, "metavar": "FIELD=VALUE"},

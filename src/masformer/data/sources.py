@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from dataclasses import field as default
@@ -14,10 +13,10 @@ from typing import Any
 
 from masformer.data.documents import TEXT, Row, check_files, read_rows, selected_rows
 from masformer.errors import MasformerError, check_int
+from masformer.files import content_digest
 
 PYTHON_TOPICS = "python-topics"
 BUILT_IN = (PYTHON_TOPICS,)
-HASHED_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -192,19 +191,8 @@ class Source:
             paths = []
         for path in paths:
             digest.update(f"{path.suffix} {path.stat().st_size}".encode())
-            digest.update(_content(path))
+            digest.update(content_digest(path))
         return digest.hexdigest()
-
-
-def _content(path: Path) -> bytes:
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while data := file.read(HASHED_AT_ONCE):
-                digest.update(data)
-    except OSError as error:
-        raise MasformerError(f"cannot read {os.fspath(path)}: {error.strerror}") from None
-    return digest.digest()
 
 
 def _one_line(error: Exception) -> str:

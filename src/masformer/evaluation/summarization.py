@@ -52,6 +52,7 @@ class SummarizationResult:
         reference_words: mean words of a reference.
         seconds: of generating, prefill included; a run that went on from a file counts what is there.
         metrics: `METRICS` -> mean over the examples, with an interval over the documents.
+        by_example: name of an example -> its `METRICS`.
     """
 
     name: str
@@ -63,6 +64,7 @@ class SummarizationResult:
     reference_words: float
     seconds: float
     metrics: Mapping[str, Interval]
+    by_example: Mapping[str, Mapping[str, float]]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, the metrics among the other attributes."""
@@ -186,6 +188,7 @@ def _scored(
             reference_words=fmean(len(line.reference.split()) for line in lines),
             seconds=round(sum(line.prefill_seconds + line.decode_seconds for line in lines), 3),
             metrics=intervals(scores[name, length]),
+            by_example={line.id: each for line, each in zip(lines, scores[name, length], strict=True)},
         )
         for (name, length), lines in found.items()
     ]

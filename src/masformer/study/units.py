@@ -17,10 +17,11 @@ from typing import Any
 
 from masformer.data.sources import Source
 from masformer.errors import MasformerError
-from masformer.files import write_whole
+from masformer.files import content_digest, write_whole
 from masformer.records import environment
 from masformer.reports.document import slug
 from masformer.settings import without_none
+from masformer.training.recipe import ModelRecipe
 
 UNITS, MODELS, DATA = "units", "models", "data"
 """Folders of a study."""
@@ -55,8 +56,15 @@ class Work(ABC):
 
     def sources(self) -> Sequence[Source]:
         """Texts from outside, whose content the result depends on."""
-        values = (getattr(self, each.name) for each in fields(self))
-        return [value for value in values if isinstance(value, Source)]
+        return [value for value in self._values() if isinstance(value, Source)]
+
+    def models(self) -> Sequence[str]:
+        """Where the models come from that the result depends on: hub ids, folders or files."""
+        found = [value.source for value in self._values() if isinstance(value, ModelRecipe)]
+        return [source for source in found if source is not None]
+
+    def _values(self) -> list[Any]:
+        return [getattr(self, each.name) for each in fields(self)]
 
     @abstractmethod
     def run(self, place: Place, name: str) -> dict[str, Any]:
@@ -181,15 +189,30 @@ class Place:
         return value
 
     def fingerprint(self, unit: Unit, units: Mapping[str, Unit]) -> str:
-        """Changes with the settings of a unit and of those that it needs, and with the content of its texts."""
+        """Changes with the settings of a unit and of those that it needs, and with the content of its texts and models.
+
+        Of a hub's model the id alone counts.
+        """
         if unit.name not in self._prints:
             parts = [
                 json.dumps(self.settings(unit), sort_keys=True),
                 [self._text(source) for source in unit.work.sources()],
                 [self.fingerprint(units[name], units) for name in unit.needs],
+                *(self._model(Path(source)) for source in unit.work.models() if self._is_outside(Path(source))),
             ]
             self._prints[unit.name] = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
         return self._prints[unit.name]
+
+    def _is_outside(self, model: Path) -> bool:
+        """Whether a model lies on this machine, and was not made by a unit."""
+        return _exists(model) and not model.absolute().is_relative_to(self.folder)
+
+    def _model(self, path: Path) -> str:
+        key = str(path)
+        if key not in self._content:
+            files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+            self._content[key] = repr([(each.name, content_digest(each).hex()) for each in files])
+        return self._content[key]
 
     def _text(self, source: Source) -> str:
         key = repr(source)

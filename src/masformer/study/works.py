@@ -18,13 +18,10 @@ from masformer.data import Document
 from masformer.data.sources import Source
 from masformer.errors import MasformerError
 from masformer.evaluation.perplexity import compare_plans, prefix_token, tokenize
-from masformer.evaluation.predictions import Prediction
 from masformer.evaluation.prompts import Example, Prompter, Template
 from masformer.evaluation.retrieval import TASKS, Prober, retrieve, training_pairs, word_tokenizer
-from masformer.evaluation.retrieval.measure import Retrieved
 from masformer.evaluation.summarization import summarize
 from masformer.files import write_whole
-from masformer.journal import recover_lines
 from masformer.placement import search_layers
 from masformer.plan import PLACEMENTS
 from masformer.spans import Span
@@ -152,6 +149,9 @@ class Train(Work):
         every = (*self.recipe.data.sources.values(), *self.recipe.evaluation.sources.values())
         inside = str(Path(self.recipe.output).parent.parent)
         return [source for source in every if not any(file.startswith(inside) for file in source.files)]
+
+    def models(self) -> Sequence[str]:
+        return [] if self.recipe.model.source is None else [self.recipe.model.source]
 
     def estimate(self) -> Estimate:
         found = forecast(self.recipe)
@@ -303,14 +303,10 @@ class Retrieval(Work):
         results, reach = retrieve(
             loaded, prober, tasks, plans, self.lengths, self.depths, self.examples, kept, batch=BATCH
         )
-        scores: dict[str, dict[str, float]] = {}
-        for line in recover_lines(kept, lambda row: Retrieved(**row), "a prediction"):
-            scores.setdefault(str(line.length), {})[line.id] = line.score
         return {
             "plan": str(plan),
             "results": [result.to_dict() for result in results],
             "effective_length": reach[0].to_dict()["effective_length"],
-            "scores": scores,
         }
 
 
@@ -348,11 +344,7 @@ class Summaries(Work):
         results, _ = summarize(
             loaded, prompter, examples, plans, self.lengths, kept, max_new_tokens=self.max_new_tokens
         )
-        lines = recover_lines(kept, lambda row: Prediction(**row), "a prediction")
-        scores: dict[str, dict[str, dict[str, float]]] = {}
-        for line in lines:
-            scores.setdefault(str(line.length), {})[line.id] = line.scores()
-        return {"plan": str(plan), "results": [result.to_dict() for result in results], "scores": scores}
+        return {"plan": str(plan), "results": [result.to_dict() for result in results]}
 
     def _examples(self) -> list[Example]:
         prompt, target = self.text.fields

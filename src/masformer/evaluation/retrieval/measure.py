@@ -71,6 +71,7 @@ class RetrievalResult:
         new_tokens: mean tokens of what was generated.
         seconds: of generating, prefill included; a run that went on from a file counts what is there.
         score: percent of the references found (RULER's `string_match_all`), with an interval over the examples.
+        by_example: name of a prompt -> its score.
     """
 
     name: str
@@ -82,6 +83,7 @@ class RetrievalResult:
     new_tokens: float
     seconds: float
     score: Interval
+    by_example: Mapping[str, float]
 
     @classmethod
     def of(
@@ -98,6 +100,7 @@ class RetrievalResult:
             new_tokens=fmean(line.new_tokens for line in lines),
             seconds=round(sum(line.prefill_seconds + line.decode_seconds for line in lines), 3),
             score=bootstrap([line.score for line in lines]),
+            by_example={line.id: line.score for line in lines},
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -76,9 +76,7 @@ def _add_summaries(made: Findings, part: SummarizationPart, place: Place, result
             rows.append(found | {"seeds": 1, "attention": attention_share(result["plan"], layers, row["length"])})
     made.rows["summaries"] = rows
     made.draw("summaries", draw(rows, METRIC, "ROUGE-L"))
-    scores = {
-        name: {length: _scores(result, length, METRIC) for length in part.lengths} for name, result in here.items()
-    }
+    scores = {name: {length: _rouge(result, length) for length in part.lengths} for name, result in here.items()}
     if FULL in scores:
         made.rows["differences of summaries"] = [
             {
@@ -111,9 +109,7 @@ def _add_retrieval(made: Findings, part: RetrievalPart, results: Results) -> Non
     figure = heat_map(rows, "score")
     made.draw("retrieval", None if figure is None else (figure, "percent found, by length and depth"))
     longest = max(part.lengths)
-    scores = {
-        name: [[-value for _, value in sorted(result["scores"][str(longest)].items())]] for name, result in here.items()
-    }
+    scores = {name: _percents(result, longest) for name, result in here.items()}
     claim = "Retrieval under a mix comes close to that under full attention, without training for it."
     made.verdicts.append(_near(claim, scores, "points"))
 
@@ -130,9 +126,20 @@ def _near(claim: str, scores: Mapping[str, Values], unit: str) -> Verdict:
     return comes_close(claim, near, unit)
 
 
-def _scores(result: dict[str, Any], length: int, metric: str) -> Values:
+def _rouge(result: dict[str, Any], length: int) -> Values:
     """[1][documents], the sign turned: higher is worse."""
-    return [[-scores[metric] for _, scores in sorted(result["scores"][str(length)].items())]]
+    return [[-scores[METRIC] for scores in _by_example(result, length)]]
+
+
+def _percents(result: dict[str, Any], length: int) -> Values:
+    """[1][prompts], likewise."""
+    return [[-score for score in _by_example(result, length)]]
+
+
+def _by_example(result: dict[str, Any], length: int) -> list[Any]:
+    """Scores at a length, over all depths, in the order of the examples' names."""
+    row = next(row for row in result["results"] if row["length"] == length and row.get("depth") is None)
+    return [score for _, score in sorted(row["by_example"].items())]
 
 
 def _turned(values: Values) -> Values:
