@@ -1,6 +1,7 @@
 """Studies: tiny from end to end, what is done once stays, and what cannot be done is named."""
 
 import json
+import re
 import signal
 from importlib import resources
 
@@ -9,11 +10,12 @@ import yaml
 from rich.console import Console
 
 from masformer import MasformerError, cli, study
+from masformer.data.sources import Source
 from masformer.records import read_records
 from masformer.study import works
 from masformer.study.units import Place, Unit, in_order
 from masformer.study.verdicts import HOLDS
-from masformer.training.recipe import load_recipe
+from masformer.training.recipe import ModelRecipe, load_recipe
 from masformer.training.run import Outcome
 
 SHAPE = {
@@ -144,6 +146,8 @@ def test_the_report_of_tiny_shows_every_stage_and_its_records_are_read_by_masfor
     for title in ("Verdicts", "Recall", "Language modelling", "Cost", "How it was made"):
         assert f"## {title}\n" in text
     assert "Missing" not in text
+    units = sum("settings" not in path.name for path in (tiny / "units").glob("*.json"))
+    assert re.search(rf"^{units} units in [\d.]+ minutes: python [\d.]+, torch .*, threads: \d+\.$", text, re.MULTILINE)
     assert str(tiny) not in text
     assert (tiny / "pareto.png").exists()
     assert (tiny / "report.html").exists()
@@ -166,7 +170,7 @@ def test_every_stage_runs_and_reports(tmp_path, monkeypatch):
     rows = [{"document": text, "summary": f"about {text[:5]}"} for text in documents]
     (tmp_path / "papers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     start = mini(tmp_path, "language")
-    assert run("--scale", start, "--out", "start", "--stage", "language") == 0
+    assert run("--scale", start, "--out", "start", "--stage", "language", "training") == 0
     model = tmp_path / "start/models/language-train-1-full-seed-0/model"
     words = ["--data", "papers.jsonl", "--model", model, "--out", "study"]
     assert run("--scale", scale_file(tmp_path), *words) == 0
@@ -219,6 +223,31 @@ def test_other_settings_are_refused_by_name(tmp_path, capsys):
     assert run("--scale", path, "--out", tmp_path / "study", "--stage", "language") == 2
     err = capsys.readouterr().err
     assert "was made with other settings: training.steps was 2 and is 3; give another --out" in err
+
+
+def test_another_model_of_the_same_name_is_refused(tmp_path):
+    work = works.Perplexity(
+        ModelRecipe(source=str(tmp_path / "model")), "full", Source(builtin="python-topics"), (8,), 8
+    )
+    unit = Unit("u", "s", work)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/weights").write_bytes(b"one")
+    place = Place(tmp_path / "study")
+    place.make()
+    place.keep(unit, {"u": unit}, {"loss": 1.0}, 2.0)
+    assert Place(place.folder).result(unit, {"u": unit}) == {"loss": 1.0}
+    (tmp_path / "model/weights").write_bytes(b"two")
+    with pytest.raises(MasformerError, match="what it was made from has changed"):
+        Place(place.folder).result(unit, {"u": unit})
+
+
+def test_a_stage_alone_needs_its_own_texts_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    scale = study.load_scale("small", data={"papers": ["p.jsonl"]}, model="m", parts=study.parts_of(["where"]))
+    assert scale.where is not None
+    assert (scale.spans, scale.language) == (None, None), "they need meetings and books"
+    assert run("--scale", "small", "--out", "study", "--model", "m", "--data", "papers=p", "--stage", "training") == 2
+    assert "scale small needs --data books=FILE for its part language" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("scale", study.SCALES)
@@ -311,7 +340,7 @@ def test_units_come_by_turn_and_after_what_they_need():
 def test_a_vocabulary_gives_a_tokenizer_that_keeps_every_byte(tmp_path):
     from transformers import AutoTokenizer
 
-    work = works.Vocabulary(works.Source(builtin="python-topics", limit=5), 400, tmp_path / "tokenizer")
+    work = works.Vocabulary(Source(builtin="python-topics", limit=5), 400, tmp_path / "tokenizer")
     assert work.run(Place(tmp_path), "v")["tokens"] == 400
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     text = "for each café:\n\tpass  # £"

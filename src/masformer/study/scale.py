@@ -327,7 +327,12 @@ def needs_model(name: str) -> bool:
 
 
 def load_scale(
-    name: str, *, data: Mapping[str, Sequence[str]] | None = None, model: str | None = None, check: bool = True
+    name: str,
+    *,
+    data: Mapping[str, Sequence[str]] | None = None,
+    model: str | None = None,
+    check: bool = True,
+    parts: Sequence[str] = (),
 ) -> Scale:
     """Reads a scale.
 
@@ -336,6 +341,8 @@ def load_scale(
         data: name -> files.
         model: hub id, folder or .gguf file, where the scale leaves it open.
         check: texts that are missing are an error; else they stay names.
+        parts: of the scale that are wanted; none: all. Texts that these need must be there; another part whose texts
+            are missing is left out.
 
     Raises:
         MasformerError: there is no such scale, a setting is wrong, or texts or a model are missing or not asked for.
@@ -350,9 +357,14 @@ def load_scale(
     if model is not None and not _holds(settings, MODEL):
         raise MasformerError(f"--model does nothing at scale {name}: it names its models itself")
     if check:
-        for each, what in wanted.items():
-            if each not in given:
-                raise MasformerError(f"scale {name} needs --data {each}=FILE: {what}")
+        for part, value in list(settings.items()):
+            missing = [each for each in wanted if each not in given and _holds(value, f"{DATA}{each}")]
+            if missing and parts and part not in parts:
+                del settings[part]
+            elif missing:
+                raise MasformerError(
+                    f"scale {name} needs --data {missing[0]}=FILE for its part {part}: {wanted[missing[0]]}"
+                )
     filled = _filled(copy.deepcopy(settings), given, model)
     try:
         scale: Scale = build(Scale, filled, "", "the scale")
@@ -383,6 +395,8 @@ def named_files(words: Sequence[str], names: Sequence[str]) -> dict[str, list[st
 def _holds(value: Any, what: str) -> bool:
     if isinstance(value, Mapping):
         return any(_holds(each, what) for each in value.values())
+    if isinstance(value, list):
+        return any(_holds(each, what) for each in value)
     return bool(value == what)
 
 

@@ -140,21 +140,34 @@ class Place:
         path = self.file(unit)
         if not path.exists():
             return None
-        try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            result: dict[str, Any] = kept["result"]
-            before, mark = kept["settings"], kept["fingerprint"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise MasformerError(f"{path} is no result of a unit; remove it, or give another --out") from None
-        now = self.settings(unit)
-        if mark != self.fingerprint(unit, units):
-            old, new = dict(_flat("", before)), dict(_flat("", now))
+        kept = self._read(path)
+        if kept["fingerprint"] != self.fingerprint(unit, units):
+            old, new = dict(_flat("", kept["settings"])), dict(_flat("", self.settings(unit)))
             changed = next((name for name in (*old, *new) if old.get(name) != new.get(name)), None)
             why = "what it was made from has changed"
             if changed is not None:
                 why = f"{changed.lstrip('.')} was {old.get(changed)!r} and is {new.get(changed)!r}"
             raise MasformerError(f"{path} was made with other settings: {why}; give another --out, or remove the file")
+        result: dict[str, Any] = kept["result"]
         return result
+
+    def made(self, unit: Unit) -> tuple[dict[str, Any], float]:
+        """Of a unit that is done, the versions and the device (`masformer.records.environment`), and the seconds.
+
+        Raises:
+            MasformerError: its file cannot be read.
+        """
+        kept = self._read(self.file(unit))
+        return kept["environment"], kept["seconds"]
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        try:
+            kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if {"result", "settings", "fingerprint", "environment", "seconds"} <= set(kept):
+                return kept
+        except (OSError, ValueError, TypeError):
+            pass
+        raise MasformerError(f"{path} is no result of a unit; remove it, or give another --out")
 
     def keep(self, unit: Unit, units: Mapping[str, Unit], result: Mapping[str, Any], seconds: float) -> None:
         """Writes a result, whole."""

@@ -71,7 +71,7 @@ class RetrievalResult:
         new_tokens: mean tokens of what was generated.
         seconds: of generating, prefill included; a run that went on from a file counts what is there.
         score: percent of the references found (RULER's `string_match_all`), with an interval over the examples.
-        by_example: name of a prompt -> its score.
+        by_example: `id` and `score`: names of the prompts, and their scores.
     """
 
     name: str
@@ -83,7 +83,7 @@ class RetrievalResult:
     new_tokens: float
     seconds: float
     score: Interval
-    by_example: Mapping[str, float]
+    by_example: Mapping[str, Sequence[Any]]
 
     @classmethod
     def of(
@@ -100,7 +100,7 @@ class RetrievalResult:
             new_tokens=fmean(line.new_tokens for line in lines),
             seconds=round(sum(line.prefill_seconds + line.decode_seconds for line in lines), 3),
             score=bootstrap([line.score for line in lines]),
-            by_example={line.id: line.score for line in lines},
+            by_example={"id": [line.id for line in lines], "score": [line.score for line in lines]},
         )
 
     def to_dict(self) -> dict[str, Any]:

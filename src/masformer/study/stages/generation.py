@@ -76,7 +76,9 @@ def _add_summaries(made: Findings, part: SummarizationPart, place: Place, result
             rows.append(found | {"seeds": 1, "attention": attention_share(result["plan"], layers, row["length"])})
     made.rows["summaries"] = rows
     made.draw("summaries", draw(rows, METRIC, "ROUGE-L"))
-    scores = {name: {length: _rouge(result, length) for length in part.lengths} for name, result in here.items()}
+    scores = {
+        name: {length: _scores(result, length, METRIC) for length in part.lengths} for name, result in here.items()
+    }
     if FULL in scores:
         made.rows["differences of summaries"] = [
             {
@@ -109,7 +111,7 @@ def _add_retrieval(made: Findings, part: RetrievalPart, results: Results) -> Non
     figure = heat_map(rows, "score")
     made.draw("retrieval", None if figure is None else (figure, "percent found, by length and depth"))
     longest = max(part.lengths)
-    scores = {name: _percents(result, longest) for name, result in here.items()}
+    scores = {name: _scores(result, longest, "score") for name, result in here.items()}
     claim = "Retrieval under a mix comes close to that under full attention, without training for it."
     made.verdicts.append(_near(claim, scores, "points"))
 
@@ -126,20 +128,11 @@ def _near(claim: str, scores: Mapping[str, Values], unit: str) -> Verdict:
     return comes_close(claim, near, unit)
 
 
-def _rouge(result: dict[str, Any], length: int) -> Values:
-    """[1][documents], the sign turned: higher is worse."""
-    return [[-scores[METRIC] for scores in _by_example(result, length)]]
-
-
-def _percents(result: dict[str, Any], length: int) -> Values:
-    """[1][prompts], likewise."""
-    return [[-score for score in _by_example(result, length)]]
-
-
-def _by_example(result: dict[str, Any], length: int) -> list[Any]:
-    """Scores at a length, over all depths, in the order of the examples' names."""
+def _scores(result: dict[str, Any], length: int, metric: str) -> Values:
+    """[1][examples] at a length, over all depths, in the order of their names; the sign turned: higher is worse."""
     row = next(row for row in result["results"] if row["length"] == length and row.get("depth") is None)
-    return [score for _, score in sorted(row["by_example"].items())]
+    each = row["by_example"]
+    return [[-score for _, score in sorted(zip(each["id"], each[metric], strict=True))]]
 
 
 def _turned(values: Values) -> Values:
