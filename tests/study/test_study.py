@@ -68,6 +68,19 @@ MINI = {
         "max_tokens": 128,
         "long": ["1 full"],
     },
+    "pretrained": {
+        "recipe": {
+            "model": {"source": "@model", "config": {"hidden_size": 16, "model_type": "llama"}},
+            "data": {"sources": {"papers": {"files": ["@papers"], "field": "document"}}, "length": 48},
+            "training": {"steps": 2, "rows": 1},
+            "evaluation": {"sources": {"python": PYTHON}, "lengths": [48], "every": 1, "max_tokens": 96},
+        },
+        "plans": {"all full": "full", "all local": "window:4"},
+        "seeds": [0],
+        "text": PYTHON,
+        "lengths": [48],
+        "max_tokens": 96,
+    },
     "generation": {
         "retrieval": {
             "model": {"source": "@model"},
@@ -175,7 +188,8 @@ def test_every_stage_runs_and_reports(tmp_path, monkeypatch):
     words = ["--data", "papers.jsonl", "--model", model, "--out", "study"]
     assert run("--scale", scale_file(tmp_path), *words) == 0
     text = (tmp_path / "study/report.md").read_text()
-    for title in ("Where", "Which local span", "Cost", "Language modelling", "Continual training", "Generation"):
+    titles = ["Where", "Which local span", "Cost", "Language modelling", "Continual training", "Generation"]
+    for title in (*titles, "Language modelling, from a pretrained model"):
         assert f"## {title}\n" in text
     assert "Missing" not in text
     assert "nan" not in text
@@ -185,6 +199,8 @@ def test_every_stage_runs_and_reports(tmp_path, monkeypatch):
     assert {row["length"] for row in differences} == {24, 48}
     found = json.loads((tmp_path / "study/where.json").read_text())["results"]
     assert found[-1]["name"] == "found by search"
+    curves = json.loads((tmp_path / "study/pretrained.json").read_text())["curves"]
+    assert {row["step"] for row in curves} >= {1, 2}
     assert str(tmp_path) not in text
     assert all(str(tmp_path) not in path.read_text() for path in (tmp_path / "study").glob("*.json"))
 

@@ -29,7 +29,7 @@ def reproduce(
         scale: tiny (minutes on 2 cores, no download), small (hours on 2 cores), gpu (one GPU), paper (GPT-Neo-1.3B at
             8k), or a .yaml file.
         out: folder for results, models and the report; what is there is not done again.
-        stage: do these stages alone: recall, where, spans, cost, language, training, generation.
+        stage: do these stages alone: recall, where, spans, pretrained, cost, language, training, generation.
         data: texts that the scale asks for, as NAME=FILE; a file alone is the text of the name that it begins with.
             With --stage, those of its stages; other stages are then reported on if their texts are given too.
         model: pretrained model, where the scale leaves it open: hub id, folder or .gguf file (default: that of the

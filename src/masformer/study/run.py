@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class Stage:
     findings: Callable[[Any, Place, Results], Findings]
 
 
-STAGES = ("recall", "where", "spans", "cost", "language", "training", "generation")
+STAGES = ("recall", "where", "spans", "pretrained", "cost", "language", "training", "generation")
 """In the order in which they are run."""
 
 
@@ -68,6 +69,12 @@ def stages_of(scale: Scale, chosen: Sequence[str] = ()) -> list[Stage]:
         Stage("recall", scale.recall, recall.units, recall.findings),
         Stage("where", scale.where, where.units, where.findings),
         Stage("spans", scale.spans, spans.units, spans.findings),
+        Stage(
+            "pretrained",
+            scale.pretrained,
+            partial(language.units, group=language.PRETRAINED),
+            language.pretrained_findings,
+        ),
         Stage("cost", scale.cost, cost.units, cost.findings),
         Stage("language", scale.language, language.units, language.language_findings),
         Stage("training", scale.language if _trained_on(scale) else None, language.units, language.training_findings),

@@ -289,6 +289,7 @@ class Scale:
         measured_on: the machine of the rates.
         recall: the recall task.
         language: language modelling and continual training.
+        pretrained: the same from the weights of a pretrained model, without `start`, `vocabulary` and `long`.
         where: placement of full layers.
         spans: local spans.
         generation: summaries and retrieval.
@@ -301,10 +302,15 @@ class Scale:
     measured_on: str | None = None
     recall: RecallStage | None = None
     language: LanguageStage | None = None
+    pretrained: LanguageStage | None = None
     where: WhereStage | None = None
     spans: SpansStage | None = None
     generation: GenerationStage | None = None
     cost: CostStage | None = None
+
+    def __post_init__(self) -> None:
+        if self.pretrained is not None and (self.pretrained.start, self.pretrained.vocabulary) != (None, None):
+            raise MasformerError("pretrained begins with recipe.model; start and vocabulary are of language alone")
 
 
 def _settings(name: str) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""Language modelling: from the same weights, trained on under each plan; and what continual training gives."""
+"""Language modelling: from the same weights, trained on under each plan; and what continual training gives.
+
+Two stages of one kind: `language`, which may begin from nothing with short sequences, and `pretrained`, which begins
+with a model that is there. `training` says more of the first.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +27,21 @@ from masformer.study.verdicts import OPEN, Nearness, Verdict, comes_close, diffe
 from masformer.study.works import Perplexity, Train, Vocabulary
 from masformer.training.recipe import Recipe
 
-LANGUAGE, TRAINING = "language", "training"
+LANGUAGE, TRAINING, PRETRAINED = "language", "training", "pretrained"
+TITLES = {LANGUAGE: "Language modelling", PRETRAINED: "Language modelling, from a pretrained model"}
+CLAIM = "A few full layers come close to full attention at a quarter of the attention cost"
 CHEAP = 0.3
 """Share of the attention operations up to which a mix counts as one at a quarter of the cost."""
 
 
-def units(stage: LanguageStage, place: Place) -> list[Unit]:
-    """For each seed a start and, for each plan, a model that goes on from it and its perplexity; then long runs."""
+def units(stage: LanguageStage, place: Place, group: str = LANGUAGE) -> list[Unit]:
+    """For each seed a start and, for each plan, a model that goes on from it and its perplexity; then long runs.
+
+    Args:
+        stage: its settings.
+        place: where results are kept.
+        group: `LANGUAGE` or `PRETRAINED`.
+    """
     found = []
     needs: tuple[str, ...] = ()
     if stage.vocabulary is not None and stage.vocabulary_text is not None:
@@ -45,14 +57,16 @@ def units(stage: LanguageStage, place: Place) -> list[Unit]:
             start = Unit(_start(seed), LANGUAGE, Train(_start_recipe(stage, place, seed)), needs, turn)
             found.append(start)
             before = (start.name,)
-        runs = [(LANGUAGE, "train", name) for name in stage.plans] + [(TRAINING, "long", name) for name in stage.long]
-        for group, kind, name in runs:
-            made = _name(group, kind, name, seed)
-            recipe = _recipe(stage, place, name, seed) if kind == "train" else _long_recipe(stage, place, name, seed)
+        runs = [(group, "train", name) for name in stage.plans] + [(TRAINING, "long", name) for name in stage.long]
+        for belongs, kind, name in runs:
+            made = _name(belongs, kind, name, seed)
+            recipe = (
+                _recipe(stage, place, name, seed, group) if kind == "train" else _long_recipe(stage, place, name, seed)
+            )
             work = Perplexity(model_of(recipe), stage.plans[name], stage.text, tuple(stage.lengths), stage.max_tokens)
             when = turn if kind == "train" else turn + len(stage.seeds)  # long runs take longest, and come last
-            found.append(Unit(made, group, Train(recipe), before if kind == "train" else needs, when))
-            found.append(Unit(f"{made}/perplexity", group, work, (made,), when))
+            found.append(Unit(made, belongs, Train(recipe), before if kind == "train" else needs, when))
+            found.append(Unit(f"{made}/perplexity", belongs, work, (made,), when))
     return found
 
 
@@ -74,12 +88,12 @@ def _start_recipe(stage: LanguageStage, place: Place, seed: int) -> Recipe:
     return recipe_of(stage.start, place, _start(seed), model=model, training={"seed": seed})
 
 
-def _recipe(stage: LanguageStage, place: Place, name: str, seed: int) -> Recipe:
+def _recipe(stage: LanguageStage, place: Place, name: str, seed: int, group: str = LANGUAGE) -> Recipe:
     model: dict[str, Any] = {"plan": stage.plans[name], **_tokenizer(stage, place)}
     if stage.start is not None:
         start = _start_recipe(stage, place, seed)
         model |= {"source": f"{start.output}/model", "config": start.model.config}
-    made = _name(LANGUAGE, "train", name, seed)
+    made = _name(group, "train", name, seed)
     return recipe_of(stage.recipe, place, made, model=model, training={"seed": seed})
 
 
@@ -103,11 +117,11 @@ def _tokens(recipe: Recipe) -> int:
     return (recipe.training.steps or 0) * recipe.training.rows * recipe.data.length
 
 
-def language_findings(stage: LanguageStage, place: Place, results: Results) -> Findings:
+def language_findings(stage: LanguageStage, place: Place, results: Results, group: str = LANGUAGE) -> Findings:
     """Perplexity by plan, length and position, against attention operations; and whether the cheap mixes come close."""
     length = max(stage.lengths)
-    layers = layers_of(_recipe(stage, place, FULL, stage.seeds[0]).model)
-    losses = _losses(stage, results, LANGUAGE, "train", stage.plans)
+    layers = layers_of(_recipe(stage, place, FULL, stage.seeds[0], group).model)
+    losses = _losses(stage, results, group, "train", stage.plans)
     rows: list[Row] = []
     positions: list[Row] = []
     for name, each in losses.items():
@@ -117,7 +131,7 @@ def language_findings(stage: LanguageStage, place: Place, results: Results) -> F
             rows.append(row | {"attention": share})
         positions += [{"name": name, "length": length, **row} for row in each.positions(length)]
     made = Findings(
-        "Language modelling",
+        TITLES[group],
         f"Perplexity of held-out text after {_what(stage)}, by context length and position; attention is the share of "
         f"the attention operations of all full at {length:,} tokens. Intervals are 95% over documents, and wide enough "
         "to hold every seed; differences are of the loss in the second half of the context, in nats, paired by seed "
@@ -132,40 +146,35 @@ def language_findings(stage: LanguageStage, place: Place, results: Results) -> F
             for name, each in losses.items()
             if name not in (FULL, LOCAL) and attention_share(stage.plans[name], layers, length) <= CHEAP
         }
-        claim = "A few full layers come close to full attention at a quarter of the attention cost."
+        claim = f"{CLAIM}{' (a pretrained model)' if group == PRETRAINED else ''}."
         made.verdicts.append(_known(comes_close(claim, cheap, "nats"), stage))
     longest = [row for row in rows if row["length"] == length]
     if len(longest) > 1:
         points = [(str(row["name"]), float(row["attention"]), row["second_half"]) for row in longest]
         made.draw(
-            "pareto",
+            "pareto" if group == LANGUAGE else f"pareto {group}",
             (pareto(points, "perplexity, second half of the context"), "perplexity against attention operations"),
         )
-    made.draw("language", draw(rows, "perplexity", "perplexity"))
+    made.draw(group, draw(rows, "perplexity", "perplexity"))
+    return made
+
+
+def pretrained_findings(stage: LanguageStage, place: Place, results: Results) -> Findings:
+    """The same of a pretrained model, and its perplexity while training."""
+    made = language_findings(stage, place, results, PRETRAINED)
+    _add_curves(made, stage, results, PRETRAINED)
     return made
 
 
 def training_findings(stage: LanguageStage, place: Place, results: Results) -> Findings:
     """Perplexity while training, and training long at once against training short and then converting."""
     length = max(stage.lengths)
-    series: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
-    rows: list[Row] = []
-    for name in stage.plans:
-        parts = done(results, [_name(LANGUAGE, "train", name, seed) for seed in stage.seeds])
-        if parts is None:
-            continue
-        curve = _curve(parts, length)
-        rows += [{"name": name, "step": step, "perplexity": value, "seeds": len(parts)} for step, value in curve]
-        if len(curve) > 1:
-            series[name] = [step for step, _ in curve], [value.mean for _, value in curve]
     made = Findings(
         "Continual training",
         f"Perplexity at {length:,} tokens while the plans are trained on from the same weights, by optimizer step; "
         "intervals over seeds. Below: trained at the long length from the beginning, with as many tokens in all.",
-        {"curves": rows},
     )
-    if series:
-        made.draw("curves", (curves(series, "step", "perplexity"), "perplexity while training"))
+    _add_curves(made, stage, results, LANGUAGE)
     short = _losses(stage, results, LANGUAGE, "train", stage.long)
     long = _losses(stage, results, TRAINING, "long", stage.long)
     compared: list[Row] = []
@@ -195,6 +204,24 @@ def training_findings(stage: LanguageStage, place: Place, results: Results) -> F
     return made
 
 
+def _add_curves(made: Findings, stage: LanguageStage, results: Results, group: str) -> None:
+    """Perplexity at the longest length while training."""
+    series: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
+    rows: list[Row] = []
+    for name in stage.plans:
+        parts = done(results, [_name(group, "train", name, seed) for seed in stage.seeds])
+        if parts is None:
+            continue
+        curve = _curve(parts, max(stage.lengths))
+        rows += [{"name": name, "step": step, "perplexity": value, "seeds": len(parts)} for step, value in curve]
+        if len(curve) > 1:
+            series[name] = [step for step, _ in curve], [value.mean for _, value in curve]
+    made.rows["curves"] = rows
+    if series:
+        drawn = curves(series, "step", "perplexity"), "perplexity while training"
+        made.draw("curves" if group == LANGUAGE else f"curves {group}", drawn)
+
+
 def _known(verdict: Verdict, stage: LanguageStage) -> Verdict:
     """With one seed it is said that nothing is known of others."""
     if len(stage.seeds) > 1 or verdict.answer == OPEN:
@@ -205,7 +232,7 @@ def _known(verdict: Verdict, stage: LanguageStage) -> Verdict:
 def _what(stage: LanguageStage) -> str:
     steps = stage.recipe.get("training", {}).get("steps")
     if stage.start is None:
-        return f"{steps:,} steps of training under each plan"
+        return f"{steps:,} steps of training under each plan, from the same pretrained weights"
     short = stage.start.get("training", {}).get("steps")
     return f"{short:,} steps with short sequences and full attention, and {steps:,} more with long ones under each plan"
 
