@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
@@ -10,25 +11,26 @@ from masformer.evaluation.intervals import Interval
 from masformer.plots import FULL_COLOR, INK, LOCAL_COLORS
 
 
-def pareto(points: Sequence[tuple[str, float, Interval]], what: str) -> Figure:
-    """Quality against cost; the line joins plans that no other beats in both.
+def pareto(points: Sequence[tuple[str, float, Interval]]) -> Figure:
+    """What plans lose against what they cost; the line joins plans that no other beats in both.
 
     Args:
-        points: (name, share of the attention operations, a figure of which lower is better).
-        what: the figure in words.
+        points: (name, share of the attention operations, loss over that of full attention in nats).
     """
     figure = Figure(figsize=(6.5, 4.0), facecolor="white", layout="constrained")
     axes = figure.subplots()
     best: list[tuple[float, float]] = []
-    for name, share, value in sorted(points, key=lambda point: (point[1], point[2].mean)):
-        axes.plot([100 * share] * 2, [value.low, value.high], color=LOCAL_COLORS[0], linewidth=1.2)
-        axes.plot(100 * share, value.mean, "o", color=FULL_COLOR, markersize=5)
-        axes.annotate(name, (100 * share, value.mean), (5, 4), textcoords="offset points", fontsize=8, color=INK)
-        if not best or value.mean < best[-1][1]:
-            best.append((100 * share, value.mean))
+    for name, share, over in sorted(points, key=lambda point: (point[1], point[2].mean)):
+        mean, low, high = (100 * math.expm1(value) for value in (over.mean, over.low, over.high))
+        axes.plot([100 * share] * 2, [low, high], color=LOCAL_COLORS[0], linewidth=1.2)
+        axes.plot(100 * share, mean, "o", color=FULL_COLOR, markersize=5)
+        axes.annotate(name, (100 * share, mean), (6, 4), textcoords="offset points", fontsize=8, color=INK)
+        if not best or mean < best[-1][1]:
+            best.append((100 * share, mean))
     axes.plot(*zip(*best, strict=True), color=FULL_COLOR, alpha=0.5, linewidth=1)
+    axes.axhline(0, color=INK, linewidth=0.6, linestyle=":")
     axes.set_xlabel("attention operations, percent of all full", fontsize=9, color=INK)
-    axes.set_ylabel(what, fontsize=9, color=INK)
+    axes.set_ylabel("perplexity over all full, percent (second half)", fontsize=9, color=INK)
     axes.set_xlim(left=0, right=115)
     axes.tick_params(labelsize=8)
     axes.spines[["right", "top"]].set_visible(False)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from masformer.evaluation.intervals import Interval
 from masformer.evaluation.perplexity import exp_or_inf
 from masformer.evaluation.perplexity.measure import exp_interval
 from masformer.study.findings import Row
-from masformer.study.verdicts import Values, interval
+from masformer.study.verdicts import Values, difference, interval
 
 
 class Losses:
@@ -32,6 +33,10 @@ class Losses:
         """Predicted tokens of each document in the second half."""
         found: list[float] = self._documents(length, "second_half_by_document")[0]["tokens"]
         return found
+
+    def over(self, base: Losses, length: int) -> Interval:
+        """The loss in the second half less that of another plan, in nats, paired by seed and document."""
+        return difference(self.late(length), base.late(length), self.weights(length))
 
     def row(self, length: int) -> Row:
         """Perplexity of all tokens and of the second half, with intervals, and how many seeds and documents."""

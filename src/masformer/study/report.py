@@ -9,7 +9,7 @@ from typing import Any
 from masformer import __version__
 from masformer.records import write_record
 from masformer.reports import Code, Report, Section, Table
-from masformer.reports.rows import Column, keys_of, table, words
+from masformer.reports.rows import Column, keys_of, pivoted, table, words
 from masformer.study.findings import Findings, Row
 from masformer.study.run import Stage, results_of, units_of
 from masformer.study.scale import Scale
@@ -17,11 +17,14 @@ from masformer.study.units import Place, Unit
 from masformer.study.verdicts import Verdict
 
 SPECS = {"attention": ":.1%", "forward": ":.1%", "cache": ":.1%"}
+ACROSS = ("position", "step")
+"""Keys whose values become columns of perplexities."""
 TITLES = {
     "name": "plan",
     "plan": "spans",
     "second_half": "second half",
-    "attention": "attention",
+    "over_full": "over all full",
+    "over_first": "over the first",
     "training_flops": "training",
     "rougeL": "ROUGE-L",
     "median": "median, s",
@@ -103,14 +106,20 @@ def _add(report: Report, findings: Findings, left: Sequence[str]) -> Section:
 
 
 def _table(title: str, rows: Sequence[Row]) -> Table:
-    """Columns that hold something; of rows with depths, the one line that holds all depths."""
+    """Columns that hold something; positions and steps side by side; of rows with depths, the line of all depths."""
     note = ""
     if any(row.get("depth") is not None for row in rows):
         rows = [row for row in rows if row["depth"] is None]
         note = "over all depths"
     keys = [key for key in keys_of(rows) if any(row.get(key) is not None for row in rows)]
-    columns = [Column.parse(f"{key}{SPECS.get(key, '')}={TITLES.get(key, words(key))}") for key in keys]
-    return table(rows, columns, "" if title == "results" else title, note)
+    columns = {key: Column.parse(f"{key}{SPECS.get(key, '')}={TITLES.get(key, words(key))}") for key in keys}
+    title = "" if title == "results" else title
+    across = next((key for key in ACROSS if key in columns), None)
+    if across is None:
+        return table(rows, list(columns.values()), title, note)
+    values = columns.pop("perplexity")
+    del columns[across]
+    return pivoted(rows, list(columns.values()), [across], [values], title, f"perplexity by {across}")
 
 
 def _verdicts(verdicts: Sequence[Verdict]) -> Table:

@@ -23,7 +23,7 @@ from masformer.study.losses import Losses
 from masformer.study.models import config_of, layers_of, model_of, recipe_of
 from masformer.study.scale import FULL, LOCAL, LanguageStage
 from masformer.study.units import DATA, Place, Unit
-from masformer.study.verdicts import OPEN, Nearness, Verdict, comes_close, difference, interval, is_no_worse
+from masformer.study.verdicts import OPEN, Nearness, Verdict, comes_close, interval, is_no_worse
 from masformer.study.works import Perplexity, Train, Vocabulary
 from masformer.training.recipe import Recipe
 
@@ -128,15 +128,16 @@ def language_findings(stage: LanguageStage, place: Place, results: Results, grou
         share = attention_share(stage.plans[name], layers, length)
         for size in stage.lengths:
             row = {"name": name, "plan": stage.plans[name], "length": size} | each.row(size)
-            rows.append(row | {"attention": share})
+            over = {"over_full": each.over(losses[FULL], size)} if FULL in losses and name != FULL else {}
+            rows.append(row | over | {"attention": share})
         positions += [{"name": name, "length": length, **row} for row in each.positions(length)]
     made = Findings(
         TITLES[group],
         f"Perplexity of held-out text after {_what(stage)}, by context length and position; attention is the share of "
         f"the attention operations of all full at {length:,} tokens. Intervals are 95% over documents, and wide enough "
-        "to hold every seed; differences are of the loss in the second half of the context, in nats, paired by seed "
-        "and document.",
-        {"results": rows, "differences": _differences(losses, length), "positions": positions},
+        "to hold every seed; what a plan is over all full is the difference of the loss in the second half of the "
+        "context, in nats, paired by seed and document.",
+        {"results": rows, "positions": positions},
     )
     if FULL in losses and LOCAL in losses:
         cheap = {
@@ -148,14 +149,16 @@ def language_findings(stage: LanguageStage, place: Place, results: Results, grou
         }
         claim = f"{CLAIM}{' (a pretrained model)' if group == PRETRAINED else ''}."
         made.verdicts.append(_known(comes_close(claim, cheap, "nats"), stage))
-    longest = [row for row in rows if row["length"] == length]
-    if len(longest) > 1:
-        points = [(str(row["name"]), float(row["attention"]), row["second_half"]) for row in longest]
-        made.draw(
-            "pareto" if group == LANGUAGE else f"pareto {group}",
-            (pareto(points, "perplexity, second half of the context"), "perplexity against attention operations"),
-        )
-    made.draw(group, draw(rows, "perplexity", "perplexity"))
+    ratios = [
+        (str(row["name"]), float(row["attention"]), row.get("over_full") or Interval(0, 0, 0, 1))
+        for row in rows
+        if row["length"] == length and FULL in losses
+    ]
+    if len(ratios) > 1:
+        caption = "what plans lose against all full, by attention operations"
+        made.draw("pareto" if group == LANGUAGE else f"pareto {group}", (pareto(ratios), caption))
+    if len(stage.lengths) > 1:
+        made.draw(group, draw(rows, "perplexity", "perplexity"))
     return made
 
 
@@ -181,8 +184,7 @@ def training_findings(stage: LanguageStage, place: Place, results: Results) -> F
     differences: dict[str, Interval] = {}
     for name in long:
         if name in short:
-            here = difference(short[name].late(length), long[name].late(length), long[name].weights(length))
-            differences[name] = here
+            differences[name] = short[name].over(long[name], length)
             for way, each, recipe in (
                 ("short, then converted", short[name], None),
                 ("long from the beginning", long[name], _long_recipe(stage, place, name, stage.seeds[0])),
@@ -246,22 +248,6 @@ def _losses(
         if parts is not None:
             found[name] = Losses(parts)
     return found
-
-
-def _differences(losses: Mapping[str, Losses], length: int) -> list[Row]:
-    if FULL not in losses:
-        return []
-    base = losses[FULL].late(length)
-    return [
-        {
-            "name": name,
-            "against": FULL,
-            "length": length,
-            "difference": difference(each.late(length), base, each.weights(length)),
-        }
-        for name, each in losses.items()
-        if name != FULL
-    ]
 
 
 def _curve(parts: Sequence[Mapping[str, Any]], length: int) -> list[tuple[int, Interval]]:

@@ -10,7 +10,7 @@ from masformer.study.losses import Losses
 from masformer.study.models import layers_of
 from masformer.study.scale import SpansStage
 from masformer.study.units import Place, Unit
-from masformer.study.verdicts import difference, is_no_worse
+from masformer.study.verdicts import is_no_worse
 from masformer.study.works import Perplexity
 
 STAGE = "spans"
@@ -53,24 +53,29 @@ def findings(stage: SpansStage, place: Place, results: Results) -> Findings:
         "Which local span",
         f"Perplexity of {stage.text.place} at {length:,} tokens with one span at all local layers, {beside}, without "
         "any training; attention is the share of the attention operations of all full. Intervals are 95% over "
-        "documents.",
+        "documents; what a span is over the first of its table is the difference of the loss in the second half, in "
+        "nats, paired by document.",
     )
     for title, spans in stage.groups.items():
         made.rows[title] = [
             {"name": span, "length": length, **losses[span].row(length)}
+            | (
+                {"over_first": losses[span].over(losses[spans[0]], length)}
+                if spans[0] in losses and span != spans[0]
+                else {}
+            )
             | {"attention": attention_share(_plan(stage, span), layers, length)}
             for span in spans
             if span in losses
         ]
         if made.rows[title]:
-            figure = draw(made.rows[title], "second_half", "perplexity of the second half")
+            figure = draw(made.rows[title], "over_first", f"loss over {spans[0]}, second half, nats")
             made.draw(f"spans {title}", None if figure is None else (figure[0], f"{title}: {figure[1]}"))
     pairs = {}
     for block, window in stage.equal:
         if block in losses and window in losses:
             cost = f"{span_share(block, length):.0%} and {span_share(window, length):.0%} of the pairs"
-            found = difference(losses[block].late(length), losses[window].late(length), losses[block].weights(length))
-            pairs[f"{block} less {window} ({cost})"] = found
+            pairs[f"{block} less {window} ({cost})"] = losses[block].over(losses[window], length)
     if stage.equal:
         claim = "Blocks, which the paper takes, are as good as windows of equal cost (without training for either)."
         made.verdicts.append(is_no_worse(claim, pairs))

@@ -12,7 +12,7 @@ from masformer.study.losses import Losses
 from masformer.study.models import layers_of
 from masformer.study.scale import FULL, LOCAL, WhereStage
 from masformer.study.units import Place, Unit
-from masformer.study.verdicts import difference, is_better, is_different
+from masformer.study.verdicts import is_better, is_different
 from masformer.study.works import Perplexity, Search
 
 STAGE = "where"
@@ -63,25 +63,27 @@ def findings(stage: WhereStage, place: Place, results: Results) -> Findings:
     losses = {name: Losses([results[_name(name)]]) for name in names}
     rows = [
         {"name": name, "plan": results[_name(name)]["plan"], "length": length, **each.row(length)}
+        | ({"over_full": each.over(losses[FULL], length)} if FULL in losses and name != FULL else {})
         | {"attention": attention_share(results[_name(name)]["plan"], layers, length)}
         for name, each in losses.items()
     ]
     made = Findings(
         "Where",
         f"Perplexity of {stage.text.place} with {stage.budget} of {layers} layers full and {stage.local} at the "
-        f"others, without any training; the search chose on {stage.choose.place}. Intervals are 95% over documents.",
+        f"others, without any training; the search chose on {stage.choose.place}. Intervals are 95% over documents; "
+        "what a plan is over all full is the difference of the loss in the second half, in nats, paired by document.",
         {"results": rows},
     )
-    made.draw("where", draw(rows, "second_half", "perplexity of the second half"))
-    late = {name: each.late(length) for name, each in losses.items()}
-    rules = [name for name in PLACEMENTS if name in late]
+    made.draw("where", draw(rows, "over_full", "loss over all full, second half, nats"))
+    rules = [name for name in PLACEMENTS if name in losses]
     if len(rules) > 1:
-        weights = losses[rules[0]].weights(length)
-        ordered = sorted(rules, key=lambda name: difference(late[name], late[rules[0]], weights).mean)
-        best, worst = ordered[0], ordered[-1]
-        apart = difference(late[worst], late[best], weights)
-        made.verdicts.append(is_different("It matters which layers are full.", apart, f"{worst} less {best}"))
-        if FOUND in late:
+        ordered = sorted(rules, key=lambda name: losses[name].over(losses[rules[0]], length).mean)
+        best, worst = losses[ordered[0]], losses[ordered[-1]]
+        apart = worst.over(best, length)
+        made.verdicts.append(
+            is_different("It matters which layers are full.", apart, f"{ordered[-1]} less {ordered[0]}")
+        )
+        if FOUND in losses:
             claim = "Layers that a search finds are better than every rule."
-            made.verdicts.append(is_better(claim, difference(late[FOUND], late[best], weights), f"found less {best}"))
+            made.verdicts.append(is_better(claim, losses[FOUND].over(best, length), f"found less {ordered[0]}"))
     return made
