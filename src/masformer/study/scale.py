@@ -221,6 +221,8 @@ class RetrievalPart:
         depths: in percent.
         examples: prompts for each length and depth.
         task: of `masformer.evaluation.retrieval.TASKS`.
+        room: tokens of an answer; None: the task's.
+        chat: whether the question stands in the tokenizer's chat template; None: where there is one.
     """
 
     model: ModelRecipe
@@ -229,6 +231,8 @@ class RetrievalPart:
     depths: list[float]
     examples: int
     task: str = "passkey"
+    room: int | None = None
+    chat: bool | None = None
 
     def __post_init__(self) -> None:
         check_plans("generation.retrieval", self.plans)

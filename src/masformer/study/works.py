@@ -278,6 +278,7 @@ class Retrieval(Work):
         seed: of the prompts.
         digits: of the numbers; by default the task's.
         room: tokens of an answer; by default the task's.
+        chat: whether the question stands in the tokenizer's chat template; by default where there is one.
     """
 
     model: ModelRecipe
@@ -289,6 +290,7 @@ class Retrieval(Work):
     seed: int = 0
     digits: int | None = None
     room: int | None = None
+    chat: bool | None = None
 
     def estimate(self) -> Estimate:
         plan = plan_of(self.model, self.plan)
@@ -297,7 +299,7 @@ class Retrieval(Work):
     def run(self, place: Place, name: str) -> dict[str, Any]:
         plan = plan_of(self.model, self.plan)
         loaded, tokenizer = load(self.model, plan)
-        prober = Prober(tokenizer, seed=self.seed, digits=self.digits, max_new_tokens=self.room)
+        prober = Prober(tokenizer, chat=self.chat, seed=self.seed, digits=self.digits, max_new_tokens=self.room)
         tasks, plans = [TASKS[self.task]], {str(plan): plan}
         kept = place.beside(name, "predictions.jsonl")
         results, reach = retrieve(

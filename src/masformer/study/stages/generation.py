@@ -25,7 +25,16 @@ def units(stage: GenerationStage, place: Place) -> list[Unit]:
     found = []
     if (asked := stage.retrieval) is not None:
         for name, plan in asked.plans.items():
-            work = Retrieval(asked.model, plan, asked.task, tuple(asked.lengths), tuple(asked.depths), asked.examples)
+            work = Retrieval(
+                asked.model,
+                plan,
+                asked.task,
+                tuple(asked.lengths),
+                tuple(asked.depths),
+                asked.examples,
+                room=asked.room,
+                chat=asked.chat,
+            )
             found.append(Unit(_retrieval(name), STAGE, work))
     if (part := stage.summarization) is not None:
         for name, plan in part.plans.items():
