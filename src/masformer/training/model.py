@@ -69,7 +69,8 @@ def recipe_config(recipe: ModelRecipe, tokenizer: Any = None) -> tuple[Pretraine
 
     Args:
         recipe: with a config.
-        tokenizer: gives the vocabulary's size and special tokens where the config does not.
+        tokenizer: gives the vocabulary's size and special tokens where the config does not; without it there are no
+            special tokens but the config's.
 
     Raises:
         MasformerError: an unknown model type or setting.
@@ -92,8 +93,8 @@ def recipe_config(recipe: ModelRecipe, tokenizer: Any = None) -> tuple[Pretraine
         settings.setdefault("vocab_size", len(tokenizer))
         if (rows := settings["vocab_size"]) < len(tokenizer):
             raise MasformerError(f"the tokenizer has {len(tokenizer)} tokens, but model.config.vocab_size is {rows}")
-        for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            settings.setdefault(token, getattr(tokenizer, token))
+    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        settings.setdefault(token, getattr(tokenizer, token, None))
     try:
         config = AutoConfig.for_model(kind, **settings)
     except Exception as error:  # each config class refuses in its own way
