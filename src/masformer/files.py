@@ -6,10 +6,18 @@ import hashlib
 import os
 import tempfile
 from pathlib import Path
+from typing import Protocol
 
 from masformer.errors import MasformerError
 
 READ_AT_ONCE = 1 << 20
+
+
+class Hash(Protocol):
+    """What `hashlib` makes."""
+
+    def update(self, data: bytes, /) -> object:
+        """Takes more bytes in."""
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
@@ -49,9 +57,18 @@ def content_digest(path: str | os.PathLike[str]) -> bytes:
     """
     digest = hashlib.sha256()
     try:
-        with Path(path).open("rb") as file:
-            while data := file.read(READ_AT_ONCE):
-                digest.update(data)
+        hash_file(digest, path)
     except OSError as error:
         raise MasformerError(f"cannot read {os.fspath(path)}: {error.strerror}") from None
     return digest.digest()
+
+
+def hash_file(digest: Hash, path: str | os.PathLike[str]) -> None:
+    """Adds a file's bytes to a hash, a piece at a time.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with Path(path).open("rb") as file:
+        while data := file.read(READ_AT_ONCE):
+            digest.update(data)

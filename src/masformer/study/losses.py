@@ -38,12 +38,19 @@ class Losses:
         """The loss in the second half less that of another plan, in nats, paired by seed and document."""
         return difference(self.late(length), base.late(length), self.weights(length))
 
-    def row(self, length: int) -> Row:
-        """Perplexity of all tokens and of the second half, with intervals, and how many seeds and documents."""
+    def row(self, length: int, **bases: Losses | None) -> Row:
+        """Perplexity of all tokens and of the second half, with intervals, and how many seeds and documents.
+
+        Args:
+            length: of the windows.
+            **bases: key -> another plan that this one is held against, see `over`; None, or itself: not at all.
+        """
         whole = self._documents(length, "by_document")
         found: Row = {"perplexity": exp_interval(interval(_means(whole), whole[0]["tokens"]))}
         found["second_half"] = exp_interval(interval(self.late(length), self.weights(length)))
-        return found | {"seeds": len(whole), "documents": len(whole[0]["tokens"])}
+        found |= {"seeds": len(whole), "documents": len(whole[0]["tokens"])}
+        others = {key: base for key, base in bases.items() if base is not None and base is not self}
+        return found | {key: self.over(base, length) for key, base in others.items()}
 
     def positions(self, length: int) -> list[Row]:
         """Perplexity by position in the window, the mean over seeds."""

@@ -52,7 +52,7 @@ def parts_of(stages: Sequence[str]) -> list[str]:
     Args:
         stages: names; training belongs to language.
     """
-    return ["language" if name == "training" else name for name in stages]
+    return [language.LANGUAGE if name == language.TRAINING else name for name in stages]
 
 
 def stages_of(scale: Scale, chosen: Sequence[str] = ()) -> list[Stage]:

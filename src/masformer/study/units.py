@@ -55,7 +55,7 @@ class Work(ABC):
         return asdict(self)
 
     def sources(self) -> Sequence[Source]:
-        """Texts from outside, whose content the result depends on."""
+        """Texts that the result depends on."""
         return [value for value in self._values() if isinstance(value, Source)]
 
     def models(self) -> Sequence[str]:
@@ -209,16 +209,20 @@ class Place:
         if unit.name not in self._prints:
             parts = [
                 json.dumps(self.settings(unit), sort_keys=True),
-                [self._text(source) for source in unit.work.sources()],
+                [self._text(each) for each in unit.work.sources() if not any(map(self._is_made_here, each.files))],
                 [self.fingerprint(units[name], units) for name in unit.needs],
-                *(self._model(Path(source)) for source in unit.work.models() if self._is_outside(Path(source))),
+                *(
+                    self._model(Path(each))
+                    for each in unit.work.models()
+                    if _exists(Path(each)) and not self._is_made_here(each)
+                ),
             ]
             self._prints[unit.name] = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
         return self._prints[unit.name]
 
-    def _is_outside(self, model: Path) -> bool:
-        """Whether a model lies on this machine, and was not made by a unit."""
-        return _exists(model) and not model.absolute().is_relative_to(self.folder)
+    def _is_made_here(self, path: str) -> bool:
+        """Whether a unit made a file or folder, which `Unit.needs` then speaks for."""
+        return Path(path).is_relative_to(self.folder)
 
     def _model(self, path: Path) -> str:
         key = str(path)

@@ -146,9 +146,7 @@ class Train(Work):
         return found
 
     def sources(self) -> Sequence[Source]:
-        every = (*self.recipe.data.sources.values(), *self.recipe.evaluation.sources.values())
-        inside = str(Path(self.recipe.output).parent.parent)
-        return [source for source in every if not any(file.startswith(inside) for file in source.files)]
+        return (*self.recipe.data.sources.values(), *self.recipe.evaluation.sources.values())
 
     def models(self) -> Sequence[str]:
         return [] if self.recipe.model.source is None else [self.recipe.model.source]

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from masformer.errors import MasformerError
+from masformer.files import hash_file
 
 MARKER = "checkpoint.json"
 FORMAT = 1
-BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,5 @@ def _fault(path: Path) -> str | None:
 
 def _checksum(path: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
+    hash_file(digest, path)
     return digest.hexdigest()

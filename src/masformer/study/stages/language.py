@@ -127,9 +127,8 @@ def language_findings(stage: LanguageStage, place: Place, results: Results, grou
     for name, each in losses.items():
         share = attention_share(stage.plans[name], layers, length)
         for size in stage.lengths:
-            row = {"name": name, "plan": stage.plans[name], "length": size} | each.row(size)
-            over = {"over_full": each.over(losses[FULL], size)} if FULL in losses and name != FULL else {}
-            rows.append(row | over | {"attention": share})
+            row = {"name": name, "plan": stage.plans[name], "length": size}
+            rows.append(row | each.row(size, over_full=losses.get(FULL)) | {"attention": share})
         positions += [{"name": name, "length": length, **row} for row in each.positions(length)]
     made = Findings(
         TITLES[group],

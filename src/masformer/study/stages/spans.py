@@ -58,12 +58,8 @@ def findings(stage: SpansStage, place: Place, results: Results) -> Findings:
     )
     for title, spans in stage.groups.items():
         made.rows[title] = [
-            {"name": span, "length": length, **losses[span].row(length)}
-            | (
-                {"over_first": losses[span].over(losses[spans[0]], length)}
-                if spans[0] in losses and span != spans[0]
-                else {}
-            )
+            {"name": span, "length": length}
+            | losses[span].row(length, over_first=losses.get(spans[0]))
             | {"attention": attention_share(_plan(stage, span), layers, length)}
             for span in spans
             if span in losses

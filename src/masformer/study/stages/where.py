@@ -62,8 +62,8 @@ def findings(stage: WhereStage, place: Place, results: Results) -> Findings:
     names = [name for name in (*plans(stage), FOUND) if _name(name) in results]
     losses = {name: Losses([results[_name(name)]]) for name in names}
     rows = [
-        {"name": name, "plan": results[_name(name)]["plan"], "length": length, **each.row(length)}
-        | ({"over_full": each.over(losses[FULL], length)} if FULL in losses and name != FULL else {})
+        {"name": name, "plan": results[_name(name)]["plan"], "length": length}
+        | each.row(length, over_full=losses.get(FULL))
         | {"attention": attention_share(results[_name(name)]["plan"], layers, length)}
         for name, each in losses.items()
     ]
