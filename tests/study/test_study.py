@@ -44,7 +44,7 @@ MINI = {
         "model": {"source": "@model"},
         "text": {"files": ["@papers"], "field": "document", "limit": 3},
         "groups": {"sizes": ["block:16", "window:8"], "sinks": ["window:8", "window:8+2"]},
-        "equal": [["block:16", "window:8"]],
+        "equal": [["block:16", "window:8"], ["block:16", "window:8+2"]],
         "length": 32,
         "full": "1",
     },
@@ -197,6 +197,13 @@ def test_every_stage_runs_and_reports(tmp_path, monkeypatch):
     assert ways[0]["training_flops"] < ways[1]["training_flops"], "short sequences cost less"
     differences = json.loads((tmp_path / "study/generation.json").read_text())["differences of summaries"]
     assert {row["length"] for row in differences} == {24, 48}
+    verdicts = json.loads((tmp_path / "study/spans.json").read_text())["verdicts"]
+    assert [verdict["claim"].split(" are ")[1].split(" of ")[0] for verdict in verdicts] == [
+        "as good as windows",
+        "as good as windows with sinks",
+    ]
+    assert "less window:8 (" in verdicts[0]["why"]
+    assert "less window:8+2 (" in verdicts[1]["why"]
     found = json.loads((tmp_path / "study/where.json").read_text())["results"]
     assert found[-1]["name"] == "found by search"
     curves = json.loads((tmp_path / "study/pretrained.json").read_text())["curves"]

@@ -1,5 +1,6 @@
 """Real processes that are killed, stopped, or run out of room."""
 
+import os
 import random
 import resource
 import signal
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from small import command, environment, metrics, recipe, recipe_file, run
 
 from masformer.training.checkpoints import steps_saved
+from masformer.training.evaluation import evaluate
 from masformer.training.run import train
 
 STEPS = 40
@@ -88,6 +90,35 @@ def test_a_stopped_run_saves_exits_and_goes_on_with_the_same_bits(whole, tmp_pat
     assert f"stopped after step {step}; --resume goes on from there" in out
     train(recipe(tmp_path, **LONG), resume=True)
     assert same(weights(tmp_path), weights(whole))
+
+
+@pytest.mark.parametrize("step", [0, 3, 6])
+def test_an_evaluation_that_was_stopped_is_made_on_resuming(tmp_path, monkeypatch, step):
+    """Before the first step, at a step without a checkpoint of its own, and after the last step."""
+    text = {"builtin": "python-topics", "limit": 1}
+    settings = {"evaluation": {"sources": {"pages": text, "more": text}, "every": 3, "max_tokens": 200}}
+    expected = train(recipe(tmp_path / "whole", **settings))
+    assert sorted(expected.evaluations) == [0, 3, 6]
+
+    def stopped(model, tasks, *rest):
+        if len(begun) * 3 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        begun.append(evaluate(model, tasks, *rest))
+        return begun[-1]
+
+    begun = []
+    with monkeypatch.context() as patch:
+        patch.setattr("masformer.training.trainer.evaluate", stopped)
+        outcome = train(recipe(tmp_path, **settings))
+    assert (outcome.model, outcome.steps, outcome.signal) == (None, step, signal.SIGTERM)
+    assert step not in outcome.evaluations
+    assert begun[-1] is None
+    resumed = train(recipe(tmp_path, **settings), resume=True)
+    assert resumed.evaluations == expected.evaluations
+    assert same(weights(tmp_path), weights(tmp_path / "whole"))
+    name = "eval_more_64_loss"
+    assert metrics(tmp_path, name) == metrics(tmp_path / "whole", name)
+    assert metrics(tmp_path) == metrics(tmp_path / "whole")
 
 
 LIMITED = """

@@ -31,7 +31,7 @@ from masformer.training.dry_run import forecast
 from masformer.training.model import END
 from masformer.training.recipe import ModelRecipe, Recipe
 from masformer.training.run import train
-from masformer.training.trainer import METRICS
+from masformer.training.trainer import METRICS, read_metrics
 
 BATCH = 32
 """Prompts of retrieval that are continued together."""
@@ -160,8 +160,7 @@ class Train(Work):
         outcome = train(self.recipe, resume=True, console=Console(quiet=True))
         if outcome.signal is not None:
             raise StoppedError(name, outcome.signal)
-        lines = (Path(self.recipe.output) / METRICS).read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
+        rows = list(read_metrics(Path(self.recipe.output) / METRICS))
         return {
             "steps": self.recipe.training.steps,
             "losses": [[row["step"], row["loss"]] for row in rows if "loss" in row],

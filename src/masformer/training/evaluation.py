@@ -76,8 +76,10 @@ def _pairs(recipe: Recipe, name: str, tokenizer: Any) -> Task:
 
 def evaluate(
     model: Any, tasks: Sequence[Task], device: Any, stop: Callable[[], bool], advance: Callable[[int, int], None]
-) -> Figures:
+) -> Figures | None:
     """The figures of every task: loss, perplexity, and perplexity of the second half of the context.
+
+    None where it was stopped.
 
     Every process takes its share of the windows, and all get the same figures.
 
@@ -85,7 +87,7 @@ def evaluate(
         model: as it is trained, perhaps wrapped; `use_chunked_loss` was called on it.
         tasks: what to measure.
         device: where the inputs go.
-        stop: asked between windows: True gives up, with what is known so far.
+        stop: asked between windows: True gives up.
         advance: called with (windows done, windows in all).
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
@@ -98,7 +100,7 @@ def evaluate(
             sums = torch.zeros(2, task.length, dtype=torch.float64)
             for inputs, real in _share(task, rank, world, device):
                 if stop():
-                    return figures
+                    return None
                 losses = _token_losses(model, inputs)
                 if real:
                     here = inputs["shift_labels"][0].cpu() != IGNORED

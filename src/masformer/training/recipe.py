@@ -148,6 +148,14 @@ class EvaluationRecipe:
             if getattr(self, name) is not None:
                 check_int(f"evaluation.{name}", getattr(self, name), 1)
 
+    def is_due(self, step: int, steps: int) -> bool:
+        """Whether to evaluate after a step of so many; step 0 is before the first."""
+        if not self.sources:
+            return False
+        if step == 0:
+            return self.at_start
+        return step == steps or (self.every is not None and step % self.every == 0)
+
 
 @dataclass(frozen=True)
 class TrainingRecipe:

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from masformer.models.checkpoint import load_config, model_folder
 from masformer.progress import progress_bar
 from masformer.training import state
 from masformer.training.card import model_card
-from masformer.training.checkpoints import newest, remove_partial, steps_saved
+from masformer.training.checkpoints import Found, newest, remove_partial, steps_saved
 from masformer.training.evaluation import evaluation_tasks
 from masformer.training.model import (
     Prepared,
@@ -40,7 +40,16 @@ from masformer.training.model import (
     skeleton,
 )
 from masformer.training.recipe import Recipe
-from masformer.training.trainer import METRICS, RECIPE, SpanTrainer, Watch, clock, training_arguments
+from masformer.training.trainer import (
+    METRICS,
+    RECIPE,
+    SpanTrainer,
+    Stopped,
+    Watch,
+    clock,
+    read_evaluations,
+    training_arguments,
+)
 
 REPORT = "data.json"
 FIXED = ("model", "data", "lora")
@@ -86,8 +95,8 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     if recipe.training.sharding == "fsdp" and arguments.world_size == 1:
         _say(console, "training.sharding fsdp does nothing in one process; start several with torchrun")
     _check_model(recipe)
-    checkpoint = _start(recipe, output, resume, first, console)
-    if checkpoint is None and (output / "model").exists():
+    found = _start(recipe, output, resume, first, console)
+    if found is None and (output / "model").exists():
         _say(console, f"{output / 'model'} is there already: the run is finished")
         return Outcome(output / "model", 0, None, {})
     PartialState().wait_for_everyone()
@@ -97,35 +106,37 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     console.print(
         f"{steps:,} steps of {recipe.training.rows} rows: {len(schedule) / len(rows):.2f} times all rows", markup=False
     )
-    prepared = prepare_model(recipe, checkpoint)
+    prepared = prepare_model(recipe, None if found is None else found.path)
     tasks = evaluation_tasks(recipe, prepared.tokenizer)
     count = sum(weight.numel() for weight in prepared.model.parameters() if weight.requires_grad)
     _say(console, f"{count:,} weights are trained; plan: {prepared.plan}")
-    start = bool(tasks) and recipe.evaluation.at_start and checkpoint is None
-    arguments = training_arguments(recipe, steps, start)
+    begun = 0 if found is None else found.step
+    evaluations = {step: row for step, row in read_evaluations(output / METRICS).items() if step <= begun}
+    arguments = training_arguments(recipe, steps, recipe.evaluation.is_due(begun, steps) and begun not in evaluations)
     with progress_bar(console) as bar:
         task = bar.add_task("", total=steps)
         watch = Watch(
             recipe,
+            evaluations,
             lambda head, figures: _say(bar.console, f"{head}  {figures_text(figures)}"),
             lambda done, total, what: bar.update(task, completed=done, total=total, description=what),
         )
         trainer = SpanTrainer(recipe, prepared, schedule, tasks, arguments, watch)
         if trainer.is_fsdp_enabled:
             _say(bar.console, f"weights and optimizer are shared by {arguments.world_size} processes (FSDP2)")
-        with _signals(watch, bar.console):
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with _signals(watch, bar.console), suppress(Stopped):
+            trainer.train(resume_from_checkpoint=None if found is None else str(found.path))
     done = int(trainer.state.global_step)
-    if watch.is_stopped() and done < steps:
+    missing = recipe.evaluation.is_due(done, steps) and done not in evaluations
+    if watch.is_stopped() and (done < steps or missing):
         _say(console, f"stopped after step {done}; --resume goes on from there")
-        return Outcome(None, done, watch.stopped_by, watch.evaluations)
+        return Outcome(None, done, watch.stopped_by, evaluations)
     weights = state.trained_weights(trainer.model, prepared.trainable, first)
     if first:
-        evaluations = read_evaluations(output / METRICS)
         _write_model(recipe, prepared, weights, output / "model", model_card(recipe, prepared, report, evaluations))
         _say(console, f"{output / 'model'}: {prepared.plan}")
     PartialState().wait_for_everyone()
-    return Outcome(output / "model", done, None, watch.evaluations)
+    return Outcome(output / "model", done, None, evaluations)
 
 
 def _check_model(recipe: Recipe) -> None:
@@ -161,17 +172,7 @@ def figures_text(figures: Mapping[str, float]) -> str:
     return "  ".join(parts)
 
 
-def read_evaluations(path: Path) -> dict[int, dict[str, float]]:
-    """Step -> the figures of its evaluation, from the lines of metrics."""
-    found: dict[int, dict[str, float]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        row = json.loads(line)
-        if "loss" not in row:
-            found[row.pop("step")] = row
-    return found
-
-
-def _start(recipe: Recipe, output: Path, resume: bool, first: bool, console: Console) -> Path | None:
+def _start(recipe: Recipe, output: Path, resume: bool, first: bool, console: Console) -> Found | None:
     """The checkpoint to go on from; makes the output folder ready."""
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -201,7 +202,7 @@ def _start(recipe: Recipe, output: Path, resume: bool, first: bool, console: Con
         write_whole(output / RECIPE, recipe.to_yaml())
         if found is None:
             (output / METRICS).unlink(missing_ok=True)
-    return None if found is None else found.path
+    return found
 
 
 def _check_same(recipe: Recipe, path: Path, console: Console) -> None:

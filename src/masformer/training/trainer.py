@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -153,12 +153,22 @@ class SpanTrainer(Trainer):  # type: ignore[misc]
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Perplexities by the name of the source and the length."""
+        """Perplexities by the name of the source and the length.
+
+        Stopped before it is through, it leaves a checkpoint of its step, from which it can be made again.
+
+        Raises:
+            Stopped: it was stopped, and no step was done since the checkpoint.
+        """
         model = self.model_wrapped if self.is_fsdp_enabled else self.model
         stop = self.watch.is_stopped if self.args.world_size == 1 else lambda: False
         figures = evaluate(model, self.tasks, self.args.device, stop, self.watch.evaluated)
-        if figures:
-            self.log(dict(figures))
+        if figures is None:
+            if self.watch.steps_done == 0:
+                raise Stopped
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
+        self.log(dict(figures))
         return figures
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
@@ -198,11 +208,16 @@ class SpanTrainer(Trainer):  # type: ignore[misc]
             state.read_random(Path(checkpoint), self.args.process_index)
 
 
+class Stopped(Exception):
+    """Training is to end, and there is nothing to save."""
+
+
 class Watch(TrainerCallback):  # type: ignore[misc]
     """Says when to save, to evaluate and to stop, and writes down what happens.
 
     Args:
         recipe: the run.
+        evaluations: step -> figures; every evaluation is added.
         show: called with a line for people, and the figures it is made of, on the first process.
         advance: called with (steps done, steps in all, what is being done).
     """
@@ -210,16 +225,16 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def __init__(
         self,
         recipe: Recipe,
+        evaluations: dict[int, dict[str, float]],
         show: Callable[[str, dict[str, float]], None],
         advance: Callable[[int, int, str], None],
     ) -> None:
-        self.recipe, self.show, self.advance = recipe, show, advance
+        self.recipe, self.evaluations, self.show, self.advance = recipe, evaluations, show, advance
         self.output = Path(recipe.output)
         self.stopped_by: int | None = None
-        self.evaluations: dict[int, dict[str, float]] = {}
         self._tokens = self._all_tokens = 0
         self._seconds = self._all_seconds = self._begun = 0.0
-        self._step = self._steps = self._done = 0
+        self._step = self._steps = self.steps_done = 0
         self._board: Any = None
 
     def is_stopped(self) -> bool:
@@ -248,19 +263,17 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         spent = time.monotonic() - self._begun
         self._seconds, self._all_seconds = self._seconds + spent, self._all_seconds + spent
-        self._done += 1
+        self.steps_done += 1
         step = self._step = state.global_step
         self._agree(args)
         last = step >= state.max_steps
         control.should_log |= last
         every = self.recipe.checkpoints.every
         control.should_save = (every is not None and step % every == 0 and not last) or self.is_stopped()
-        if self.recipe.evaluation.sources and not self.is_stopped():
-            every = self.recipe.evaluation.every
-            control.should_evaluate = last or (every is not None and step % every == 0)
+        control.should_evaluate = self.recipe.evaluation.is_due(step, state.max_steps) and not self.is_stopped()
         control.should_training_stop |= self.is_stopped()
         speed = self._all_tokens / self._all_seconds if self._all_seconds else 0
-        left = clock(self._all_seconds / self._done * (state.max_steps - step))
+        left = clock(self._all_seconds / self.steps_done * (state.max_steps - step))
         self.advance(step, state.max_steps, f"{speed:,.0f} tokens/s, {left} left")
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -287,7 +300,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             figures["tokens"] = self._tokens
             if self._seconds:
                 figures["tokens_per_second"] = round(self._tokens / self._seconds, 1)
-                figures["seconds_left"] = round(self._all_seconds / self._done * (state.max_steps - step))
+                figures["seconds_left"] = round(self._all_seconds / self.steps_done * (state.max_steps - step))
             self._tokens, self._seconds = 0, 0.0
         else:
             self.evaluations[step] = figures
@@ -310,16 +323,25 @@ def clock(seconds: float) -> str:
 
 def cut_metrics(path: Path, step: int) -> None:
     """Leaves the lines up to a step: what comes after them will be done, and written, again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    if path.exists():
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step))
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of metrics; none where there is no file, and not one that a killed process wrote half."""
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
+            row = json.loads(line)
+        except ValueError:
             continue
-    write_whole(path, "".join(kept))
+        if isinstance(row, dict) and "step" in row:
+            yield row
+
+
+def read_evaluations(path: Path) -> dict[int, dict[str, float]]:
+    """Step -> the figures of its evaluation, from the lines of metrics."""
+    rows = [row for row in read_metrics(path) if "loss" not in row]
+    return {row.pop("step"): row for row in rows}
 
 
 def summary_writer(folder: Path, step: int) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from masformer.plan import AttentionPlan
 from masformer.reports.figures import draw
-from masformer.spans import FullSpan, Span
+from masformer.spans import FullSpan, Span, WindowSpan
 from masformer.study.findings import Findings, Results, attention_share, span_share
 from masformer.study.losses import Losses
 from masformer.study.models import layers_of
@@ -67,12 +67,30 @@ def findings(stage: SpansStage, place: Place, results: Results) -> Findings:
         if made.rows[title]:
             figure = draw(made.rows[title], "over_first", f"loss over {spans[0]}, second half, nats")
             made.draw(f"spans {title}", None if figure is None else (figure[0], f"{title}: {figure[1]}"))
-    pairs = {}
-    for block, window in stage.equal:
-        if block in losses and window in losses:
-            cost = f"{span_share(block, length):.0%} and {span_share(window, length):.0%} of the pairs"
-            pairs[f"{block} less {window} ({cost})"] = losses[block].over(losses[window], length)
-    if stage.equal:
-        claim = "Blocks, which the paper takes, are as good as windows of equal cost (without training for either)."
-        made.verdicts.append(is_no_worse(claim, pairs))
+    for windows, pairs in (("windows", _pairs(stage, False)), ("windows with sinks", _pairs(stage, True))):
+        if pairs:
+            claim = (
+                f"Blocks, which the paper takes, are as good as {windows} of equal cost (without training for either)."
+            )
+            found = {
+                f"{block} less {window} ({_share(block, length)} and {_share(window, length)} of the pairs)": difference
+                for block, window in pairs
+                if block in losses and window in losses
+                for difference in [losses[block].over(losses[window], length)]
+            }
+            made.verdicts.append(is_no_worse(claim, found))
     return made
+
+
+def _pairs(stage: SpansStage, sinks: bool) -> list[tuple[str, str]]:
+    """Those of equal cost whose window has sinks, or has none."""
+    found = []
+    for block, window in stage.equal:
+        span = Span.parse(window)
+        if (isinstance(span, WindowSpan) and span.sinks > 0) == sinks:
+            found.append((block, window))
+    return found
+
+
+def _share(span: str, length: int) -> str:
+    return f"{span_share(span, length):.0%}"
