@@ -16,7 +16,7 @@ FILE = Path(__file__).parent.parent / "README.md"
 README = FILE.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/evaluation.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/evaluation.md", "docs/speed.md"])
 def test_tables_are_those_of_the_records(name):
     file = FILE.parent / name
     assert "<!-- table: " in file.read_text(encoding="utf-8")
