@@ -115,16 +115,26 @@ def command_parser(command: Command) -> jsonargparse.ArgumentParser:
             options["default"] = parameter.default
         if hint is bool:
             options = {"help": texts[name], "action": "store_true"}
-        positional = needed and name not in SPECIAL and parameter.kind is not parameter.KEYWORD_ONLY
+        positional = is_positional(name, parameter)
         if needed and not positional:
             options["required"] = True
         options |= SPECIAL.get(name, {})
-        parser.add_argument(name if positional else f"--{name.replace('_', '-')}", **options)
+        parser.add_argument(name if positional else option_name(name), **options)
     for name, (show, text) in INSTEAD.get(command, {}).items():
         parser.add_argument(f"--{name}", action=Show, const=show, help=text)
     if hints["return"] == Figures:
         parser.add_argument("--json", type=str | None, default=None, help="file for the raw figures")
     return parser
+
+
+def is_positional(name: str, parameter: inspect.Parameter) -> bool:
+    """Whether a parameter is given by its place on the command line."""
+    return parameter.default is parameter.empty and name not in SPECIAL and parameter.kind is not parameter.KEYWORD_ONLY
+
+
+def option_name(name: str) -> str:
+    """`max_positions` -> `--max-positions`."""
+    return f"--{name.replace('_', '-')}"
 
 
 def add_commands(parser: jsonargparse.ArgumentParser, commands: Commands) -> None:
@@ -152,6 +162,11 @@ def all_commands(commands: Commands) -> Iterator[Command]:
 def error_line(error: Exception, commands: Commands) -> str:
     """An error's message in one line, in the words of the command line."""
     text = " ".join(str(error).split())
+    if missing := re.fullmatch(r"the following arguments are required: ([\w., ]+)", text):
+        return _missing(missing[1].split(", "), commands)
+    if alone := re.match(r'expected "([\w.]*?)\.?command" to be one of', text):
+        words = [word for word in alone[1].split(".") if word]
+        return f"{' '.join(['masformer', *words])} needs a command: {', '.join(_below(words, commands))}"
     found = re.match(r'Parser key "([\w.]+)":.*?(?:Given value|Got value): (.*)$', text)
     if not found:
         return text
@@ -161,4 +176,22 @@ def error_line(error: Exception, commands: Commands) -> str:
         if (parameter := option_parameters(command).get(name)) and (choices := get_args(parameter.annotation)):
             strings = [choice for choice in choices if isinstance(choice, str)]
             allowed = ", ".join(strings) or allowed
-    return f"--{name.replace('_', '-')} {value!r} is not allowed; allowed: {allowed}"
+    return f"{option_name(name)} {value!r} is not allowed; allowed: {allowed}"
+
+
+def _missing(keys: Sequence[str], commands: Commands) -> str:
+    """Of parser keys that were not given: `search.data` is `--data` of the command `search`."""
+    *words, _ = keys[0].split(".")
+    parameters = option_parameters(_below(words, commands))
+    names = [key.rpartition(".")[2] for key in keys]
+    needed = [name.upper() if is_positional(name, parameters[name]) else option_name(name) for name in names]
+    line = " ".join(["masformer", *words])
+    return f"{line} needs {', '.join(needed)}; see {line} --help"
+
+
+def _below(words: Sequence[str], commands: Commands) -> Any:
+    """The command of that name, or the commands below it."""
+    found: Any = commands
+    for word in words:
+        found = found[word]
+    return found
