@@ -75,7 +75,8 @@ MINI = {
             "training": {"steps": 2, "rows": 1},
             "evaluation": {"sources": {"python": PYTHON}, "lengths": [48], "every": 1, "max_tokens": 96},
         },
-        "plans": {"all full": "full", "all local": "window:4"},
+        "plans": {"all full": "full", "all local": "window:4", "all block": "block:8"},
+        "equal": [["all block", "all local"]],
         "seeds": [0],
         "text": PYTHON,
         "lengths": [48],
@@ -206,8 +207,9 @@ def test_every_stage_runs_and_reports(tmp_path, monkeypatch):
     assert "less window:8+2 (" in verdicts[1]["why"]
     found = json.loads((tmp_path / "study/where.json").read_text())["results"]
     assert found[-1]["name"] == "found by search"
-    curves = json.loads((tmp_path / "study/pretrained.json").read_text())["curves"]
-    assert {row["step"] for row in curves} >= {1, 2}
+    pretrained = json.loads((tmp_path / "study/pretrained.json").read_text())
+    assert {row["step"] for row in pretrained["curves"]} >= {1, 2}
+    assert pretrained["verdicts"][1]["why"].startswith("all block less all local (")
     assert str(tmp_path) not in text
     assert all(str(tmp_path) not in path.read_text() for path in (tmp_path / "study").glob("*.json"))
 
@@ -328,6 +330,7 @@ def test_what_cannot_be_done_is_named_in_one_line(words, message, tmp_path, monk
         ({"long": ["2 full"]}, "language.long '2 full' is not allowed"),
         ({"lengthz": [3]}, "unknown setting language.lengthz; did you mean lengths?"),
         ({"start": None}, "language.long is held against training that starts short"),
+        ({"equal": [["all local", "2 full"]]}, "language.equal must hold pairs of plans, got ['all local', '2 full']"),
         ({"vocabulary": 300}, "vocabulary and vocabulary_text are given together"),
     ],
 )

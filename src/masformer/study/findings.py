@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from masformer.evaluation.intervals import Interval
 from masformer.plan import AttentionPlan
-from masformer.spans import FullSpan, Span
+from masformer.spans import FullSpan
 from masformer.study.verdicts import Verdict
 
 Results = Mapping[str, dict[str, Any]]
@@ -58,11 +58,6 @@ def attention_share(plan: str, layers: int, length: int) -> float:
     """Attention operations of a plan over those of full attention: the share of visible pairs (`masformer.cost`)."""
     spans = AttentionPlan.load(plan, layers)
     return sum(span.visible_pairs(length) for span in spans) / (layers * FullSpan().visible_pairs(length))
-
-
-def span_share(span: str, length: int) -> float:
-    """The same of one layer."""
-    return Span.parse(span).visible_pairs(length) / FullSpan().visible_pairs(length)
 
 
 def done(results: Results, names: Sequence[str]) -> list[dict[str, Any]] | None:

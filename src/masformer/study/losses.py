@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from masformer.evaluation.intervals import Interval
@@ -62,6 +62,26 @@ class Losses:
                 place = f"{first['start']}-{first['end'] - 1}"
                 found.append({"position": place, "perplexity": exp_or_inf(sum(losses) / len(losses))})
         return found
+
+
+def over_each_other(
+    losses: Mapping[str, Losses], pairs: Iterable[Sequence[str]], length: int, share: Callable[[str], float]
+) -> dict[str, Interval]:
+    """Of pairs of names, as far as both were measured: what is compared -> the loss of the first over the second.
+
+    Args:
+        losses: by name.
+        pairs: of names.
+        length: of the windows.
+        share: of the attention operations of full attention, by name.
+    """
+    return {
+        f"{one} less {other} ({share(one):.1%} and {share(other):.1%} of the operations)": losses[one].over(
+            losses[other], length
+        )
+        for one, other in pairs
+        if one in losses and other in losses
+    }
 
 
 def _means(documents: Sequence[dict[str, Any]]) -> list[list[float]]:

@@ -80,6 +80,12 @@ class RecallStage:
             check_int(f"recall.{name}", getattr(self, name), 1)
 
 
+def _check_pairs(name: str, pairs: list[list[str]], what: str, known: set[str]) -> None:
+    for pair in pairs:
+        if len(pair) != 2 or not set(pair) <= known:
+            raise MasformerError(f"{name} must hold pairs of {what}, got {pair}; allowed: {', '.join(sorted(known))}")
+
+
 @dataclass(frozen=True)
 class LanguageStage:
     """Language modelling: models that start from the same weights and are trained on under each plan.
@@ -96,6 +102,7 @@ class LanguageStage:
         vocabulary: tokens of a tokenizer that is trained first; None: the model's own.
         vocabulary_text: what it is trained on.
         long: names of plans that are also trained from scratch at the long length, with as many tokens.
+        equal: pairs of names of plans of equal cost, the first with blocks and the second with windows.
     """
 
     recipe: dict[str, Any]
@@ -108,6 +115,7 @@ class LanguageStage:
     vocabulary: int | None = None
     vocabulary_text: Source | None = None
     long: list[str] = field(default_factory=list)
+    equal: list[list[str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_plans("language", self.plans)
@@ -121,6 +129,7 @@ class LanguageStage:
             check_choice("language.long", name, self.plans)
         if self.long and self.start is None:
             raise MasformerError("language.long is held against training that starts short; give language.start")
+        _check_pairs("language.equal", self.equal, "plans", set(self.plans))
 
 
 @dataclass(frozen=True)
@@ -177,9 +186,7 @@ class SpansStage:
     def __post_init__(self) -> None:
         check_int("spans.length", self.length, 2)
         known = {span for spans in self.groups.values() for span in spans}
-        for pair in self.equal:
-            if len(pair) != 2 or not set(pair) <= known:
-                raise MasformerError(f"spans.equal must hold pairs of spans that a group names, got {pair}")
+        _check_pairs("spans.equal", self.equal, "spans of the groups", known)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from masformer.plan import AttentionPlan
 from masformer.reports.figures import curves, draw
 from masformer.study.figures import pareto
 from masformer.study.findings import Findings, Results, Row, attention_share, done
-from masformer.study.losses import Losses
+from masformer.study.losses import Losses, over_each_other
 from masformer.study.models import config_of, layers_of, model_of, recipe_of
 from masformer.study.scale import FULL, LOCAL, LanguageStage
 from masformer.study.units import DATA, Place, Unit
@@ -124,11 +124,14 @@ def language_findings(stage: LanguageStage, place: Place, results: Results, grou
     losses = _losses(stage, results, group, "train", stage.plans)
     rows: list[Row] = []
     positions: list[Row] = []
+
+    def share(name: str) -> float:
+        return attention_share(stage.plans[name], layers, length)
+
     for name, each in losses.items():
-        share = attention_share(stage.plans[name], layers, length)
         for size in stage.lengths:
             row = {"name": name, "plan": stage.plans[name], "length": size}
-            rows.append(row | each.row(size, over_full=losses.get(FULL)) | {"attention": share})
+            rows.append(row | each.row(size, over_full=losses.get(FULL)) | {"attention": share(name)})
         positions += [{"name": name, "length": length, **row} for row in each.positions(length)]
     made = Findings(
         TITLES[group],
@@ -144,10 +147,14 @@ def language_findings(stage: LanguageStage, place: Place, results: Results, grou
                 losses[FULL].late(length), losses[LOCAL].late(length), each.late(length), each.weights(length)
             )
             for name, each in losses.items()
-            if name not in (FULL, LOCAL) and attention_share(stage.plans[name], layers, length) <= CHEAP
+            if name not in (FULL, LOCAL) and share(name) <= CHEAP
         }
         claim = f"{CLAIM}{' (a pretrained model)' if group == PRETRAINED else ''}."
         made.verdicts.append(_known(comes_close(claim, cheap, "nats"), stage))
+    if stage.equal:
+        claim = "Blocks, which the paper takes, are as good as windows of equal cost (trained under each)."
+        found = over_each_other(losses, stage.equal, length, share)
+        made.verdicts.append(_known(is_no_worse(claim, found), stage))
     ratios = [
         (str(row["name"]), float(row["attention"]), row.get("over_full") or Interval(0, 0, 0, 1))
         for row in rows

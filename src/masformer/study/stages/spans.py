@@ -5,8 +5,8 @@ from __future__ import annotations
 from masformer.plan import AttentionPlan
 from masformer.reports.figures import draw
 from masformer.spans import FullSpan, Span, WindowSpan
-from masformer.study.findings import Findings, Results, attention_share, span_share
-from masformer.study.losses import Losses
+from masformer.study.findings import Findings, Results, attention_share
+from masformer.study.losses import Losses, over_each_other
 from masformer.study.models import layers_of
 from masformer.study.scale import SpansStage
 from masformer.study.units import Place, Unit
@@ -67,18 +67,16 @@ def findings(stage: SpansStage, place: Place, results: Results) -> Findings:
         if made.rows[title]:
             figure = draw(made.rows[title], "over_first", f"loss over {spans[0]}, second half, nats")
             made.draw(f"spans {title}", None if figure is None else (figure[0], f"{title}: {figure[1]}"))
+
+    def share(span: str) -> float:
+        return attention_share(span, 1, length)
+
     for windows, pairs in (("windows", _pairs(stage, False)), ("windows with sinks", _pairs(stage, True))):
         if pairs:
             claim = (
                 f"Blocks, which the paper takes, are as good as {windows} of equal cost (without training for either)."
             )
-            found = {
-                f"{block} less {window} ({_share(block, length)} and {_share(window, length)} of the pairs)": difference
-                for block, window in pairs
-                if block in losses and window in losses
-                for difference in [losses[block].over(losses[window], length)]
-            }
-            made.verdicts.append(is_no_worse(claim, found))
+            made.verdicts.append(is_no_worse(claim, over_each_other(losses, pairs, length, share)))
     return made
 
 
@@ -90,7 +88,3 @@ def _pairs(stage: SpansStage, sinks: bool) -> list[tuple[str, str]]:
         if (isinstance(span, WindowSpan) and span.sinks > 0) == sinks:
             found.append((block, window))
     return found
-
-
-def _share(span: str, length: int) -> str:
-    return f"{span_share(span, length):.0%}"
