@@ -233,6 +233,23 @@ def test_an_interrupted_study_goes_on_and_reports_what_is_there(tmp_path, monkey
     assert "Missing, not run yet: training/long/1 full/seed 0, training/long/1 full/seed 0/perplexity" in text
 
 
+def test_what_another_process_does_in_the_meantime_is_not_done_again(tmp_path, monkeypatch):
+    words, real, ran = ("--scale", mini(tmp_path, "language"), "--out", tmp_path / "study"), works.Train.run, []
+
+    def meanwhile(self, place, name):
+        ran.append(name)
+        result = real(self, place, name)
+        if len(ran) == 1:
+            assert run(*words, "--stage", "language") == 0
+        return result
+
+    monkeypatch.setattr(works.Train, "run", meanwhile)
+    assert run(*words, "--stage", "language") == 0
+    start, *others = ran
+    assert others[0] == start, "both had begun with it"
+    assert len(others) == len(set(others)) == 4
+
+
 def test_training_that_is_stopped_by_a_signal_stops_the_study(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(works, "train", lambda recipe, **options: Outcome(None, 1, signal.SIGTERM, {}))
     assert run("--scale", mini(tmp_path, "language"), "--out", tmp_path / "study") == 143

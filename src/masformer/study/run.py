@@ -134,17 +134,17 @@ def run_study(
     units = units_of(stages, place)
     by_name = {unit.name: unit for unit in units}
     todo = [unit for unit in units if place.result(unit, by_name) is None]
-    done = len(units) - len(todo)
-    for unit in todo:
+    for done, unit in enumerate(todo, len(units) - len(todo)):
+        if place.result(unit, by_name) is not None:
+            continue  # another process has done it in the meantime
         progress(unit.name, done, len(units))
         began = time.monotonic()
         result = unit.work.run(place, unit.name)
         place.keep(unit, by_name, result, time.monotonic() - began)
-        done += 1
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    progress("", done, len(units))
+    progress("", len(units), len(units))
 
 
 def results_of(stages: Sequence[Stage], place: Place) -> tuple[dict[str, dict[str, Any]], list[Unit]]:
