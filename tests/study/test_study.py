@@ -277,10 +277,10 @@ def test_another_model_of_the_same_name_is_refused(tmp_path):
     place = Place(tmp_path / "study")
     place.make()
     place.keep(unit, {"u": unit}, {"loss": 1.0}, 2.0)
-    assert Place(place.folder).result(unit, {"u": unit}) == {"loss": 1.0}
+    assert Place(place.folder).kept(unit, {"u": unit})["result"] == {"loss": 1.0}
     (tmp_path / "model/weights").write_bytes(b"two")
     with pytest.raises(MasformerError, match="what it was made from has changed"):
-        Place(place.folder).result(unit, {"u": unit})
+        Place(place.folder).kept(unit, {"u": unit})
 
 
 def test_a_stage_alone_needs_its_own_texts_alone(tmp_path, monkeypatch, capsys):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ from masformer.records import write_record
 from masformer.reports import Code, Report, Section, Table
 from masformer.reports.rows import Column, keys_of, pivoted, table, words
 from masformer.study.findings import Findings, Row
-from masformer.study.run import Stage, results_of, units_of
+from masformer.study.run import Stage, done_of
 from masformer.study.scale import Scale
-from masformer.study.units import Place, Unit
+from masformer.study.units import Place
 from masformer.study.verdicts import Verdict
 
 SPECS = {"attention": ":.1%", "forward": ":.1%", "cache": ":.1%"}
@@ -55,7 +55,8 @@ def write_report(
     Raises:
         MasformerError: a file cannot be written.
     """
-    results, missing = results_of(stages, place)
+    done, missing = done_of(stages, place)
+    results = {name: kept["result"] for name, kept in done.items()}
     absent = {unit.name for unit in missing}
     found: list[tuple[Stage, Findings, list[str]]] = []
     for stage in stages:
@@ -78,7 +79,7 @@ def write_report(
     made = report.section("How it was made")
     made.code(" ".join(command))
     made.text(f"By masformer {__version__}.", small=True)
-    for line in _machines(place, [unit for unit in units_of(stages, place) if unit.name in results]):
+    for line in _machines(done.values()):
         made.text(line, small=True)
     made.text(
         "The records beside this file hold every row; ",
@@ -130,13 +131,13 @@ def _verdicts(verdicts: Sequence[Verdict]) -> Table:
     )
 
 
-def _machines(place: Place, units: Sequence[Unit]) -> list[str]:
+def _machines(units: Iterable[Mapping[str, Any]]) -> list[str]:
     """What units were done with, and how long they took: a line for each set of versions, device and threads."""
     found: dict[str, list[float]] = {}
     for unit in units:
-        facts, seconds = place.made(unit)
+        facts = unit["environment"]
         versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-        found.setdefault(f"{versions}; {facts['device']}, threads: {facts['threads']}", []).append(seconds)
+        found.setdefault(f"{versions}; {facts['device']}, threads: {facts['threads']}", []).append(unit["seconds"])
     return [f"{len(each)} units in {sum(each) / 60:.1f} minutes: {what}." for what, each in found.items()]
 
 

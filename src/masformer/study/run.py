@@ -133,9 +133,9 @@ def run_study(
     place.make()
     units = units_of(stages, place)
     by_name = {unit.name: unit for unit in units}
-    todo = [unit for unit in units if place.result(unit, by_name) is None]
+    todo = [unit for unit in units if place.kept(unit, by_name) is None]
     for done, unit in enumerate(todo, len(units) - len(todo)):
-        if place.result(unit, by_name) is not None:
+        if place.kept(unit, by_name) is not None:
             continue  # another process has done it in the meantime
         progress(unit.name, done, len(units))
         began = time.monotonic()
@@ -147,17 +147,17 @@ def run_study(
     progress("", len(units), len(units))
 
 
-def results_of(stages: Sequence[Stage], place: Place) -> tuple[dict[str, dict[str, Any]], list[Unit]]:
-    """What is there, and the units that are missing."""
+def done_of(stages: Sequence[Stage], place: Place) -> tuple[dict[str, dict[str, Any]], list[Unit]]:
+    """What is kept of each unit (`Place.kept`), and the units that are missing."""
     units = units_of(stages, place)
     by_name = {unit.name: unit for unit in units}
     found, missing = {}, []
     for unit in units:
-        result = place.result(unit, by_name)
-        if result is None:
+        kept = place.kept(unit, by_name)
+        if kept is None:
             missing.append(unit)
         else:
-            found[unit.name] = result
+            found[unit.name] = kept
     return found, missing
 
 

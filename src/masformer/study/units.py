@@ -131,8 +131,8 @@ class Place:
         """A file for what a unit keeps while it is at work."""
         return self.folder / UNITS / f"{slug(name)}.{suffix}"
 
-    def result(self, unit: Unit, units: Mapping[str, Unit]) -> dict[str, Any] | None:
-        """What a unit found; None where it has not been done.
+    def kept(self, unit: Unit, units: Mapping[str, Unit]) -> dict[str, Any] | None:
+        """What `keep` wrote of a unit; None where it has not been done.
 
         Raises:
             MasformerError: its file cannot be read, or was made with other settings.
@@ -148,17 +148,7 @@ class Place:
             if changed is not None:
                 why = f"{changed.lstrip('.')} was {old.get(changed)!r} and is {new.get(changed)!r}"
             raise MasformerError(f"{path} was made with other settings: {why}; give another --out, or remove the file")
-        result: dict[str, Any] = kept["result"]
-        return result
-
-    def made(self, unit: Unit) -> tuple[dict[str, Any], float]:
-        """Of a unit that is done, the versions and the device (`masformer.records.environment`), and the seconds.
-
-        Raises:
-            MasformerError: its file cannot be read.
-        """
-        kept = self._read(self.file(unit))
-        return kept["environment"], kept["seconds"]
+        return kept
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:
@@ -170,7 +160,7 @@ class Place:
         raise MasformerError(f"{path} is no result of a unit; remove it, or give another --out")
 
     def keep(self, unit: Unit, units: Mapping[str, Unit], result: Mapping[str, Any], seconds: float) -> None:
-        """Writes a result, whole."""
+        """Writes a result, whole, with the settings, the versions and the device (`masformer.records.environment`)."""
         content = {
             "unit": unit.name,
             "stage": unit.stage,
