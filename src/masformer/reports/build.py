@@ -13,8 +13,9 @@ from masformer.placement.report import search_figure
 from masformer.placement.result import SearchResult
 from masformer.records import Record
 from masformer.reports import figures as drawings
-from masformer.reports.document import Report, Section, Table
+from masformer.reports.document import Section, Table
 from masformer.reports.kinds import KINDS, View
+from masformer.reports.report import Report
 from masformer.reports.rows import Column, Row, flat, keys_of, pivoted, row_sets, table, words
 from masformer.reports.values import is_number, show
 

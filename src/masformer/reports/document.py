@@ -1,17 +1,12 @@
-"""A report: sections of text, tables and figures, from which Markdown and HTML are made."""
+"""What a report is made of: sections of text, tables and figures."""
 
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from matplotlib.figure import Figure as Drawing
-
-from masformer.errors import MasformerError
-from masformer.files import write_whole
 
 DPI = 120
 
@@ -138,55 +133,6 @@ class Section:
                 yield block
             elif isinstance(block, Section):
                 yield from block.tables()
-
-
-class Report(Section):
-    """The outermost section.
-
-    >>> report = Report("Perplexity")
-    >>> report.section("Books").text("Under ", Code("window:512"), " it is higher.")
-    >>> print(report.to_markdown(), end="")
-    # Perplexity
-    <BLANKLINE>
-    ## Books
-    <BLANKLINE>
-    Under `window:512` it is higher.
-    """
-
-    def to_markdown(self, images: str = "") -> str:
-        """GitHub's Markdown; pictures are linked as `images` and the name of their file."""
-        from masformer.reports.markdown import markdown
-
-        return markdown(self, images)
-
-    def to_html(self) -> str:
-        """A page that needs no other file and no network, and runs no script."""
-        from masformer.reports.html import page
-
-        return page(self)
-
-    def write(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Writes `report.md` with its pictures beside it, and `report.html`.
-
-        Args:
-            folder: made where it is missing.
-
-        Returns:
-            The files.
-
-        Raises:
-            MasformerError: the folder or a file cannot be written.
-        """
-        folder = Path(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise MasformerError(f"cannot make folder {folder}: {error.strerror}") from None
-        files: dict[str, str | bytes] = {f"{name}.png": figure.png for figure, name in self.file_names().items()}
-        files |= {"report.md": self.to_markdown(), "report.html": self.to_html()}
-        for name, content in files.items():
-            write_whole(folder / name, content)
-        return [folder / name for name in files]
 
 
 def slug(text: str) -> str:
