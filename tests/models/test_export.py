@@ -515,7 +515,7 @@ OUT = ["export", "MODEL", "OUT", "--target"]
     ("words", "message"),
     [
         ([*OUT, "onnx"], "--target 'onnx' is not allowed; allowed: transformers, vllm, mlx-lm, gguf"),
-        (["export", "MODEL", "OUT"], "required"),
+        (["export", "MODEL", "OUT"], "masformer export needs --target; see masformer export --help"),
         ([*OUT, "transformers", "--plan", "window:9+4"], "(drop the sinks)"),
         ([*OUT, "gguf", "--plan", "full@1; window:9"], "llama.cpp reads no window for it"),
         ([*OUT, "transformers", "--plan", "full", "--plan", "window:4"], "a checkpoint has one plan"),
