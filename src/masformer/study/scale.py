@@ -32,6 +32,13 @@ def check_plans(name: str, plans: Mapping[str, str], needed: Sequence[str] = (FU
             raise MasformerError(f"{name}.plans needs a plan named {each!r}; there are {', '.join(plans) or 'none'}")
 
 
+def check_pairs(name: str, pairs: list[list[str]], what: str, known: set[str]) -> None:
+    """Raises MasformerError where something is no pair of what is known."""
+    for pair in pairs:
+        if len(pair) != 2 or not set(pair) <= known:
+            raise MasformerError(f"{name} must hold pairs of {what}, got {pair}; allowed: {', '.join(sorted(known))}")
+
+
 def check_seeds(name: str, seeds: Sequence[int]) -> None:
     """Raises MasformerError unless there are seeds, each once."""
     if not seeds or len(set(seeds)) != len(seeds):
@@ -80,12 +87,6 @@ class RecallStage:
             check_int(f"recall.{name}", getattr(self, name), 1)
 
 
-def _check_pairs(name: str, pairs: list[list[str]], what: str, known: set[str]) -> None:
-    for pair in pairs:
-        if len(pair) != 2 or not set(pair) <= known:
-            raise MasformerError(f"{name} must hold pairs of {what}, got {pair}; allowed: {', '.join(sorted(known))}")
-
-
 @dataclass(frozen=True)
 class LanguageStage:
     """Language modelling: models that start from the same weights and are trained on under each plan.
@@ -129,7 +130,7 @@ class LanguageStage:
             check_choice("language.long", name, self.plans)
         if self.long and self.start is None:
             raise MasformerError("language.long is held against training that starts short; give language.start")
-        _check_pairs("language.equal", self.equal, "plans", set(self.plans))
+        check_pairs("language.equal", self.equal, "plans", set(self.plans))
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ class SpansStage:
     def __post_init__(self) -> None:
         check_int("spans.length", self.length, 2)
         known = {span for spans in self.groups.values() for span in spans}
-        _check_pairs("spans.equal", self.equal, "spans of the groups", known)
+        check_pairs("spans.equal", self.equal, "spans of the groups", known)
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,11 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     _say(console, f"{count:,} weights are trained; plan: {prepared.plan}")
     begun = 0 if found is None else found.step
     evaluations = {step: row for step, row in read_evaluations(output / METRICS).items() if step <= begun}
-    arguments = training_arguments(recipe, steps, recipe.evaluation.is_due(begun, steps) and begun not in evaluations)
+
+    def is_missing(step: int) -> bool:
+        return recipe.evaluation.is_due(step, steps) and step not in evaluations
+
+    arguments = training_arguments(recipe, steps, is_missing(begun))
     with progress_bar(console) as bar:
         task = bar.add_task("", total=steps)
         watch = Watch(
@@ -127,8 +131,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         with _signals(watch, bar.console), suppress(Stopped):
             trainer.train(resume_from_checkpoint=None if found is None else str(found.path))
     done = int(trainer.state.global_step)
-    missing = recipe.evaluation.is_due(done, steps) and done not in evaluations
-    if watch.is_stopped() and (done < steps or missing):
+    if watch.is_stopped() and (done < steps or is_missing(done)):
         _say(console, f"stopped after step {done}; --resume goes on from there")
         return Outcome(None, done, watch.stopped_by, evaluations)
     weights = state.trained_weights(trainer.model, prepared.trainable, first)
