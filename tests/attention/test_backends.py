@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 
 from masformer import BlockSpan, FullSpan, MasformerError, WindowSpan, attend
 from masformer.attention import BACKENDS
-from masformer.attention.tiled import tiled_attention
+from masformer.attention.call import Call
+from masformer.attention.tiled import Tiled
 from strategies import spans
 
 
@@ -35,7 +36,7 @@ def test_equal_to_reference_forward_and_backward(backend, span, batch, heads, gr
         patch.setitem(
             BACKENDS,
             "tiled",
-            lambda *args: tiled_attention(*args, tile=tile),
+            Tiled(tile),
         )
         actual = attend(*inputs, span, backend=backend, **options)
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
@@ -86,7 +87,7 @@ def test_without_gradients_after_a_past_with_values_of_any_width(span, value_dim
 @pytest.mark.parametrize("span", [FullSpan(), WindowSpan(3), WindowSpan(2, 2), BlockSpan(3, 1)])
 def test_gradcheck(span, softcap):
     def run(query, key, value):
-        return tiled_attention(query, key, value, span, 0.7, None, 0.0, softcap, tile=2)
+        return Tiled(tile=2).run(Call(query, key, value, span, 0.7, softcap=softcap))
 
     assert torch.autograd.gradcheck(run, tensors(1, 1, 2, 11, 11, 2))
 
@@ -131,15 +132,28 @@ def test_left_padding_moves_nothing_and_padding_gives_zeros(backend):
     assert not out[:, :, :7].any()
 
 
+@pytest.mark.parametrize("backend", ["reference", "tiled", "flex"])
+@pytest.mark.parametrize("span", [FullSpan(), WindowSpan(3, 1), BlockSpan(4, 1)])
+def test_a_batch_of_nothing_but_padding_can_be_trained_on(span, backend):
+    inputs = tensors(2, 1, 2, 20, 20)
+    out = attend(*inputs, span, padding_mask=torch.zeros(2, 20), backend=backend)
+    assert not out.any()
+    out.sum().backward()
+    assert all(not tensor.grad.any() for tensor in inputs)
+    frozen = [tensor.detach() for tensor in inputs]
+    assert not attend(*frozen, span, padding_mask=torch.zeros(2, 20), backend=backend).requires_grad
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backend": "fast"}, "unknown backend 'fast'; allowed: auto, reference, tiled, flex"),
+        ({"backend": "fast"}, "unknown backend 'fast'; allowed: auto, reference, tiled, flash, flex"),
         ({"padding_mask": torch.ones(1, 3)}, "padding_mask must be [batch, key_len] = [1, 4], got [1, 3]"),
         ({"query": torch.ones(1, 3, 4, 4)}, "3 query heads are no multiple of 2 key heads"),
         ({"query": torch.ones(1, 2, 5, 4)}, "5 queries, but only 4 keys"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
         ({"dropout": 0.1, "backend": "flex"}, "backend flex has no dropout on attention weights; allowed: dropout 0"),
+        ({"backend": "flash"}, "backend flash runs on NVIDIA GPUs, not on cpu; use backend flex or tiled"),
         ({"softcap": 0.0}, "softcap must be above 0, got 0.0"),
         ({"document_ids": torch.tensor([[0, 1, 0, 0]])}, "document_ids must keep the tokens of a document together"),
         ({"query": torch.ones(1, 2, 4)}, "query must be [batch, heads, length, head_dim], got [1, 2, 4]"),

@@ -4,8 +4,6 @@ Tests that take `device` run on the CPU without kernels where they can, and with
 """
 
 import contextlib
-import sys
-import types
 
 import pytest
 import torch
@@ -15,9 +13,11 @@ from torch._dynamo.utils import counters
 from torch._subclasses import FakeTensorMode
 
 from masformer import BlockSpan, FullSpan, MasformerError, SpanCache, WindowSpan, apply_plan, attend
-from masformer.attention import auto, flash, flex
+from masformer.attention import flash, flex
+from masformer.attention.auto import Auto
+from masformer.attention.call import Call
 from masformer.attention.layout import Layout
-from masformer.attention.reference import reference_attention, visible_mask
+from masformer.attention.reference import Reference, visible_mask
 from masformer.benchmarks.timing import peak_memory
 from strategies import spans
 from tiny import PLAN, VOCABULARY, tiny
@@ -133,8 +133,8 @@ def test_keys_out_of_a_cache_that_has_dropped_some(span, monkeypatch):
         layouts.append(layout)
         query = torch.randn(2, 2, stop - start, 8, dtype=torch.float64)
         check_blocks(span, stop - start, layout, key.shape[2], 4, exact=False)
-        expected = reference_attention(query, key, value, span, 0.3, layout, 0.0, None)
-        actual = flex.flex_span_attention(query, key, value, span, 0.3, layout, 0.0, None)
+        call = Call(query, key, value, span, 0.3, layout)
+        expected, actual = Reference().run(call), flex.Flex().run(call)
         torch.testing.assert_close(actual, expected)
     assert any(any(layout.skipped) for layout in layouts if layout.skipped is not None)
 
@@ -150,7 +150,7 @@ def test_layers_share_blocks_and_training_may_use_what_generation_made():
     assert flex.blocks_of(WindowSpan(2), 4, 4, None, CPU) is plain
     given = [*made.partial, *made.full, *made.tokens, *plain.partial, *plain.full]
     assert not any(tensor.is_inference() for tensor in given)
-    assert len(flex._known[layout]) == 3
+    assert len(flex._known[layout.documents]) == 3
     before = len(flex._known)
     del layout
     assert len(flex._known) == before - 1
@@ -247,24 +247,28 @@ def test_other_devices_are_refused():
 def test_where_kernels_are_compiled(monkeypatch):
     monkeypatch.setattr(flex, "_has_cpp_compiler", lambda: True)
     layout = Layout.of(torch.tensor([[0, 1]]), None)
+
+    def is_compiled(query, key, layout=None):
+        return flex.is_compiled(Call(query, key, query, FullSpan(), 1.0, layout))
+
     with FakeTensorMode():
         small, large, double = (
             torch.empty(1, 2, length, 64, dtype=dtype)
             for length, dtype in ((100, torch.float32), (8192, torch.float32), (8192, torch.float64))
         )
         cuda = torch.empty(1, 2, 100, 64, device="cuda", requires_grad=True)
-    assert flex.is_compiled(cuda, cuda, cuda, layout)
-    assert flex.is_compiled(large, large, large, None)
-    assert not flex.is_compiled(large, large, large, layout)
-    assert not flex.is_compiled(small, small, small, None)
-    assert not flex.is_compiled(double, double, double, None)
+    assert is_compiled(cuda, cuda, layout)
+    assert is_compiled(large, large)
+    assert not is_compiled(large, large, layout)
+    assert not is_compiled(small, small)
+    assert not is_compiled(double, double)
     leaf = large.requires_grad_()
-    assert not flex.is_compiled(large, leaf, large, None)
+    assert not is_compiled(large, leaf)
     with torch.no_grad():
-        assert flex.is_compiled(large, leaf, large, None)
+        assert is_compiled(large, leaf)
     monkeypatch.setattr(flex, "_has_cpp_compiler", lambda: False)
     with torch.no_grad():
-        assert not flex.is_compiled(large, leaf, large, None)
+        assert not is_compiled(large, leaf)
 
 
 @pytest.fixture(params=DEVICES)
@@ -352,86 +356,59 @@ def test_a_kernel_compiled_on_the_cpu(monkeypatch):
 
 
 def chosen(span=None, lengths=(512, 512), dtype=torch.bfloat16, dim=64, layout=None, device="cuda", **options):
-    options = {"dropout": 0.0, "softcap": None} | options
     with FakeTensorMode():
         query = torch.empty(1, 8, lengths[0], dim, dtype=dtype, device=device)
         key = torch.empty(1, 2, lengths[1], dim, dtype=dtype, device=device)
-        return auto.choose(query, key, key, span or WindowSpan(64), layout, **options)
-
-
-def test_what_auto_takes(monkeypatch):
-    monkeypatch.setattr(flash, "_function", lambda: None)
-    monkeypatch.setattr(auto, "has_triton", lambda: True)
-    packed = Layout.of(None, torch.tensor([[0] * 200 + [1] * 312]))
-    assert chosen() == "flex"
-    assert chosen(device="cpu") == chosen(device="meta") == "tiled"
-    assert chosen(dtype=torch.float32) == "flex"
-    assert chosen(dtype=torch.float64) == "tiled"
-    assert chosen(dropout=0.1) == "tiled"
-    assert chosen(lengths=(1, 512)) == "tiled"
-    assert chosen(FullSpan()) == chosen(WindowSpan(512)) == "tiled"  # torch's own causal kernel
-    assert chosen(FullSpan(), dtype=torch.float32) == chosen(FullSpan(), softcap=2.0) == "flex"
-    assert chosen(FullSpan(), lengths=(100, 512)) == chosen(FullSpan(), layout=packed) == "flex"
-    monkeypatch.setattr(auto, "has_triton", lambda: False)
-    assert chosen() == "tiled"
-
-
-def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0):
-    """What flash-attn documents: [batch, length, heads, dim], the last queries and keys together, -1 for no bound."""
-    assert q.dtype in (torch.float16, torch.bfloat16)
-    assert not dropout_p
-    assert q.shape[2] % k.shape[2] == 0
-    left, right = window_size
-    shift = k.shape[1] - q.shape[1]
-    distance = torch.arange(k.shape[1])[None] - torch.arange(q.shape[1])[:, None] - shift
-    hidden = (distance > 0) & causal | (distance > right) & (right >= 0) | (distance < -left) & (left >= 0)
-    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
-    scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) * softmax_scale
-    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
-    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-    return torch.einsum("bhqk,bkhd->bqhd", weights, v.double()).to(q.dtype)
+        return Auto().choose(Call(query, key, key, span or WindowSpan(64), 1.0, layout, **options)).name
 
 
 @pytest.fixture
-def flash_attn(monkeypatch):
-    module = types.ModuleType("flash_attn")
-    module.flash_attn_func = flash_attn_func
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
-    flash._function.cache_clear()
-    yield module
-    flash._function.cache_clear()
+def gpu(monkeypatch):
+    """What `objection` asks of a GPU; its tensors have no data."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(flash, "_is_right", lambda *args: True)
+    monkeypatch.setattr(flex, "has_triton", lambda: True)
+    return monkeypatch
 
 
-def test_auto_takes_flash_attn_for_windows_that_it_can_do(flash_attn, monkeypatch):
-    monkeypatch.setattr(auto, "has_triton", lambda: True)
+def test_what_auto_takes(gpu):
     packed = Layout.of(None, torch.tensor([[0] * 200 + [1] * 312]))
-    assert chosen() == chosen(dtype=torch.float16) == chosen(softcap=2.0) == chosen(lengths=(100, 512)) == "flash"
-    assert chosen(dropout=0.1) == "flash"
-    assert chosen(dropout=0.1, softcap=2.0) == "tiled"
-    for options in ({"dtype": torch.float32}, {"layout": packed}, {"dim": 320}, {"dim": 100}):
-        assert chosen(**options) == "flex"
-    assert chosen(WindowSpan(64, 4)) == chosen(BlockSpan(64)) == "flex"
-    assert chosen(FullSpan()) == "tiled"
-    del flash_attn.flash_attn_func
-    flash._function.cache_clear()
-    assert chosen() == "flex"
-    flash_attn.flash_attn_func = lambda q, k, v, window_size=(-1, -1): q  # before 2.6
-    flash._function.cache_clear()
+    holes = Layout.of(torch.tensor([[1] * 200 + [0] * 12 + [1] * 300]), None)
+    assert chosen() == chosen(dtype=torch.float16) == chosen(lengths=(100, 512)) == "flash"
+    assert chosen(WindowSpan(64, 4)) == chosen(BlockSpan(64, 1)) == chosen(FullSpan()) == "flash"
+    assert chosen(layout=packed) == chosen(FullSpan(), layout=packed) == "flash"
+    assert chosen(device="cpu") == chosen(device="meta") == "tiled"
+    assert chosen(dtype=torch.float32) == chosen(softcap=2.0) == chosen(layout=holes) == "flex"
+    assert chosen(dim=320) == chosen(dim=100) == "flex"
+    assert chosen(dtype=torch.float64) == chosen(dropout=0.1) == chosen(lengths=(1, 512)) == "tiled"
+    gpu.setattr(flex, "has_triton", lambda: False)
+    assert chosen(softcap=2.0) == "tiled"
+    gpu.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    gpu.setattr(flex, "has_triton", lambda: True)
     assert chosen() == "flex"
 
 
-@settings(deadline=None, max_examples=50)
-@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 3), st.data())
-def test_windows_in_the_words_of_flash_attn(size, key_len, group, data):
-    inputs = tensors(data.draw(st.integers(1, key_len)), key_len, "cpu", torch.bfloat16, (2 * group, 2), (16, 16))
-    softcap = data.draw(st.none() | st.just(0.7))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flash, "_function", lambda: flash_attn_func)
-        actual = flash.flash_span_attention(*inputs, WindowSpan(size), 0.3, None, 0.0, softcap)
-    expected = attend(*inputs, WindowSpan(size), scale=0.3, softcap=softcap, backend="reference")
-    torch.testing.assert_close(actual, expected, atol=2e-2, rtol=0)
-    assert flash.window(WindowSpan(size)) == (size - 1, 0)
-    assert all(flash.window(span) is None for span in (FullSpan(), BlockSpan(size), WindowSpan(size, 1)))
+def test_what_flash_says_of_calls_that_it_cannot_do(gpu):
+    def objection(dtype=torch.bfloat16, dim=64, device="cuda", value_dim=None, **options):
+        with FakeTensorMode():
+            query = torch.empty(1, 4, 20, dim, dtype=dtype, device=device)
+            value = torch.empty(1, 4, 20, value_dim or dim, dtype=dtype, device=device)
+        return flash.Flash().objection(Call(query, query, value, WindowSpan(4), 1.0, **options))
+
+    assert objection() is None
+    assert "takes bfloat16 and float16, not torch.float32" in objection(dtype=torch.float32)
+    assert "a multiple of 8 up to 256, not 60 and 60" in objection(dim=60)
+    assert "not 64 and 32" in objection(value_dim=32)
+    assert "neither dropout on attention weights nor soft caps" in objection(dropout=0.1)
+    assert "no padding between the tokens" in objection(
+        layout=Layout.of(torch.tensor([[1] * 9 + [0] + [1] * 10]), None)
+    )
+    gpu.setattr(torch.version, "hip", "6.4")
+    assert "not on AMD GPUs" in objection()
+    gpu.setattr(torch.version, "hip", None)
+    gpu.setattr(flash, "_is_right", lambda *args: False)
+    assert "gives wrong results for window:4 on this GPU" in objection()
 
 
 # Whole models and memory, on a GPU
@@ -459,17 +436,6 @@ def test_a_training_step_in_bfloat16_with_checkpointing(kind):
             loss.backward()
             grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]).float())
         assert torch.nn.functional.cosine_similarity(*grads, dim=0) > 0.99
-
-
-@pytest.mark.gpu
-def test_auto_is_flex_on_this_gpu(monkeypatch):
-    calls = []
-    taken = flex.flex_span_attention
-    monkeypatch.setattr(auto, "flex_span_attention", lambda *args: (calls.append(args[3]), taken(*args))[1])
-    inputs = tensors(300, 300, "cuda", torch.bfloat16)
-    out = attend(*inputs, WindowSpan(40, 4))
-    torch.testing.assert_close(out, attend(*inputs, WindowSpan(40, 4), backend="reference"), atol=3e-2, rtol=0)
-    assert calls == [WindowSpan(40, 4)]
 
 
 @pytest.mark.gpu

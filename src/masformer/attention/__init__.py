@@ -5,20 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from masformer.attention.auto import auto_attention
-from masformer.attention.flex import flex_span_attention
+from masformer.attention import operator
+from masformer.attention.call import Call
 from masformer.attention.layout import Layout
-from masformer.attention.reference import reference_attention
-from masformer.attention.tiled import tiled_attention
+from masformer.attention.named import BACKENDS
 from masformer.errors import MasformerError
 from masformer.spans import Span
-
-BACKENDS = {
-    "auto": auto_attention,
-    "reference": reference_attention,
-    "tiled": tiled_attention,
-    "flex": flex_span_attention,
-}
 
 __all__ = ["BACKENDS", "Layout", "attend"]
 
@@ -52,8 +44,9 @@ def attend(
         softcap: bound c on the scores, c * tanh(score / c) (Gemma 2, arXiv 2408.00118, section 2); None for no bound.
         layout: padding and documents worked out beforehand, in place of `padding_mask` and `document_ids`, for models
             that attend once per layer.
-        backend: `reference` (dense oracle), `tiled` (any device), `flex` (FlexAttention: CUDA, no dropout), or `auto`:
-            on CUDA flex, or flash-attn's windows where that package is installed and can do the call; else tiled.
+        backend: `reference` (dense oracle), `tiled` (any device), `flash` (torch's FlashAttention: NVIDIA GPUs, half
+            precision), `flex` (FlexAttention: CUDA, no dropout), or `auto`: on CUDA the first of flash, flex and tiled
+            that can do the call; else tiled.
 
     Returns:
         [batch, query_heads, query_len, value_dim], in the dtype of `query`; under autocast in its dtype.
@@ -85,7 +78,8 @@ def attend(
         if given is not None and given.shape != (key.shape[0], key.shape[2]):
             allowed = [key.shape[0], key.shape[2]]
             raise MasformerError(f"{name} must be [batch, key_len] = {allowed}, got {list(given.shape)}")
-    if layout is None:
+    compiling = torch.compiler.is_compiling()
+    if layout is None and not compiling:
         layout = Layout.of(padding_mask, document_ids)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     device = query.device.type
@@ -93,4 +87,15 @@ def attend(
     if autocast and query.dtype != torch.float64:
         # not every kernel below is one that autocast knows
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-    return BACKENDS[backend](query, key, value, span, scale, layout, dropout, softcap)
+    call = Call(query, key, value, span, scale, layout, dropout, softcap)
+    if compiling:
+        documents = Layout.numbered(padding_mask, document_ids) if layout is None else layout.documents
+        return operator.attend(call, documents, backend)
+    chosen = BACKENDS[backend]
+    if (reason := chosen.objection(call)) is not None:
+        raise MasformerError(reason)
+    out = chosen.run(call)
+    if call.trains and not out.requires_grad:  # every query is padding: zeros, but of the graph
+        nothing = sum(x[..., :0].sum() for x in call.tensors)
+        out = out + nothing
+    return out

@@ -1,73 +1,430 @@
-"""Windows by the package flash-attn (Dao, arXiv 2307.08691), where it is installed and can do the call."""
+"""Spans on FlashAttention as torch ships it (Dao, arXiv 2307.08691), forward and backward.
+
+A span is cut into parts, each of them one call of torch's kernel over sequences of queries and of keys: windows, whole
+documents and blocks are one part; every earlier block that a query still sees is one more. Sinks outside the window are
+added by `masformer.attention.sinks`. Outputs are joined by the log-sum-exps of their scores. The backward pass of each
+part is exact with the *joined* output and log-sum-exp, as in ring attention (Liu et al., arXiv 2310.01889): the weights
+are exp(score - log-sum-exp), and d score = weight * (d weight - sum(d out * out)), whichever keys a part holds.
+
+Kernels that the user activates through torch (FlashAttention 3 and 4) work underneath. Newer kernels have been wrong on
+just such windows, so that each kind of call is held against dense attention at its first use on a device.
+"""
 
 from __future__ import annotations
 
-import inspect
-from functools import cache
+import warnings
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from masformer.attention import sinks as sinks_beside
+from masformer.attention.call import Backend, Call
 from masformer.attention.layout import Layout
-from masformer.spans import Span, WindowSpan
+from masformer.attention.reference import Reference
+from masformer.attention.sinks import Sinks
+from masformer.attention.tiled import joined
+from masformer.spans import BlockSpan, FullSpan, Span, WindowSpan
 
 WIDEST = 256
 """The widest head that the kernels take."""
 
+DTYPES = (torch.bfloat16, torch.float16)
+
+PADDING = 128
+"""Padding attends within pieces of at most so many tokens; its output is dropped."""
+
+ROUNDING = 2e-2
+"""Errors of the kernels, as a share of the norm, are 2e-3 to 4e-3 in bfloat16; above this bound they are wrong."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One call of the kernel: sequences of queries, each with its sequence of keys, both end to end.
+
+    Attributes:
+        queries: which of the tokens of all rows, end to end, are its queries.
+        keys: which are its keys.
+        alike: (sequences, queries of each, keys of each) where all are alike; else None.
+        ends: where they are not: [sequences + 1] int32, the cumulative lengths of queries and of keys.
+        longest: the longest sequence of queries, and of keys.
+        causal: whether a query sees the keys up to its own, both counted from the ends of their sequences; else all.
+        left: how many keys before its own it sees; None: all.
+        alive: [queries] bool, those whose output counts; None: all.
+    """
+
+    queries: slice
+    keys: slice
+    alike: tuple[int, int, int] | None
+    ends: tuple[Tensor, Tensor] | None
+    longest: tuple[int, int]
+    causal: bool = True
+    left: int | None = None
+    alive: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """A span over given rows: its parts, the sinks beside them, and the queries that are padding.
+
+    Attributes:
+        parts: the first holds every query.
+        sinks: what queries see beyond that; None: nothing.
+        dead: [tokens, 1, 1] bool, True for queries that are padding; None: there are none.
+    """
+
+    parts: tuple[Part, ...]
+    sinks: Sinks | None
+    dead: Tensor | None
+
+
+class Flash(Backend):
+    """Torch's FlashAttention, in half precision on NVIDIA GPUs."""
+
+    name = "flash"
+
+    def objection(self, call: Call) -> str | None:
+        query, key, value = call.tensors
+        width = query.shape[-1]
+        instead = "use backend flex or tiled"
+        if not query.is_cuda or torch.version.hip is not None:
+            where = query.device.type if not query.is_cuda else "AMD GPUs"
+            return f"backend flash runs on NVIDIA GPUs, not on {where}; {instead}"
+        if torch.cuda.get_device_capability(query.device) < (8, 0):
+            return f"backend flash needs a GPU of compute capability 8.0 or later; {instead}"
+        if {x.dtype for x in call.tensors} not in ({dtype} for dtype in DTYPES):
+            return f"backend flash takes bfloat16 and float16, not {query.dtype}; {instead}"
+        if value.shape[-1] != width or width > WIDEST or width % 8:
+            given = f"not {width} and {value.shape[-1]}; {instead}"
+            return f"backend flash takes keys and values of one width, a multiple of 8 up to {WIDEST}, {given}"
+        if call.dropout or call.softcap is not None:
+            return f"backend flash has neither dropout on attention weights nor soft caps; {instead}"
+        if call.layout is not None and call.layout.has_holes:
+            return f"backend flash takes no padding between the tokens of a document; {instead}"
+        if call.past and call.trains and (call.layout is not None or isinstance(call.span, BlockSpan)):
+            return f"backend flash has no gradients for such queries after a past; {instead}"
+        if not _is_right(query.device, query.dtype, width, query.shape[1] // key.shape[1], _kind(call.span)):
+            return f"backend flash gives wrong results for {call.span} on this GPU; {instead}"
+        return None
+
+    def run(self, call: Call) -> Tensor:
+        if call.span.max_visible is None and call.layout is None and not call.past:  # torch knows best which kernel
+            return F.scaled_dot_product_attention(*call.tensors, is_causal=True, scale=call.scale, enable_gqa=True)
+        if call.trains:
+            return _Flash.apply(*call.tensors, call)[0]  # type: ignore[no-any-return]
+        return self.forward(call)[0]
+
+    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
+        """The output, laid out in memory as [batch, query_len, heads, dim], and the log-sum-exps [heads, tokens]."""
+        q, k, v = map(_flat, call.tensors)
+        parts = parts_of(call)
+        out, sums = _forward(parts.parts[0], q, k, v, call.scale)
+        for part in parts.parts[1:]:
+            here, here_sums = _forward(part, q, k, v, call.scale)
+            if part.alive is not None:
+                here_sums = here_sums.masked_fill(~part.alive, -torch.inf)
+            both = out[part.queries], sums[:, part.queries]
+            out[part.queries] = joined(both[0], both[1].T, here, here_sums.T)
+            sums[:, part.queries] = torch.logaddexp(both[1], here_sums)
+        if parts.sinks is not None:
+            sinks_beside.join(parts.sinks, q, k, v, out, sums, call.scale)
+        if parts.dead is not None:
+            out.masked_fill_(parts.dead, 0)
+        return _rows(out, call.query), sums
+
+    def backward(self, call: Call, grad: Tensor, out: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of query, key and value, laid out as `forward` lays out its output."""
+        q, k, v, g, o = map(_flat, (*call.tensors, grad, out))
+        parts = parts_of(call)
+        g = g.contiguous() if parts.dead is None else g.masked_fill(parts.dead, 0)
+        grads = _backward(parts.parts[0], g, q, k, v, o, sums, call.scale)
+        for part in parts.parts[1:]:
+            more = _backward(part, g, q, k, v, o, sums, call.scale)
+            for whole, here, where in zip(grads, more, (part.queries, part.keys, part.keys), strict=True):
+                whole[where] += here
+        if parts.sinks is not None:
+            sinks_beside.add_gradients(parts.sinks, g, q, k, v, o, sums, call.scale, *grads)
+        q_grad, k_grad, v_grad = (_rows(x, like) for x, like in zip(grads, call.tensors, strict=True))
+        return q_grad, k_grad, v_grad
+
+
+class _Flash(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        out, sums = Flash().forward(call)
+        ctx.save_for_backward(query, key, value, out, sums)
+        ctx.rest = call.span, call.scale, call.layout
+        ctx.mark_non_differentiable(sums)
+        return out, sums
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        query, key, value, out, sums = ctx.saved_tensors
+        return *Flash().backward(Call(query, key, value, *ctx.rest), grad, out, sums), None
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[batch, heads, length, dim] -> [batch * length, heads, dim], without a copy where models attend."""
+    x = x.transpose(1, 2)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _rows(x: Tensor, like: Tensor) -> Tensor:
+    return x.view(like.shape[0], like.shape[2], *x.shape[1:]).transpose(1, 2)
+
+
+# The kernels
+
+
+def _forward(part: Part, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Output [queries, heads, dim] and log-sum-exps [heads, queries] of one part."""
+    q, k, v = q[part.queries], k[part.keys], v[part.keys]
+    lengths, options = (*part.longest, 0.0, part.causal), _options(part, scale)
+    if part.alike is None:
+        assert part.ends is not None
+        out, sums, *_ = torch.ops.aten._flash_attention_forward(q, k, v, *part.ends, *lengths, False, **options)
+        return out, sums
+    count, queries, _ = part.alike
+    q, k, v = (x.unflatten(0, (count, -1)) for x in (q, k, v))
+    out, sums, *_ = torch.ops.aten._flash_attention_forward(q, k, v, None, None, *lengths, False, **options)
+    return out.flatten(0, 1), sums[..., :queries].transpose(0, 1).flatten(1)
+
+
+def _backward(
+    part: Part, g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The part's gradients, [queries, heads, dim] and [keys, kv_heads, dim], from the joined output and sums."""
+    q, g, out, sums = q[part.queries], g[part.queries], out[part.queries], sums[:, part.queries]
+    k, v = k[part.keys], v[part.keys]
+    if part.alive is not None:
+        sums = sums.masked_fill(~part.alive, torch.inf)  # weights of exp(-inf) = 0
+    # The kernel asks for the state of the dropout that there is none of.
+    state = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.zeros((), dtype=torch.uint64, device=q.device)
+    lengths, options = (*part.longest, 0.0, part.causal), _options(part, scale)
+    if part.alike is None:
+        assert part.ends is not None
+        tensors = g, q, k, v, out, sums.contiguous()
+        grads = torch.ops.aten._flash_attention_backward(*tensors, *part.ends, *lengths, *state, **options)
+        return grads  # type: ignore[no-any-return]
+    count = part.alike[0]
+    g, q, k, v, out = (x.unflatten(0, (count, -1)) for x in (g, q, k, v, out))
+    sums = sums.unflatten(1, (count, -1)).transpose(0, 1).contiguous()
+    grads = torch.ops.aten._flash_attention_backward(g, q, k, v, out, sums, None, None, *lengths, *state, **options)
+    q_grad, k_grad, v_grad = (x.flatten(0, 1) for x in grads)
+    return q_grad, k_grad, v_grad
+
+
+def _options(part: Part, scale: float) -> dict[str, Any]:
+    window = {} if part.left is None else {"window_size_left": part.left, "window_size_right": 0}
+    return {"scale": scale, **window}
+
+
+# How a span is cut
+
+
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""The documents of a layout -> (span, query length, keys that are missing) -> parts."""
+
+
+def parts_of(call: Call) -> Parts:
+    """The parts of a call, made once for all layers of a pass; without a layout, for all passes."""
+    batch, _, query_len, _ = call.query.shape
+    shape = call.span, batch, query_len, call.key.shape[2]
+    if call.layout is None:
+        return _plain_parts(*shape, call.query.device)
+    known = _known.setdefault(call.layout.documents, {})
+    name = call.span, query_len, call.layout.skipped
+    if name not in known:
+        known[name] = _made(*shape, call.layout, call.query.device)
+    return known[name]  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=64)
+def _plain_parts(span: Span, batch: int, query_len: int, key_len: int, device: torch.device) -> Parts:
+    return _made(span, batch, query_len, key_len, None, device)
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """A stretch of one row that attends within itself: one document, or padding.
+
+    Attributes:
+        row: which row.
+        start: index of its first key in the row.
+        stop: index after its last.
+        skipped: positions that are missing among its keys, after the sinks.
+        real: whether it is a document.
+    """
+
+    row: int
+    start: int
+    stop: int
+    skipped: int = 0
+    real: bool = True
+
+
+def _stretches(batch: int, key_len: int, layout: Layout | None) -> list[_Stretch]:
+    """All keys of all rows, in order."""
+    if layout is None:
+        return [_Stretch(row, 0, key_len) for row in range(batch)]
+    found: list[_Stretch] = []
+
+    def pad(row: int, start: int, stop: int) -> None:
+        for first in range(start, stop, PADDING):
+            found.append(_Stretch(row, first, min(first + PADDING, stop), real=False))
+
+    for row, segments in enumerate(layout.rows):
+        at = 0
+        for segment in segments:
+            pad(row, at, segment.start)
+            skipped = 0 if layout.skipped is None else layout.skipped[row]
+            found.append(_Stretch(row, segment.start, segment.stop, skipped))
+            at = segment.stop
+        pad(row, at, key_len)
+    return found
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Keys that follow each other, and the queries among them; `number` counts the blocks of a document."""
+
+    queries: int
+    keys: int
+    number: int = 0
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _made(span: Span, batch: int, query_len: int, key_len: int, layout: Layout | None, device: torch.device) -> Parts:
+    stretches = _stretches(batch, key_len, layout)
+    past = key_len - query_len
+    pieces = [piece for stretch in stretches for piece in _pieces(span, stretch, past)]
+    left = span.max_visible - span.sinks - 1 if span.period == 1 and span.max_visible is not None else None
+    parts = [_part(pieces, pieces, device, left=left)]
+    if span.period is not None and span.period > 1:
+        assert span.max_visible is not None
+        for back in range(1, span.max_visible // span.period):
+            late, early = pieces[back:], pieces[: len(pieces) - back]
+            alive = torch.tensor([piece.number >= back for piece in late for _ in range(piece.queries)])
+            if bool(alive.any()):
+                first = sum(piece.queries for piece in pieces[:back])
+                parts.append(_part(late, early, device, causal=False, queries=first, alive=alive.to(device)))
+    dead = None
+    if layout is not None and bool((layout.documents[:, past:] < 0).any()):
+        dead = (layout.documents[:, past:] < 0).reshape(-1, 1, 1).to(device)
+    return Parts(tuple(parts), _sinks(span, stretches, query_len, key_len, device), dead)
+
+
+def _pieces(span: Span, stretch: _Stretch, past: int) -> list[_Piece]:
+    """A stretch in one piece, or in the blocks of a block span."""
+
+    def piece(start: int, stop: int, number: int = 0) -> _Piece:
+        return _Piece(max(0, stop - max(start, past)), stop - start, number)
+
+    start, stop, skipped = stretch.start, stretch.stop, stretch.skipped
+    if span.period is None or span.period == 1:
+        if not skipped or not span.sinks:
+            return [piece(start, stop)]
+        apart = start + span.sinks  # the window begins after the missing keys
+        return [_Piece(0, span.sinks), piece(apart, stop)]
+    found, at = [], start
+    while at < stop:
+        block = (at - start + skipped) // span.period
+        end = min(stop, start + (block + 1) * span.period - skipped)
+        found.append(piece(at, end, block - skipped // span.period if stretch.real else 0))
+        at = end
+    return found
+
+
+def _part(
+    queries_of: list[_Piece],
+    keys_of: list[_Piece],
+    device: torch.device,
+    *,
+    causal: bool = True,
+    left: int | None = None,
+    queries: int = 0,
+    alive: Tensor | None = None,
+) -> Part:
+    """The queries of some pieces, from number `queries` on, with the keys of as many others, from the first on."""
+    lengths = [[piece.queries for piece in queries_of], [piece.keys for piece in keys_of]]
+    totals = [sum(each) for each in lengths]
+    longest = max(lengths[0]), max(lengths[1])
+    alike, ends = None, None
+    if all(len(set(each)) == 1 for each in lengths):
+        alike = (len(queries_of), *longest)
+    else:
+        cumulative = (F.pad(torch.tensor(each).cumsum(0), (1, 0)).to(device, torch.int32) for each in lengths)
+        ends = next(cumulative), next(cumulative)
+    if alive is not None and bool(alive.all()):
+        alive = None
+    return Part(slice(queries, queries + totals[0]), slice(0, totals[1]), alike, ends, longest, causal, left, alive)
+
+
+def _sinks(span: Span, stretches: list[_Stretch], query_len: int, key_len: int, device: torch.device) -> Sinks | None:
+    """The queries from which sinks lie outside the window."""
+    if not span.sinks:
+        return None
+    assert span.max_visible is not None
+    size, past = span.max_visible - span.sinks, key_len - query_len
+    documents = []
+    for stretch in stretches:
+        nearest = size - stretch.skipped  # index in its document of the first query that the window parts from a sink
+        first = max(stretch.start + nearest, stretch.start, past)
+        if stretch.real and first < stretch.stop:
+            position = first - stretch.start + stretch.skipped
+            query, key = stretch.row * query_len + first - past, stretch.row * key_len + stretch.start
+            documents.append((query, stretch.stop - first, position, key))
+    return Sinks.of(documents, size, span.sinks, device) if documents else None
+
+
+# Trust
+
+
+def _kind(span: Span) -> Span:
+    """A span of the same kind that is short enough to try."""
+    if isinstance(span, WindowSpan):
+        return WindowSpan(min(span.size, 1024), span.sinks)
+    if isinstance(span, BlockSpan):
+        return BlockSpan(min(span.size, 256), min(span.lookback, 2))
+    return FullSpan()
+
+
+def _is_right(device: torch.device, dtype: torch.dtype, dim: int, group: int, span: Span) -> bool:
+    """Whether the kernels give what dense attention gives; tried once a process for each kind of call."""
+    if torch.cuda.is_current_stream_capturing():
+        return True
+    return _tried(device, dtype, dim, group, span)
+
 
 @cache
-def _function() -> Any:
-    """`flash_attn_func`, or None where there is no such package, none for this torch, or one before 2.6 (soft caps)."""
-    try:
-        from flash_attn import flash_attn_func
-    except (ImportError, OSError):
-        return None
-    return flash_attn_func if "softcap" in inspect.signature(flash_attn_func).parameters else None
-
-
-def fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether FlashAttention's kernels, flash-attn's and torch's alike, take such heads."""
-    dtypes = {query.dtype, key.dtype, value.dtype}
-    width = query.shape[-1]
-    return dtypes in ({torch.bfloat16}, {torch.float16}) and value.shape[-1] == width <= WIDEST and width % 8 == 0
-
-
-def window(span: Span) -> tuple[int, int] | None:
-    """A span as flash-attn's `window_size`; None where it cannot say it.
-
-    The query at i sees the keys from i - left to i + right, and a window's size counts the query's own key.
-    """
-    if isinstance(span, WindowSpan) and not span.sinks:
-        return span.size - 1, 0
-    return None
-
-
-def is_able(
-    query: Tensor, key: Tensor, value: Tensor, span: Span, layout: Layout | None, dropout: float, softcap: float | None
-) -> bool:
-    """Whether flash-attn is here and can do it: windows without sinks, half precision, no padding, no packing."""
-    plain = layout is None and not (dropout and softcap is not None)
-    return plain and query.is_cuda and window(span) is not None and fits(query, key, value) and _function() is not None
-
-
-def flash_span_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    span: Span,
-    scale: float,
-    layout: Layout | None,
-    dropout: float,
-    softcap: float | None,
-) -> Tensor:
-    """See `masformer.attention.attend` for the shapes; only where `is_able` says so."""
-    out = _function()(
-        *(x.transpose(1, 2) for x in (query, key, value)),  # to [batch, length, heads, head_dim]
-        dropout_p=dropout,
-        softmax_scale=scale,
-        causal=True,
-        window_size=window(span),
-        softcap=softcap or 0.0,
+def _tried(device: torch.device, dtype: torch.dtype, dim: int, group: int, span: Span) -> bool:
+    length = (span.max_visible or 200) + 101
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        make = torch.Generator(device).manual_seed(0)
+        query, key, value, weight = (
+            torch.randn(1, length, heads, dim, generator=make, device=device, dtype=dtype).transpose(1, 2)
+            for heads in (2 * group, 2, 2, 2 * group)
+        )
+        past = 50 if isinstance(span, FullSpan) else 0  # without one, torch's own choice of a kernel runs
+        query, weight = query[:, :, past:], weight[:, :, past:]
+        found = []
+        for backend, precision in ((Reference(), torch.float32), (Flash(), dtype)):
+            q, k, v = tensors = [x.detach().to(precision).requires_grad_() for x in (query, key, value)]
+            out = backend.run(Call(q, k, v, span, dim**-0.5))
+            found.append([out.detach(), *torch.autograd.grad(out, tensors, weight.to(precision))])
+        errors = [float((mine.float() - exact).norm() / exact.norm()) for exact, mine in zip(*found, strict=True)]
+    if all(error < ROUNDING for error in errors):  # a NaN is not
+        return True
+    shown = ", ".join(f"{error:.1e}" for error in errors)
+    warnings.warn(
+        f"torch's FlashAttention is wrong for {span}, head width {dim}, {dtype} on "
+        f"{torch.cuda.get_device_name(device)} (errors of output and gradients {shown}); another backend is taken",
+        stacklevel=2,
     )
-    return out.transpose(1, 2)  # type: ignore[no-any-return]
+    return False

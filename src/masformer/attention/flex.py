@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from shutil import which
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.fx.experimental._config
@@ -22,10 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._higher_order_ops.flex_attention import flex_attention as flex_operator
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils._triton import has_triton
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from masformer.attention.call import Backend, Call
 from masformer.attention.layout import Layout
-from masformer.attention.tiled import tiled_attention
-from masformer.errors import MasformerError
+from masformer.attention.tiled import Tiled
 from masformer.spans import Span
 
 BLOCK = 128
@@ -72,65 +73,63 @@ class Blocks:
 shapes_config: Any = torch.fx.experimental._config
 
 
-def flex_span_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    span: Span,
-    scale: float,
-    layout: Layout | None,
-    dropout: float,
-    softcap: float | None,
-) -> Tensor:
-    """See `masformer.attention.attend` for the shapes.
+class Flex(Backend):
+    """FlexAttention on CUDA, and on the CPU, mostly to try there what runs on CUDA."""
 
-    A single query, as in decoding, needs no kernel of its own: it takes those of `tiled`.
+    name = "flex"
 
-    Raises:
-        MasformerError: dropout, a device or a dtype that FlexAttention does not have.
-    """
-    if dropout:
-        raise MasformerError("backend flex has no dropout on attention weights; allowed: dropout 0, or backend tiled")
-    if query.device.type not in ("cuda", "cpu"):
-        raise MasformerError(f"backend flex runs on cuda and cpu, not on {query.device.type}; use backend tiled")
-    if query.is_cuda and query.dtype not in DTYPES:
-        raise MasformerError(f"backend flex has no {query.dtype} on cuda; allowed: float32, bfloat16, float16")
-    if query.shape[2] == 1:
-        return tiled_attention(query, key, value, span, scale, layout, dropout, softcap)
-    blocks = blocks_of(span, query.shape[2], key.shape[2], layout, query.device)
-    if not is_compiled(query, key, value, layout):
-        return _run(query, key, value, blocks, span, scale, softcap, {}, compiled=False)
-    width = value.shape[-1]
-    if query.is_cuda:
-        query, key, value = _padded(query), _padded(key), _padded(value)
-    elif query.requires_grad or key.requires_grad or value.requires_grad:  # torch asks, even where none is needed
-        query, key, value = query.detach(), key.detach(), value.detach()
-    options = {
-        "FORCE_USE_FLEX_ATTENTION": True,  # the kernel for short queries has limits that the other has not
-        "IS_DIVISIBLE": query.shape[2] % BLOCK == 0 and key.shape[2] % BLOCK == 0,
-    }
-    with ExitStack() as stack:
-        # Lengths are symbols, each of its own even where two are equal; all other numbers are constants of a kernel.
-        numbers: dict[str, Any] = {"specialize_int": True, "specialize_float": True}
-        limits = {"recompile_limit": VARIANTS, "accumulated_recompile_limit": VARIANTS}
-        stack.enter_context(torch._dynamo.config.patch(numbers | limits))
-        stack.enter_context(shapes_config.patch(use_duck_shape=False))
-        out = _compiled()(query, key, value, blocks, span, scale, softcap, options, compiled=True)
-    return out[..., :width]
+    def objection(self, call: Call) -> str | None:
+        device, dtype = call.query.device.type, call.query.dtype
+        if call.dropout:
+            return "backend flex has no dropout on attention weights; allowed: dropout 0, or backend tiled"
+        if device not in ("cuda", "cpu"):
+            return f"backend flex runs on cuda and cpu, not on {device}; use backend tiled"
+        if device == "cuda" and dtype not in DTYPES:
+            return f"backend flex has no {dtype} on cuda; allowed: float32, bfloat16, float16"
+        if device == "cuda" and not has_triton():
+            return "backend flex needs Triton on cuda, which is not there; use backend tiled"
+        return None
+
+    def run(self, call: Call) -> Tensor:
+        """A single query, as in decoding, needs no kernel of its own: it takes those of `tiled`."""
+        (query, key, value), span = call.tensors, call.span
+        if query.shape[2] == 1:
+            return Tiled().run(call)
+        blocks = blocks_of(span, query.shape[2], key.shape[2], call.layout, query.device)
+        if not is_compiled(call):
+            return _run(query, key, value, blocks, span, call.scale, call.softcap, {}, compiled=False)
+        width = value.shape[-1]
+        if query.is_cuda:
+            query, key, value = _padded(query), _padded(key), _padded(value)
+        elif query.requires_grad or key.requires_grad or value.requires_grad:  # torch asks, even if none is needed
+            query, key, value = query.detach(), key.detach(), value.detach()
+        options = {
+            "FORCE_USE_FLEX_ATTENTION": True,  # the kernel for short queries has limits that the other has not
+            "IS_DIVISIBLE": query.shape[2] % BLOCK == 0 and key.shape[2] % BLOCK == 0,
+        }
+        with ExitStack() as stack:
+            # Lengths are symbols, each of its own even where two are equal; other numbers are constants of a kernel.
+            numbers: dict[str, Any] = {"specialize_int": True, "specialize_float": True}
+            limits = {"recompile_limit": VARIANTS, "accumulated_recompile_limit": VARIANTS}
+            stack.enter_context(torch._dynamo.config.patch(numbers | limits))
+            stack.enter_context(shapes_config.patch(use_duck_shape=False))
+            out = _compiled()(query, key, value, blocks, span, call.scale, call.softcap, options, compiled=True)
+        return out[..., :width]
 
 
-def is_compiled(query: Tensor, key: Tensor, value: Tensor, layout: Layout | None) -> bool:
+def is_compiled(call: Call) -> bool:
     """Whether FlexAttention runs as a compiled kernel; else torch's own operator runs, which holds all scores.
 
     On CUDA it always does. On the CPU torch has a kernel for the forward pass alone, and it fails on masks that look up
     the positions of tokens (seen in torch 2.13): it is compiled where neither gradients nor a layout are needed and
     there is a C++ compiler, for dtypes that it has and problems that are worth it.
     """
+    query = call.query
     if query.is_cuda:
         return True
-    if layout is not None or (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))):
+    if call.layout is not None or call.trains:
         return False
-    scores = query.shape[:3].numel() * key.shape[2]
+    scores = query.shape[:3].numel() * call.key.shape[2]
     return scores > FEW_SCORES and query.dtype in DTYPES and _has_cpp_compiler()
 
 
@@ -198,7 +197,8 @@ def _run(
 # Which blocks hold what
 
 
-_known: WeakKeyDictionary[Layout, dict[tuple[Span, int, torch.device], Blocks]] = WeakKeyDictionary()
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""The documents of a layout -> (span, query length, keys that are missing, device) -> blocks."""
 
 
 def blocks_of(span: Span, query_len: int, key_len: int, layout: Layout | None, device: torch.device) -> Blocks:
@@ -213,12 +213,12 @@ def blocks_of(span: Span, query_len: int, key_len: int, layout: Layout | None, d
     """
     if layout is None:
         return _plain_blocks(span, query_len, key_len, device)
-    known = _known.setdefault(layout, {})
-    found = known.get((span, query_len, device))
-    if found is None:
+    known = _known.setdefault(layout.documents, {})
+    name = span, query_len, layout.skipped, device
+    if name not in known:
         with torch.inference_mode(False), torch.no_grad():  # whoever trains next may find them here
-            found = known[span, query_len, device] = _layout_blocks(span, query_len, layout, device)
-    return found
+            known[name] = _layout_blocks(span, query_len, layout, device)
+    return known[name]  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=32)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from masformer.errors import MasformerError
 
@@ -51,18 +52,41 @@ class Layout:
         Raises:
             MasformerError: the tokens of one document lie on both sides of another.
         """
-        real = None if padding_mask is None else padding_mask.bool()
-        if real is not None and bool(real.all()):
-            real = None
+        if padding_mask is not None and bool(padding_mask.bool().all()):
+            padding_mask = None
+        documents = cls.numbered(padding_mask, document_ids)
+        return None if documents is None else cls.known(documents)
+
+    @staticmethod
+    def numbered(padding_mask: Tensor | None, document_ids: Tensor | None) -> Tensor | None:
+        """`documents`, from what `of` takes; None where there is neither."""
         if document_ids is None:
-            if real is None:
+            if padding_mask is None:
                 return None
-            document_ids = torch.zeros_like(real, dtype=torch.long)
+            document_ids = torch.zeros_like(padding_mask, dtype=torch.long)
         documents = document_ids.long()
         documents = documents - documents.min()
-        if real is not None:
-            documents = documents.masked_fill(~real, -1)
-        return cls(documents, tuple(tuple(_segments(row)) for row in documents.cpu()))
+        return documents if padding_mask is None else documents.masked_fill(~padding_mask.bool(), -1)
+
+    @classmethod
+    def known(cls, documents: Tensor, skipped: tuple[int, ...] | None = None) -> Layout:
+        """The layout of `documents`, cut into segments once for each tensor: that reads it from the device.
+
+        Raises:
+            MasformerError: the tokens of one document lie on both sides of another.
+        """
+        if documents not in _rows:
+            _rows[documents] = tuple(tuple(_segments(row)) for row in documents.cpu())
+        return cls(documents, _rows[documents], skipped)
+
+    @property
+    def has_holes(self) -> bool:
+        """Whether padding lies between the tokens of a document."""
+        return any(segment.keep is not None for segments in self.rows for segment in segments)
+
+
+_rows: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Documents -> `Layout.rows`, which hold no reference to them."""
 
 
 def _segments(row: Tensor) -> list[Segment]:

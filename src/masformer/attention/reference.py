@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from masformer.attention.call import Backend, Call
 from masformer.attention.layout import Layout
 from masformer.spans import Span
 
@@ -34,22 +35,20 @@ def visible_mask(span: Span, query_len: int, layout: Layout) -> Tensor:
     return visible[:, key_len - query_len :]
 
 
-def reference_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    span: Span,
-    scale: float,
-    layout: Layout | None,
-    dropout: float,
-    softcap: float | None,
-) -> Tensor:
-    """See `masformer.attention.attend` for the shapes."""
-    if layout is None:
-        documents = torch.zeros(key.shape[0], key.shape[2], dtype=torch.long, device=key.device)
-        layout = Layout(documents, ())
-    visible = visible_mask(span, query.shape[2], layout)[:, None].to(key.device)
-    return dense_attention(query, key, value, visible, scale, dropout, softcap)
+class Reference(Backend):
+    """The oracle as a backend: it does every call."""
+
+    name = "reference"
+
+    def objection(self, call: Call) -> str | None:
+        return None
+
+    def run(self, call: Call) -> Tensor:
+        key, layout = call.key, call.layout
+        if layout is None:
+            layout = Layout(torch.zeros(key.shape[0], key.shape[2], dtype=torch.long, device=key.device), ())
+        visible = visible_mask(call.span, call.query.shape[2], layout)[:, None].to(key.device)
+        return dense_attention(*call.tensors, visible, call.scale, call.dropout, call.softcap)
 
 
 def dense_attention(

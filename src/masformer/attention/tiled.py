@@ -19,57 +19,58 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from masformer.attention.layout import Layout, Segment
+from masformer.attention.call import Backend, Call
+from masformer.attention.layout import Segment
 from masformer.spans import Span
 
 
-def tiled_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    span: Span,
-    scale: float,
-    layout: Layout | None,
-    dropout: float,
-    softcap: float | None,
-    tile: int | None = None,
-) -> Tensor:
-    """See `masformer.attention.attend` for the shapes; `tile` is the number of queries in a tile."""
-    kernel = Kernel(scale, dropout, softcap)
-    if tile is None:
-        tile = tile_size(query, key, value, span, kernel)
-    past, length = key.shape[2] - query.shape[2], key.shape[2]
-    if layout is None and not past and kernel.is_fused(query) and length <= (span.max_visible or length):
-        return kernel.causal(query, key, value)
-    rows = [(Segment(0, length),)] * len(query) if layout is None else layout.rows
-    skipped = [0] * len(query) if layout is None or layout.skipped is None else layout.skipped
-    room = None if _trains(query, key, value) else _room(query, value)
-    made = []
-    for row, segments in enumerate(rows):
-        q, k, v = (x[row : row + 1] for x in (query, key, value))
-        pieces, done = [], past
-        for segment in segments:
-            first, stop = max(segment.start, past), segment.stop
-            if stop <= first:
-                continue
-            part = slice(first - past, stop - past)
-            own = k[:, :, segment.start : stop], v[:, :, segment.start : stop]
-            target = None if room is None else room[row : row + 1, :, part]
-            out = _document(q[:, :, part], *own, span, kernel, tile, _kept(segment, k), skipped[row], target)
+class Tiled(Backend):
+    """Tiles over torch's own kernels, wherever torch runs.
+
+    Args:
+        tile: queries of a tile; by default the measured choice of `tile_size`.
+    """
+
+    name = "tiled"
+
+    def __init__(self, tile: int | None = None) -> None:
+        self.tile = tile
+
+    def objection(self, call: Call) -> str | None:
+        return None
+
+    def run(self, call: Call) -> Tensor:
+        (query, key, value), span, layout = call.tensors, call.span, call.layout
+        kernel = Kernel(call.scale, call.dropout, call.softcap)
+        tile = self.tile or tile_size(call, kernel)
+        past, length = call.past, key.shape[2]
+        if layout is None and not past and kernel.is_fused(query) and length <= (span.max_visible or length):
+            return kernel.causal(query, key, value)
+        rows = [(Segment(0, length),)] * len(query) if layout is None else layout.rows
+        skipped = [0] * len(query) if layout is None or layout.skipped is None else layout.skipped
+        room = None if call.trains else _room(query, value)
+        made = []
+        for row, segments in enumerate(rows):
+            q, k, v = (x[row : row + 1] for x in (query, key, value))
+            pieces, done = [], past
+            for segment in segments:
+                first, stop = max(segment.start, past), segment.stop
+                if stop <= first:
+                    continue
+                part = slice(first - past, stop - past)
+                own = k[:, :, segment.start : stop], v[:, :, segment.start : stop]
+                target = None if room is None else room[row : row + 1, :, part]
+                out = _document(q[:, :, part], *own, span, kernel, tile, _kept(segment, k), skipped[row], target)
+                if room is None:
+                    pieces += [_zeros(q, v, first - done), out]
+                else:
+                    room[row, :, done - past : first - past] = 0
+                done = stop
             if room is None:
-                pieces += [_zeros(q, v, first - done), out]
+                made.append(_join([*pieces, _zeros(q, v, length - done)], 2))
             else:
-                room[row, :, done - past : first - past] = 0
-            done = stop
-        if room is None:
-            made.append(_join([*pieces, _zeros(q, v, length - done)], 2))
-        else:
-            room[row, :, done - past :] = 0
-    return _join(made, 0) if room is None else room
-
-
-def _trains(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+                room[row, :, done - past :] = 0
+        return _join(made, 0) if room is None else room
 
 
 def _room(query: Tensor, value: Tensor) -> Tensor:
@@ -78,16 +79,16 @@ def _room(query: Tensor, value: Tensor) -> Tensor:
     return query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
 
 
-def tile_size(query: Tensor, key: Tensor, value: Tensor, span: Span, kernel: Kernel) -> int:
+def tile_size(call: Call, kernel: Kernel) -> int:
     """How many queries share a tile; measured choices (benchmarks/notes.md).
 
     Narrow tiles compute fewer scores that the mask hides; wide ones share more keys, which saves copies where there
     are sinks, additions in the backward pass, and calls where query heads become rows.
     """
-    trains = _trains(query, key, value)
+    query, value, span = call.query, call.value, call.span
     if not kernel.groups_heads(query, value):
-        return 128 if trains or span.sinks else 64
-    if not trains and (not span.sinks or kernel.tells_sums(query, value)):
+        return 128 if call.trains or span.sinks else 64
+    if not call.trains and (not span.sinks or kernel.tells_sums(query, value)):
         return 32
     return min(max((span.max_visible or 0) // 64 * 16, 32), 128)
 
@@ -154,7 +155,7 @@ class Kernel:
         folded = query.reshape(batch, kv_heads, group * new, dim)
         old, old_sum = self._with_sums(folded, key[:, :, :past], value[:, :, :past])
         own, own_sum = self._with_sums(query, key[:, :, past:], value[:, :, past:], is_causal=True)
-        return _joined(old.reshape(own.shape), old_sum.reshape(own_sum.shape), own, own_sum)
+        return joined(old.reshape(own.shape), old_sum.reshape(own_sum.shape), own, own_sum)
 
     def masked_beside(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, first: Tensor, second: Tensor
@@ -168,7 +169,7 @@ class Kernel:
         tiles, heads, width, _ = query.shape
         row = query.transpose(0, 1).reshape(1, heads, tiles * width, -1)
         far, far_sum = (x.unflatten(2, (tiles, width))[0].transpose(0, 1) for x in self._with_sums(row, first, second))
-        return _joined(far, far_sum, near, near_sum)
+        return joined(far, far_sum, near, near_sum)
 
     def _with_sums(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False, **mask: Tensor) -> Any:
         flash = getattr(torch.ops.aten, FLASH_CPU)
@@ -194,7 +195,7 @@ class Kernel:
         return F.dropout(weights, self.dropout) @ value
 
 
-def _joined(left: Tensor, left_sum: Tensor, right: Tensor, right_sum: Tensor) -> Tensor:
+def joined(left: Tensor, left_sum: Tensor, right: Tensor, right_sum: Tensor) -> Tensor:
     """Attention to two sets of keys from that to each: outputs [..., dim] and log-sum-exps of the scores [...].
 
     As FlashAttention joins its blocks (Dao et al., arXiv 2205.14135, section 3.1).

@@ -16,6 +16,7 @@ from functools import cache
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -26,7 +27,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from masformer.attention import BACKENDS, Layout, attend
+from masformer.attention import BACKENDS, Layout, attend, operator
 from masformer.attention.stored import attend_stored
 from masformer.cache import SpanCache
 from masformer.errors import MasformerError
@@ -47,11 +48,15 @@ CACHE_NAMES = ("cache", "past_key_values")
 
 @dataclass
 class _Pass:
-    """One forward pass of a model: its packed documents, its cache if that is ours, and the layers that attended."""
+    """One forward pass of a model: its packed documents, its cache if that is ours, and the layers that attended.
+
+    Compiled layers do not say which they are; `compiled` holds how many they were.
+    """
 
     documents: Tensor | None
     cache: SpanCache | None
     served: set[int] = field(default_factory=set)
+    compiled: list[int] = field(default_factory=lambda: [0])
 
 
 _pass: ContextVar[_Pass | None] = ContextVar("forward_pass", default=None)
@@ -87,7 +92,7 @@ def apply_plan(model: PreTrainedModel, plan: AttentionPlan, backend: str = "auto
     for layer, module in layers.items():
         module.masformer_span, module.masformer_backend = plan[layer], backend
     if not getattr(model, "_masformer_hooked", False):
-        owner = _layers_owner(model)
+        owner, _ = _layers(model.base_model)
         owner.register_forward_pre_hook(_before_forward, with_kwargs=True)
         owner.register_forward_hook(_after_forward, always_call=True)
         model._prepare_cache_for_generation = MethodType(_prepare_cache_for_generation, model)
@@ -112,14 +117,22 @@ def _check_architecture(model: PreTrainedModel) -> None:
         raise MasformerError(f"{kind} models cannot take a plan: {reason}")
 
 
-def _layers_owner(model: PreTrainedModel) -> nn.Module:
-    """The module whose forward runs the layers: the base, or what a model with a head calls in its place (OPT)."""
-    base: nn.Module = model.base_model
-    for module in base.modules():
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model with a plan, in order.
+
+    Raises:
+        MasformerError: the model has no plan.
+    """
+    return list(_layers(model)[1])
+
+
+def _layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+    """The module whose forward runs the layers, the base or what a head calls in its place (OPT), and the layers."""
+    for module in model.modules():
         for child in module.children():
             if isinstance(child, nn.ModuleList) and any(hasattr(part, "masformer_span") for part in child.modules()):
-                return module
-    return base
+                return module, child
+    raise MasformerError("the model has no plan; call apply_plan first")
 
 
 def _attention_modules(model: PreTrainedModel, config: PretrainedConfig) -> dict[int, Any]:
@@ -153,7 +166,8 @@ def _attention(
             raise MasformerError(f"{type(module).__name__} passes {name}, which spans do not support")
     if isinstance(attention_mask, Tensor):
         raise MasformerError("an explicit attention mask is not supported; pass a 2-D padding mask or position_ids")
-    current = _pass.get()
+    # What torch traces sees neither the pass nor a cache; there the operator counts its calls.
+    current = None if torch.compiler.is_compiling() else _pass.get()
     span, backend = module.masformer_span, module.masformer_backend
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if current is not None:
@@ -217,7 +231,9 @@ def _before_forward(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         cache.begin(tokens.shape[0], tokens.shape[1], real, documents)
     elif documents is not None and cache is not None and cache.get_seq_length():
         raise MasformerError("packed position_ids together with a filled cache are not supported")
-    _pass.set(_Pass(documents, cache if isinstance(cache, SpanCache) else None))
+    current = _Pass(documents, cache if isinstance(cache, SpanCache) else None)
+    _pass.set(current)
+    operator.calls.set(current.compiled)
     return args, kwargs
 
 
@@ -247,9 +263,10 @@ def _packed_documents(positions: Tensor | None, real: Tensor | None, tokens: Ten
 def _after_forward(base: Any, args: tuple[Any, ...], output: Any) -> None:
     current = _pass.get()
     _pass.set(None)
+    operator.calls.set(None)
     if not _whole.get() or output is None or current is None:
         return
-    if len(current.served) != base.config.num_hidden_layers:
+    if len(current.served) + current.compiled[0] != base.config.num_hidden_layers:
         missing = sorted(set(range(base.config.num_hidden_layers)) - current.served)
         raise MasformerError(f"{base.config.model_type} models cannot take a plan: layers {missing} did not follow it")
 

@@ -18,6 +18,7 @@ from masformer.errors import MasformerError
 from masformer.models import adapters
 from masformer.models.bridge import NAME, apply_plan
 from masformer.models.checkpoint import load_config, load_model, load_tokenizer
+from masformer.models.compiling import compile_layers
 from masformer.models.positions import extend_positions, position_limit
 from masformer.models.sealing import native_plan
 from masformer.plan import AttentionPlan
@@ -171,6 +172,8 @@ def prepare_model(recipe: Recipe, checkpoint: Path | None = None) -> Prepared:
     if recipe.training.checkpointing:
         _checkpoint_activations(causal)
     model = causal if recipe.lora is None else add_adapters(causal, recipe.lora)
+    if recipe.training.compile:
+        compile_layers(causal)
     if recipe.lora is not None and checkpoint is not None:
         model.load_state_dict(load_file(checkpoint / ADAPTER), strict=False)
     trainable = tuple(name for name, weight in model.named_parameters() if weight.requires_grad)

@@ -1,0 +1,66 @@
+"""One call of attention, and what a backend is: it says what it cannot do, and does the rest."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from masformer.attention.layout import Layout
+from masformer.spans import Span
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What `masformer.attend` was asked for, checked.
+
+    Attributes:
+        query: [batch, query_heads, query_len, head_dim]; the queries are the last positions.
+        key: [batch, kv_heads, key_len, head_dim].
+        value: [batch, kv_heads, key_len, value_dim].
+        span: which keys are visible.
+        scale: factor on the scores.
+        layout: padding and documents; None: one document a row, without padding.
+        dropout: probability that an attention weight is dropped.
+        softcap: bound on the scores; None for no bound.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    span: Span
+    scale: float
+    layout: Layout | None = None
+    dropout: float = 0.0
+    softcap: float | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value."""
+        return self.query, self.key, self.value
+
+    @property
+    def trains(self) -> bool:
+        """Whether a backward pass may follow."""
+        return torch.is_grad_enabled() and any(x.requires_grad for x in self.tensors)
+
+    @property
+    def past(self) -> int:
+        """Keys before the first query."""
+        return self.key.shape[2] - self.query.shape[2]
+
+
+class Backend(ABC):
+    """One way to compute attention."""
+
+    name: str
+
+    @abstractmethod
+    def objection(self, call: Call) -> str | None:
+        """Why this backend cannot do the call, in words for a user; None where it can."""
+
+    @abstractmethod
+    def run(self, call: Call) -> Tensor:
+        """[batch, query_heads, query_len, value_dim]; only for calls without an objection."""
