@@ -1,13 +1,14 @@
 """FlashAttention: exact through a stand-in for torch's two operators on the CPU, and on a GPU with its kernels."""
 
+import dataclasses
 import importlib.util
 
-import aten_flash
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import aten_flash
 from masformer import BlockSpan, FullSpan, SpanCache, WindowSpan, attend
 from masformer.attention import flash, sinks
 from masformer.attention.call import Call
@@ -188,10 +189,13 @@ def test_the_kernels_of_sinks_against_torch():
     for given_layout in (None, layout):
         query, key, value = tensors(2, 2, 3, 513, 513, 64, "cpu", torch.float32)
         call = Call(query, key, value, WindowSpan(33, 5), 0.2, given_layout)
-        flat = [flash._flat(x).detach() for x in (query, key, value)]
+        flat = [x.detach().transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
         table = flash.parts_of(call).sinks
-        there = sinks.Sinks(table.size, table.count, table.chunks.cuda(), table.documents.cuda(), table.keys.cuda())
-        out, sums, grad = torch.randn(1026, 6, 64), torch.randn(6, 1026), torch.randn(1026, 6, 64)
+        there = dataclasses.replace(
+            table, **{name: x.cuda() for name, x in vars(table).items() if isinstance(x, torch.Tensor)}
+        )
+        out, grad = torch.randn(1026, 6, 64), torch.randn(1026, 6, 64)
+        sums = torch.randn(2, 6, 513) if given_layout is None else torch.randn(1, 6, 1026)
         on_gpu = [x.cuda() for x in (*flat, out, sums, grad)]
         sinks.join(table, *flat, out, sums, 0.2)
         sinks.join(there, *on_gpu[:5], 0.2)

@@ -83,7 +83,7 @@ def attend(
         layout = Layout.of(padding_mask, document_ids)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     device = query.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
     if autocast and query.dtype != torch.float64:
         # not every kernel below is one that autocast knows
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))

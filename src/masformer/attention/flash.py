@@ -13,6 +13,7 @@ just such windows, so that each kind of call is held against dense attention at 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._triton import has_triton
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from masformer.attention import sinks as sinks_beside
@@ -34,6 +36,9 @@ WIDEST = 256
 """The widest head that the kernels take."""
 
 DTYPES = (torch.bfloat16, torch.float16)
+
+MOST_SINKS = 64
+"""The kernel for sinks holds all of them at once."""
 
 PADDING = 128
 """Padding attends within pieces of at most so many tokens; its output is dropped."""
@@ -103,6 +108,10 @@ class Flash(Backend):
             return f"backend flash takes keys and values of one width, a multiple of 8 up to {WIDEST}, {given}"
         if call.dropout or call.softcap is not None:
             return f"backend flash has neither dropout on attention weights nor soft caps; {instead}"
+        if call.span.sinks > MOST_SINKS:
+            return f"backend flash takes at most {MOST_SINKS} sinks, not {call.span.sinks}; {instead}"
+        if call.span.sinks and not has_triton():
+            return f"backend flash needs Triton for sinks, which is not there; {instead}"
         if call.layout is not None and call.layout.has_holes:
             return f"backend flash takes no padding between the tokens of a document; {instead}"
         if call.past and call.trains and (call.layout is not None or isinstance(call.span, BlockSpan)):
@@ -119,37 +128,58 @@ class Flash(Backend):
         return self.forward(call)[0]
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
-        """The output, laid out in memory as [batch, query_len, heads, dim], and the log-sum-exps [heads, tokens]."""
-        q, k, v = map(_flat, call.tensors)
+        """The output, laid out in memory as [batch, query_len, heads, dim], and the log-sum-exps of the scores.
+
+        These are [batch * heads * query_len], in the order of the first part's kernel.
+        """
+        q, k, v = map(_in_rows, call.tensors)
         parts = parts_of(call)
         out, sums = _forward(parts.parts[0], q, k, v, call.scale)
-        for part in parts.parts[1:]:
-            here, here_sums = _forward(part, q, k, v, call.scale)
-            if part.alive is not None:
-                here_sums = here_sums.masked_fill(~part.alive, -torch.inf)
-            both = out[part.queries], sums[:, part.queries]
-            out[part.queries] = joined(both[0], both[1].T, here, here_sums.T)
-            sums[:, part.queries] = torch.logaddexp(both[1], here_sums)
+        flat = out.flatten(0, 1)
+        if len(parts.parts) > 1:
+            shape, totals = sums.shape, _by_token(sums)
+            for part in parts.parts[1:]:
+                more, more_sums = _forward(part, q, k, v, call.scale)
+                here, here_totals = flat[part.queries], totals[:, part.queries]
+                more_totals = _by_token(more_sums)
+                if part.alive is not None:
+                    more_totals = more_totals.masked_fill(~part.alive, -torch.inf)
+                flat[part.queries] = joined(here, here_totals.T, more.flatten(0, 1), more_totals.T)
+                totals[:, part.queries] = torch.logaddexp(here_totals, more_totals)
+            sums = _by_sequence(totals, shape)
         if parts.sinks is not None:
-            sinks_beside.join(parts.sinks, q, k, v, out, sums, call.scale)
+            q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+            sinks_beside.join(parts.sinks, q, k, v, flat, sums, call.scale)
         if parts.dead is not None:
-            out.masked_fill_(parts.dead, 0)
-        return _rows(out, call.query), sums
+            flat.masked_fill_(parts.dead, 0)
+        return out.view_as(call.query.transpose(1, 2)).transpose(1, 2), sums.view(-1)
 
     def backward(self, call: Call, grad: Tensor, out: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of query, key and value, laid out as `forward` lays out its output."""
-        q, k, v, g, o = map(_flat, (*call.tensors, grad, out))
+        """The gradients of query, key and value, laid out as `forward` lays out its output, from what it gave."""
+        q, k, v, g, o = map(_in_rows, (*call.tensors, grad, out))
         parts = parts_of(call)
-        g = g.contiguous() if parts.dead is None else g.masked_fill(parts.dead, 0)
-        grads = _backward(parts.parts[0], g, q, k, v, o, sums, call.scale)
-        for part in parts.parts[1:]:
-            more = _backward(part, g, q, k, v, o, sums, call.scale)
-            for whole, here, where in zip(grads, more, (part.queries, part.keys, part.keys), strict=True):
-                whole[where] += here
+        g = g if parts.dead is None else g.masked_fill(parts.dead.view(*g.shape[:2], 1, 1), 0)
+        first = parts.parts[0]
+        sums = sums.view(-1, q.shape[2], first.alike[1] if first.alike else q.shape[:2].numel())
+        grads = _backward(first, g, q, k, v, o, sums, call.scale)
+        if len(parts.parts) > 1:
+            totals = _by_token(sums)
+            for part in parts.parts[1:]:
+                here = totals[:, part.queries]
+                if part.alive is not None:
+                    here = here.masked_fill(~part.alive, torch.inf)  # weights of exp(-inf) = 0
+                shape = (part.alike[0], len(here), part.alike[1]) if part.alike else (1, *here.shape)
+                more = _backward(part, g, q, k, v, o, _by_sequence(here, shape), call.scale)
+                for whole, added, where in zip(grads, more, (part.queries, part.keys, part.keys), strict=True):
+                    whole.flatten(0, 1)[where] += added.flatten(0, 1)
         if parts.sinks is not None:
-            sinks_beside.add_gradients(parts.sinks, g, q, k, v, o, sums, call.scale, *grads)
-        q_grad, k_grad, v_grad = (_rows(x, like) for x, like in zip(grads, call.tensors, strict=True))
-        return q_grad, k_grad, v_grad
+            flat = [x.flatten(0, 1) for x in (g, q, k, v, o)]
+            of_all = [x.flatten(0, 1) for x in grads]
+            sinks_beside.add_gradients(parts.sinks, *flat, sums, call.scale, *of_all)
+        of_query, of_key, of_value = (
+            x.view_as(like.transpose(1, 2)).transpose(1, 2) for x, like in zip(grads, call.tensors, strict=True)
+        )
+        return of_query, of_key, of_value
 
 
 class _Flash(torch.autograd.Function):
@@ -167,56 +197,68 @@ class _Flash(torch.autograd.Function):
         return *Flash().backward(Call(query, key, value, *ctx.rest), grad, out, sums), None
 
 
-def _flat(x: Tensor) -> Tensor:
-    """[batch, heads, length, dim] -> [batch * length, heads, dim], without a copy where models attend."""
+def _in_rows(x: Tensor) -> Tensor:
+    """[batch, heads, length, dim] -> [batch, length, heads, dim], without a copy as models attend; rows end to end."""
     x = x.transpose(1, 2)
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    return x.reshape(-1, *x.shape[2:])
+    gapless = x.stride(0) == x.shape[1] * x.stride(1) or x.shape[0] == 1
+    return x if x.stride(3) == 1 and gapless else x.contiguous()
 
 
-def _rows(x: Tensor, like: Tensor) -> Tensor:
-    return x.view(like.shape[0], like.shape[2], *x.shape[1:]).transpose(1, 2)
+def _by_token(sums: Tensor) -> Tensor:
+    """[sequences, heads, length] -> [heads, tokens], a copy."""
+    return sums.transpose(0, 1).reshape(sums.shape[1], -1).clone()
+
+
+def _by_sequence(totals: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse of `_by_token`."""
+    return totals.view(shape[1], shape[0], shape[2]).transpose(0, 1).contiguous()
 
 
 # The kernels
 
 
 def _forward(part: Part, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Output [queries, heads, dim] and log-sum-exps [heads, queries] of one part."""
-    q, k, v = q[part.queries], k[part.keys], v[part.keys]
-    lengths, options = (*part.longest, 0.0, part.causal), _options(part, scale)
-    if part.alike is None:
-        assert part.ends is not None
-        out, sums, *_ = torch.ops.aten._flash_attention_forward(q, k, v, *part.ends, *lengths, False, **options)
-        return out, sums
-    count, queries, _ = part.alike
-    q, k, v = (x.unflatten(0, (count, -1)) for x in (q, k, v))
-    out, sums, *_ = torch.ops.aten._flash_attention_forward(q, k, v, None, None, *lengths, False, **options)
-    return out.flatten(0, 1), sums[..., :queries].transpose(0, 1).flatten(1)
+    """Output [sequences, length, heads, dim] and log-sum-exps [sequences, heads, length] of one part.
+
+    Sequences that are not alike lie in one, end to end. Tensors are [batch, length, heads, dim].
+    """
+    q, k, v = (_sequences(x, part, where) for x, where in ((q, part.queries), (k, part.keys), (v, part.keys)))
+    ends, lengths = part.ends or (None, None), (*part.longest, 0.0, part.causal)
+    out, sums, *_ = torch.ops.aten._flash_attention_forward(q, k, v, *ends, *lengths, False, **_options(part, scale))
+    return (out, sums) if part.alike else (out[None], sums[None])
 
 
 def _backward(
     part: Part, g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The part's gradients, [queries, heads, dim] and [keys, kv_heads, dim], from the joined output and sums."""
-    q, g, out, sums = q[part.queries], g[part.queries], out[part.queries], sums[:, part.queries]
-    k, v = k[part.keys], v[part.keys]
-    if part.alive is not None:
-        sums = sums.masked_fill(~part.alive, torch.inf)  # weights of exp(-inf) = 0
-    # The kernel asks for the state of the dropout that there is none of.
-    state = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.zeros((), dtype=torch.uint64, device=q.device)
-    lengths, options = (*part.longest, 0.0, part.causal), _options(part, scale)
-    if part.alike is None:
-        assert part.ends is not None
-        tensors = g, q, k, v, out, sums.contiguous()
-        grads = torch.ops.aten._flash_attention_backward(*tensors, *part.ends, *lengths, *state, **options)
-        return grads  # type: ignore[no-any-return]
-    count = part.alike[0]
-    g, q, k, v, out = (x.unflatten(0, (count, -1)) for x in (g, q, k, v, out))
-    sums = sums.unflatten(1, (count, -1)).transpose(0, 1).contiguous()
-    grads = torch.ops.aten._flash_attention_backward(g, q, k, v, out, sums, None, None, *lengths, *state, **options)
-    q_grad, k_grad, v_grad = (x.flatten(0, 1) for x in grads)
+    """The part's gradients, in the same form, from the joined output and sums [sequences, heads, length]."""
+    g, q, out = (_sequences(x, part, part.queries) for x in (g, q, out))
+    k, v = (_sequences(x, part, part.keys) for x in (k, v))
+    ends, lengths = part.ends or (None, None), (*part.longest, 0.0, part.causal)
+    grads = torch.ops.aten._flash_attention_backward(
+        *(g, q, k, v, out, sums if part.alike else sums[0]),
+        *ends,
+        *lengths,
+        *_no_dropout(q.device),
+        **_options(part, scale),
+    )
+    q_grad, k_grad, v_grad = grads if part.alike else (x[None] for x in grads)
     return q_grad, k_grad, v_grad
+
+
+def _sequences(x: Tensor, part: Part, where: slice) -> Tensor:
+    """The tokens of a part: [sequences, length, heads, dim], or end to end [tokens, heads, dim]."""
+    if part.alike and len(x) == part.alike[0] and where == slice(0, x.shape[0] * x.shape[1]):
+        return x
+    x = x.flatten(0, 1)[where]
+    return x.unflatten(0, (part.alike[0], -1)) if part.alike else x
+
+
+@cache
+def _no_dropout(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The state of the dropout that there is none of: the backward kernel asks for it."""
+    with torch.inference_mode(False):
+        return torch.zeros(2, dtype=torch.uint64, device=device), torch.zeros((), dtype=torch.uint64, device=device)
 
 
 def _options(part: Part, scale: float) -> dict[str, Any]:

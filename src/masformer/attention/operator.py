@@ -86,7 +86,7 @@ def _attend(
 def _sums(query: Tensor) -> Tensor:
     """Room for the log-sum-exps of all scores."""
     batch, heads, length, _ = query.shape
-    return query.new_empty(heads, batch * length, dtype=torch.promote_types(query.dtype, torch.float32))
+    return query.new_empty(batch * heads * length, dtype=torch.promote_types(query.dtype, torch.float32))
 
 
 def _in_order(x: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ class Sinks:
             position of the first in its document, and the document's first key.
         documents: [chunks] int64, the number of each chunk's document.
         keys: [documents] int64, the first key of each document.
+        columns: [documents, count] int64, the keys that are their sinks.
+        even: whether every document has as many chunks.
     """
 
     size: int
@@ -33,6 +35,8 @@ class Sinks:
     chunks: Tensor
     documents: Tensor
     keys: Tensor
+    columns: Tensor
+    even: bool
 
     @classmethod
     def of(cls, documents: list[tuple[int, int, int, int]], size: int, count: int, device: torch.device) -> Sinks:
@@ -44,9 +48,10 @@ class Sinks:
             chunks.append(torch.stack(columns, 1))
             numbers.append(torch.full_like(done, number))
         keys = torch.tensor([key for *_, key in documents])
-        return cls(
-            size, count, torch.cat(chunks).to(device, torch.int32), torch.cat(numbers).to(device), keys.to(device)
-        )
+        columns = keys[:, None] + torch.arange(count)
+        even = len(set(map(len, chunks))) == 1
+        table, number = torch.cat(chunks).to(device, torch.int32), torch.cat(numbers).to(device)
+        return cls(size, count, table, number, keys.to(device), columns.to(device), even)
 
 
 def join(sinks: Sinks, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, scale: float) -> None:
@@ -58,7 +63,7 @@ def join(sinks: Sinks, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tenso
         k: [key tokens, kv_heads, dim].
         v: the same shape.
         out: [tokens, heads, dim], the attention to the window alone.
-        sums: [heads, tokens], the log-sum-exps of its scores.
+        sums: [sequences, heads, length], the log-sum-exps of its scores, whose tokens lie end to end.
         scale: factor on the scores.
     """
     if q.is_cuda:
@@ -67,10 +72,10 @@ def join(sinks: Sinks, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tenso
         sinks_triton.join(sinks, q, k, v, out, sums, scale)
         return
     rows, scores, _, values, _ = _scores(sinks, q, k, v, scale)
-    before = sums[:, rows].T[..., None]
+    before = _at(sums, rows)[..., None]
     after = torch.logsumexp(torch.cat([before, scores], -1), -1, keepdim=True)
     out[rows] = out[rows] * (before - after).exp() + ((scores - after).exp()[..., None] * values).sum(-2)
-    sums[:, rows] = after[..., 0].T
+    sums[rows // sums.shape[2], :, rows % sums.shape[2]] = after[..., 0]
 
 
 def add_gradients(
@@ -108,7 +113,7 @@ def add_gradients(
         return
     rows, scores, keys, values, columns = _scores(sinks, q, k, v, scale)
     here = g[rows]
-    weights = (scores - sums[:, rows].T[..., None]).exp()
+    weights = (scores - _at(sums, rows)[..., None]).exp()
     delta = (here * out[rows]).sum(-1, keepdim=True)
     slopes = weights * ((here[:, :, None] * values).sum(-1) - delta) * scale
     q_grad[rows] += (slopes[..., None] * keys).sum(-2).to(q_grad.dtype)
@@ -116,6 +121,11 @@ def add_gradients(
     for grad, factor, other in ((k_grad, slopes, q[rows]), (v_grad, weights, here)):
         part = (factor[..., None] * other[:, :, None]).reshape(shape).sum(2).transpose(1, 2)
         grad.index_add_(0, columns.flatten(), part.flatten(0, 1).to(grad.dtype))
+
+
+def _at(sums: Tensor, rows: Tensor) -> Tensor:
+    """[rows, heads], the sums of these tokens."""
+    return sums[rows // sums.shape[2], :, rows % sums.shape[2]]
 
 
 def _scores(
