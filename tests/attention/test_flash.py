@@ -133,7 +133,7 @@ def test_a_kernel_that_is_wrong_is_found_out_and_named(monkeypatch):
 
         def wrong(*args, right=right, fault=fault):
             grads = right(*args)
-            return (grads[0].roll(1, 0), *grads[1:]) if fault == "shifted" else (*grads[:2], grads[2] * torch.nan)
+            return (grads[0].roll(1, 1), *grads[1:]) if fault == "shifted" else (*grads[:2], grads[2] * torch.nan)
 
         with monkeypatch.context() as patch:
             patch.setattr(flash, "_backward", wrong)

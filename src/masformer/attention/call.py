@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from masformer.attention.layout import Layout
@@ -50,6 +51,17 @@ class Call:
     def past(self) -> int:
         """Keys before the first query."""
         return self.key.shape[2] - self.query.shape[2]
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether it is plain causal attention: a full span, one document a row, nothing before it, no soft cap."""
+        return self.span.max_visible is None and self.layout is None and not self.past and self.softcap is None
+
+    def causal(self) -> Tensor:
+        """What torch has kernels of its own for, the fastest of which it takes itself."""
+        return F.scaled_dot_product_attention(
+            *self.tensors, is_causal=True, scale=self.scale, dropout_p=self.dropout, enable_gqa=True
+        )
 
 
 class Backend(ABC):

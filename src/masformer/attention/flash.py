@@ -121,8 +121,8 @@ class Flash(Backend):
         return None
 
     def run(self, call: Call) -> Tensor:
-        if call.span.max_visible is None and call.layout is None and not call.past:  # torch knows best which kernel
-            return F.scaled_dot_product_attention(*call.tensors, is_causal=True, scale=call.scale, enable_gqa=True)
+        if call.is_causal:  # torch may have a faster kernel than this one: cuDNN's on Hopper GPUs takes two thirds
+            return call.causal()
         if call.trains:
             return _Flash.apply(*call.tensors, call)[0]  # type: ignore[no-any-return]
         return self.forward(call)[0]
@@ -152,7 +152,7 @@ class Flash(Backend):
             sinks_beside.join(parts.sinks, q, k, v, flat, sums, call.scale)
         if parts.dead is not None:
             flat.masked_fill_(parts.dead, 0)
-        return out.view_as(call.query.transpose(1, 2)).transpose(1, 2), sums.view(-1)
+        return _by_head(out, call.query), sums.view(-1)
 
     def backward(self, call: Call, grad: Tensor, out: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of query, key and value, laid out as `forward` lays out its output, from what it gave."""
@@ -173,12 +173,9 @@ class Flash(Backend):
                 for whole, added, where in zip(grads, more, (part.queries, part.keys, part.keys), strict=True):
                     whole.flatten(0, 1)[where] += added.flatten(0, 1)
         if parts.sinks is not None:
-            flat = [x.flatten(0, 1) for x in (g, q, k, v, o)]
-            of_all = [x.flatten(0, 1) for x in grads]
-            sinks_beside.add_gradients(parts.sinks, *flat, sums, call.scale, *of_all)
-        of_query, of_key, of_value = (
-            x.view_as(like.transpose(1, 2)).transpose(1, 2) for x, like in zip(grads, call.tensors, strict=True)
-        )
+            g, q, k, v, o, *of_all = (x.flatten(0, 1) for x in (g, q, k, v, o, *grads))
+            sinks_beside.add_gradients(parts.sinks, g, q, k, v, o, sums, call.scale, *of_all)
+        of_query, of_key, of_value = map(_by_head, grads, call.tensors)
         return of_query, of_key, of_value
 
 
@@ -200,8 +197,17 @@ class _Flash(torch.autograd.Function):
 def _in_rows(x: Tensor) -> Tensor:
     """[batch, heads, length, dim] -> [batch, length, heads, dim], without a copy as models attend; rows end to end."""
     x = x.transpose(1, 2)
+    if x.is_contiguous():
+        return x
     gapless = x.stride(0) == x.shape[1] * x.stride(1) or x.shape[0] == 1
     return x if x.stride(3) == 1 and gapless else x.contiguous()
+
+
+def _by_head(x: Tensor, like: Tensor) -> Tensor:
+    """Tokens end to end in whatever sequences -> [batch, heads, length, dim], without a copy."""
+    if x.shape[0] != like.shape[0]:
+        x = x.view(like.shape[0], like.shape[2], *x.shape[2:])
+    return x.transpose(1, 2)
 
 
 def _by_token(sums: Tensor) -> Tensor:
@@ -248,7 +254,8 @@ def _backward(
 
 def _sequences(x: Tensor, part: Part, where: slice) -> Tensor:
     """The tokens of a part: [sequences, length, heads, dim], or end to end [tokens, heads, dim]."""
-    if part.alike and len(x) == part.alike[0] and where == slice(0, x.shape[0] * x.shape[1]):
+    shape = x.shape
+    if part.alike and shape[0] == part.alike[0] and where.start == 0 and where.stop == shape[0] * shape[1]:
         return x
     x = x.flatten(0, 1)[where]
     return x.unflatten(0, (part.alike[0], -1)) if part.alike else x
@@ -422,7 +429,7 @@ def _sinks(span: Span, stretches: list[_Stretch], query_len: int, key_len: int, 
             position = first - stretch.start + stretch.skipped
             query, key = stretch.row * query_len + first - past, stretch.row * key_len + stretch.start
             documents.append((query, stretch.stop - first, position, key))
-    return Sinks.of(documents, size, span.sinks, device) if documents else None
+    return Sinks.of(documents, size, span.sinks, key_len, device) if documents else None
 
 
 # Trust

@@ -26,8 +26,7 @@ class Sinks:
             position of the first in its document, and the document's first key.
         documents: [chunks] int64, the number of each chunk's document.
         keys: [documents] int64, the first key of each document.
-        columns: [documents, count] int64, the keys that are their sinks.
-        even: whether every document has as many chunks.
+        row: keys of a row, where the documents are the first rows and have as many chunks; else 0.
     """
 
     size: int
@@ -35,12 +34,21 @@ class Sinks:
     chunks: Tensor
     documents: Tensor
     keys: Tensor
-    columns: Tensor
-    even: bool
+    row: int
 
     @classmethod
-    def of(cls, documents: list[tuple[int, int, int, int]], size: int, count: int, device: torch.device) -> Sinks:
-        """From the first query, the number of queries, the first one's position and the first key of each document."""
+    def of(
+        cls, documents: list[tuple[int, int, int, int]], size: int, count: int, row: int, device: torch.device
+    ) -> Sinks:
+        """Makes the chunks.
+
+        Args:
+            documents: of each its first query, the number of queries, the first one's position, and its first key.
+            size: keys of the window.
+            count: the most sinks that a query sees.
+            row: keys of a row.
+            device: where the tensors shall lie.
+        """
         chunks, numbers = [], []
         for number, (query, queries, position, key) in enumerate(documents):
             done = torch.arange(0, queries, CHUNK)
@@ -48,10 +56,9 @@ class Sinks:
             chunks.append(torch.stack(columns, 1))
             numbers.append(torch.full_like(done, number))
         keys = torch.tensor([key for *_, key in documents])
-        columns = keys[:, None] + torch.arange(count)
-        even = len(set(map(len, chunks))) == 1
-        table, number = torch.cat(chunks).to(device, torch.int32), torch.cat(numbers).to(device)
-        return cls(size, count, table, number, keys.to(device), columns.to(device), even)
+        alike = len({len(each) for each in chunks}) == 1 and torch.equal(keys, torch.arange(len(keys)) * row)
+        table, belongs = torch.cat(chunks).to(device, torch.int32), torch.cat(numbers).to(device)
+        return cls(size, count, table, belongs, keys.to(device), row if alike else 0)
 
 
 def join(sinks: Sinks, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, scale: float) -> None:

@@ -92,7 +92,7 @@ def _gradients(
 def join(sinks: Sinks, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, scale: float) -> None:
     """See `masformer.attention.sinks.join`."""
     strides = [x.stride(i) for x in (q, k, v, out) for i in (0, 1)]
-    grid = len(sinks.chunks), q.shape[1]
+    grid = sinks.chunks.shape[0], q.shape[1]
     _join[grid](q, k, v, out, sums, sinks.chunks, scale, sums.shape[2], *strides, **_shape(sinks, q, k))
 
 
@@ -110,22 +110,24 @@ def add_gradients(
     v_grad: Tensor,
 ) -> None:
     """See `masformer.attention.sinks.add_gradients`."""
-    chunks, heads, kv_heads, dim = len(sinks.chunks), q.shape[1], k.shape[1], q.shape[2]
+    chunks, heads, kv_heads, dim = sinks.chunks.shape[0], q.shape[1], k.shape[1], q.shape[2]
     parts = torch.empty(2, chunks, heads, sinks.count, dim, device=q.device)  # of keys, and of values
     strides = [x.stride(i) for x in (g, q, k, v, out, q_grad) for i in (0, 1)]
     made = g, q, k, v, out, sums, sinks.chunks, q_grad, parts
     _gradients[chunks, heads](*made, scale, sums.shape[2], *strides, **_shape(sinks, q, k))
-    documents = len(sinks.keys)
-    if sinks.even:
+    documents = sinks.keys.shape[0]
+    if sinks.row * documents == k.shape[0] >= documents * sinks.count:  # whole rows
         by_document = parts.view(2, documents, -1, kv_heads, heads // kv_heads, sinks.count, dim).sum((2, 4))
-    else:
-        by_chunk = parts.view(2, chunks, kv_heads, -1, sinks.count, dim).sum(3)
-        by_document = by_chunk.new_zeros(2, documents, *by_chunk.shape[2:])
-        by_document.index_add_(1, sinks.documents, by_chunk)
-    of_keys, of_values = by_document.transpose(2, 3).flatten(1, 2).to(k_grad.dtype)
-    columns = sinks.columns.clamp(max=len(k) - 1).flatten()  # a document shorter than its sinks adds zeros there
-    k_grad.index_add_(0, columns, of_keys)
-    v_grad.index_add_(0, columns, of_values)
+        for grad, more in zip((k_grad, v_grad), by_document.transpose(2, 3), strict=True):
+            grad.view(documents, -1, kv_heads, dim)[:, : sinks.count].add_(more)
+        return
+    by_chunk = parts.view(2, chunks, kv_heads, -1, sinks.count, dim).sum(3)
+    by_document = by_chunk.new_zeros(2, documents, *by_chunk.shape[2:])
+    by_document.index_add_(1, sinks.documents, by_chunk)
+    columns = sinks.keys[:, None] + torch.arange(sinks.count, device=q.device)
+    columns = columns.clamp(max=k.shape[0] - 1).flatten()  # a document shorter than its sinks adds zeros there
+    for grad, more in zip((k_grad, v_grad), by_document.transpose(2, 3).flatten(1, 2).to(k_grad.dtype), strict=True):
+        grad.index_add_(0, columns, more)
 
 
 def _shape(sinks: Sinks, q: Tensor, k: Tensor) -> dict[str, int]:

@@ -266,7 +266,11 @@ def _after_forward(base: Any, args: tuple[Any, ...], output: Any) -> None:
     operator.calls.set(None)
     if not _whole.get() or output is None or current is None:
         return
-    if len(current.served) + current.compiled[0] != base.config.num_hidden_layers:
+    count = len(current.served) + current.compiled[0]
+    if count != base.config.num_hidden_layers and any(layer._compiled_call_impl for layer in _layers(base)[1]):
+        # A compiled layer with full attention may be torch's own causal attention, which says nothing.
+        count += len(AttentionPlan.from_dict(base.config.masformer).full_layers)
+    if count < base.config.num_hidden_layers:
         missing = sorted(set(range(base.config.num_hidden_layers)) - current.served)
         raise MasformerError(f"{base.config.model_type} models cannot take a plan: layers {missing} did not follow it")
 
