@@ -31,7 +31,7 @@ from masformer.attention import BACKENDS, Layout, attend, operator
 from masformer.attention.stored import attend_stored
 from masformer.cache import SpanCache
 from masformer.errors import MasformerError
-from masformer.models import adapters
+from masformer.models import adapters, rotary
 from masformer.models.sealing import seal_config
 from masformer.plan import AttentionPlan
 
@@ -226,7 +226,10 @@ def _before_forward(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
     real = given.get("attention_mask")
     real = real if isinstance(real, Tensor) and real.ndim == 2 else None
-    documents = _packed_documents(given.get("position_ids"), real, tokens)
+    positions = given.get("position_ids")
+    documents = _packed_documents(positions, real, tokens)
+    if rotary.depends_on_length(base.config):
+        _choose_rotary_table(base, cache, positions, tokens.shape[1])
     if isinstance(cache, SpanCache):
         cache.begin(tokens.shape[0], tokens.shape[1], real, documents)
     elif documents is not None and cache is not None and cache.get_seq_length():
@@ -258,6 +261,26 @@ def _packed_documents(positions: Tensor | None, real: Tensor | None, tokens: Ten
     if not bool(restart.any()):
         return None
     return nn.functional.pad(restart.long().cumsum(-1), (1, 0)).expand(tokens.shape[0], -1)
+
+
+def _choose_rotary_table(base: Any, cache: Any, positions: Tensor | None, new: int) -> None:
+    """Announces the length of the text, and refuses a piece of it whose table is another than that of the cached keys.
+
+    A single token is what generation adds; its table changes where it does in transformers.
+    """
+    seen = 0 if cache is None else cache.get_seq_length()
+    before, after = seen, seen + new
+    if positions is not None:
+        before, after = min(seen, int(positions[..., 0].max())), int(positions.max()) + 1
+    prompt = cache.prompt if isinstance(cache, SpanCache) else 0
+    before = max(prompt, before)
+    if seen and new > 1 and rotary.table(base.config, before) != rotary.table(base.config, max(prompt, after)):
+        raise MasformerError(
+            f"the rotary positions of this {base.config.model_type} model depend on the length of the whole text: a "
+            f"cache filled for {before} positions cannot take {new} tokens more, up to {after}; give the text in one "
+            f"pass, or say its length ahead with SpanCache(plan, prompt=LENGTH)"
+        )
+    rotary.announce(base, prompt if prompt > after else 0)
 
 
 def _after_forward(base: Any, args: tuple[Any, ...], output: Any) -> None:
@@ -306,17 +329,20 @@ def _prepare_cache_for_generation(
     model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
 ) -> None:
     """What `generate` calls: makes a SpanCache where transformers would make a DynamicCache."""
-    given = any(model_kwargs.get(name) is not None for name in CACHE_NAMES)
+    given = next((model_kwargs[name] for name in CACHE_NAMES if model_kwargs.get(name) is not None), None)
     type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
+    mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+    prompt = getattr(generation_config, "_mask_length", 0) if mask is None else mask.shape[1]
+    length = prompt if positions is None else int(positions.max()) + 1
+    if isinstance(given, SpanCache) and not given.get_seq_length():
+        given.prompt = max(given.prompt, length)
     name = next((name for name in CACHE_NAMES if type(model_kwargs.get(name)) is DynamicCache), None)
-    if given or name is None:
+    if given is not None or name is None:
         return
     _check_cache(model_kwargs[name], model.config)
-    mask = model_kwargs.get("attention_mask")
-    prompt = getattr(generation_config, "_mask_length", 0) if mask is None else mask.shape[1]
     longest = generation_config.max_length or 0
     reserve = longest if longest <= 2 * prompt else prompt  # all there can be, unless that is far more than there is
-    model_kwargs[name] = SpanCache(AttentionPlan.from_dict(model.config.masformer), reserve=reserve)
+    model_kwargs[name] = SpanCache(AttentionPlan.from_dict(model.config.masformer), reserve=reserve, prompt=length)
     if getattr(generation_config, "is_assistant", False):
         model_kwargs[name].activate_past_recording()
 
