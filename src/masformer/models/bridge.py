@@ -1,8 +1,9 @@
 """Gives a transformers model its plan: a registered attention function and mask function, found by `layer_idx`.
 
 The mask function hands every layer the same `Layout` (which tokens are padding, which documents are packed), or
-None where there is neither. Packing is read from `position_ids` that restart, by a hook on the model, since
-transformers itself sees it only without a cache.
+None where there is neither. Packing is read from `position_ids` that fall back, by a hook on the model, since
+transformers itself sees it only without a mask and a cache. Whatever the positions are, spans count the tokens of a
+document: positions that skip or repeat within it widen no window.
 """
 
 from __future__ import annotations
@@ -218,8 +219,9 @@ def _before_forward(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     given = signature.bind(base, *args, **kwargs).arguments
     given = given | given.get("kwargs", {})
     cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
-    use_cache = given.get("use_cache")
-    if cache is None and not base.training and (base.config.use_cache if use_cache is None else use_cache):
+    asked = base.config.use_cache if given.get("use_cache") is None else given["use_cache"]
+    bare = cache is None and not asked
+    if cache is None and not base.training and asked:
         cache = SpanCache(AttentionPlan.from_dict(base.config.masformer))
         kwargs = {key: value for key, value in kwargs.items() if key not in CACHE_NAMES} | {cache_name(base): cache}
     _check_cache(cache, base.config)
@@ -227,7 +229,7 @@ def _before_forward(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     real = given.get("attention_mask")
     real = real if isinstance(real, Tensor) and real.ndim == 2 else None
     positions = given.get("position_ids")
-    documents = _packed_documents(positions, real, tokens)
+    documents = _packed_documents(positions, real, tokens, skips=bare and given.get("attention_mask") is None)
     if rotary.depends_on_length(base.config):
         _choose_rotary_table(base, cache, positions, tokens.shape[1])
     if isinstance(cache, SpanCache):
@@ -250,14 +252,35 @@ def _signature(forward: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(forward)
 
 
-def _packed_documents(positions: Tensor | None, real: Tensor | None, tokens: Tensor) -> Tensor | None:
-    """[batch, length] number of the document of each token, where position_ids restart; None where they do not."""
+def _packed_documents(positions: Tensor | None, real: Tensor | None, tokens: Tensor, skips: bool) -> Tensor | None:
+    """[batch, length] number of the document of each token; None where every row is one document.
+
+    A document starts where positions fall back: to less than that of the last real token before, or from 0 to 0, the
+    end of a document of one token, unless other positions of the row repeat as well.
+
+    Args:
+        positions: `position_ids`.
+        real: padding mask, which ends with these tokens.
+        tokens: [batch, length, ...].
+        skips: a document also starts where positions skip or repeat, as transformers has it where it is given neither
+            a mask nor a cache.
+    """
     if positions is None or positions.ndim != 2 or positions.shape[1] < 2:
         return None
-    restart = positions[:, 1:] != positions[:, :-1] + 1
+    own = torch.ones_like(positions, dtype=torch.bool)
     if real is not None:
         own = real[:, -positions.shape[1] :].bool()
-        restart = restart & own[:, 1:] & own[:, :-1]
+        positions = positions.expand(len(own), -1)
+    last = torch.where(own, torch.arange(own.shape[1], device=own.device), 0).cummax(-1).values
+    before = positions.gather(1, last.to(positions.device))[:, :-1]
+    both = own[:, 1:] & (own.cumsum(-1)[:, :-1] > 0)
+    after = positions[:, 1:]
+    if skips:
+        restart = after != before + 1
+    else:
+        repeats = ((after == before) & (after > 0) & both).any(-1, keepdim=True)
+        restart = (after < before) | ((after == before) & (after == 0) & ~repeats)
+    restart = restart & both
     if not bool(restart.any()):
         return None
     return nn.functional.pad(restart.long().cumsum(-1), (1, 0)).expand(tokens.shape[0], -1)
