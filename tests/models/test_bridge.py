@@ -7,7 +7,8 @@ from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 
 from masformer import AttentionPlan, FullSpan, MasformerError, SpanCache, WindowSpan, apply_plan
 from masformer.models.adapters import GPTNeoSpanAttention
-from tiny import ARCHITECTURES, PLAN, VOCABULARY, random_plan, tiny
+from masformer.models.bridge import cache_name
+from tiny import ARCHITECTURES, PLAN, VOCABULARY, random_plan, tiny, tiny_config
 
 
 def inputs(case):
@@ -224,6 +225,73 @@ def test_what_cannot_be_done_right_is_refused_by_name(kind, reason):
         model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(MasformerError, match=f"{kind} models cannot take a plan: .*{reason}"):
         apply_plan(model, PLAN)
+
+
+TYPES = ["sliding_attention", "full_attention"] * 2
+SHARED = {
+    "num_kv_shared_layers": 2,
+    "layer_types": TYPES,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCABULARY,
+}
+GEMMA3N = {"laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        (
+            "gemma3n_text",
+            SHARED | GEMMA3N,
+            r"layers \[2, 3\] use the keys",
+        ),
+        ("gemma4_text", SHARED, r"layers \[2, 3\] use the keys"),
+        ("dory", {"layer_types": TYPES}, "its layers run several times"),
+        ("granite_swa", {"layer_types": TYPES}, "its softmax has learned sinks"),
+        (
+            "mimo_v2_flash",
+            {"layer_types": TYPES, "v_head_dim": 8, "n_routed_experts": 2},
+            "its softmax has learned sinks",
+        ),
+        ("inkling_text", {"layer_types": TYPES}, "keeps more than keys and values .*update_conv_state"),
+        ("bart", {"is_decoder": True}, "a layer has several attention modules"),
+    ],
+)
+def test_layers_whose_cache_is_not_theirs_alone_are_refused_by_name(kind, changes, reason):
+    """Read from the classes of the model, before anything runs."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config(kind, **changes))
+    with pytest.raises(MasformerError, match=f"{kind} models cannot take a plan: .*{reason}"):
+        apply_plan(model, PLAN)
+
+
+def test_the_same_class_without_shared_keys_takes_a_plan():
+    changes = SHARED | GEMMA3N | {"num_kv_shared_layers": 0}
+    stock, tokens = tiny("gemma3n_text", **changes), inputs("plain")[0]["input_ids"]
+    model = apply_plan(copy.deepcopy(stock), AttentionPlan((WindowSpan(7), FullSpan()) * 2))
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(tokens, **options), stock.generate(tokens, **options))
+
+
+def test_a_class_of_the_user_that_shares_keys_or_runs_layers_twice():
+    tokens = inputs("plain")[0]["input_ids"]
+    model = tiny("llama")
+    del model.model.layers[3].self_attn.k_proj
+    with pytest.raises(MasformerError, match=r"layers \[3\] use the keys of other layers"):
+        apply_plan(model, PLAN)
+    model = apply_plan(tiny("llama"), PLAN)
+    layer = model.model.layers[2]
+    once = layer.forward
+    layer.forward = lambda hidden, **options: once(once(hidden, **options), **options)
+    assert model(tokens, use_cache=False).logits.isfinite().all()
+    with pytest.raises(MasformerError, match="runs twice in one pass"):
+        model.generate(tokens, max_new_tokens=2)
+    model = apply_plan(tiny("llama"), PLAN)
+    attention = model.model.layers[2].self_attn
+    bare = attention.forward
+    attention.forward = lambda *args, **options: bare(*args, **(options | {cache_name(attention): None}))
+    with pytest.raises(MasformerError, match="layer 2 keeps no keys of its own"):
+        model.generate(tokens, max_new_tokens=2)
 
 
 def test_a_plan_of_another_depth_is_refused():

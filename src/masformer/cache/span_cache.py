@@ -135,9 +135,15 @@ class SpanCache(Cache):  # type: ignore[misc]
         return out
 
     def view(self, layer_idx: int) -> View:
-        """What the last `update` of this layer returned. Layers with the same span share it."""
+        """What the last `update` of this layer returned. Layers with the same span share it.
+
+        Raises:
+            MasformerError: there was none in this pass, so that the layer attends to the keys of another.
+        """
         step, layer = self._step, self.layers[layer_idx]
         assert step is not None
+        if layer.length != step.seen + step.new:
+            raise MasformerError(f"layer {layer_idx} keeps no keys of its own in the cache; pass use_cache=False")
         key = layer.span, layer.past, layer.keys.device
         if key not in step.views:
             step.views[key] = layer.view(step)

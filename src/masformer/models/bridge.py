@@ -9,6 +9,7 @@ document: positions that skip or repeat within it widen no window.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    Cache,
     DynamicCache,
     PretrainedConfig,
     PreTrainedModel,
@@ -38,11 +40,21 @@ from masformer.plan import AttentionPlan
 
 NAME = "masformer"
 REFUSED = {
-    "gpt_oss": "its softmax has learned sinks",
     "falcon": "it may add an attention bias (alibi)",
     "bloom": "it adds an attention bias (alibi)",
     "mpt": "it adds an attention bias (alibi)",
 }
+_NO_SPANS = {
+    "s_aux": "its softmax has learned sinks",
+    "position_bias": "it adds a bias to its scores",
+    "cross_attention_states": "it has cross-attention",
+    "cache_offset": "its layers run several times, with a cache for each time",
+    "cycle_offset": "its layers run several times, with a cache for each time",
+}
+"""What an attention function calls, takes or hands on -> why spans cannot serve it."""
+_OTHER_STATE = {name for name in vars(Cache) if name.startswith("update_")}
+"""The methods of a cache of transformers by which a module keeps something else than keys and values."""
+_KEYS = re.compile(r"(^|_)(q?kv?|key|keys)(_|$)")
 CACHE_NAMES = ("cache", "past_key_values")
 """What transformers calls the cache: the first since 5.2x."""
 
@@ -137,17 +149,47 @@ def _layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
 
 
 def _attention_modules(model: PreTrainedModel, config: PretrainedConfig) -> dict[int, Any]:
-    """Layer index -> its attention module."""
+    """Layer index -> its attention module: one in each layer, which makes its own keys and keeps nothing else.
+
+    Raises:
+        MasformerError: the classes of the model say otherwise.
+    """
     found: dict[int, Any] = {}
+    reason = None
     for module in model.modules():
+        if words := _OTHER_STATE & _words(type(module)):
+            reason = f"it keeps more than keys and values in its cache ({', '.join(sorted(words))})"
         layer = getattr(module, "layer_idx", None)
         if layer is not None and type(module).__name__.endswith("Attention"):
             if not getattr(module, "is_causal", True):
-                raise MasformerError(f"{config.model_type} models cannot take a plan: its attention is not causal")
+                reason = "its attention is not causal"
+            if layer in found and module not in found[layer].modules():
+                reason = "a layer has several attention modules"
+            for word in _NO_SPANS.keys() & _words(type(module)):
+                if word != "s_aux" or getattr(module, "sinks", None) is not None:
+                    reason = _NO_SPANS[word]
             found[layer] = module
-    if sorted(found) != list(range(config.num_hidden_layers)):
-        raise MasformerError(f"{config.model_type} models cannot take a plan: no attention module found in some layers")
+    if not reason and sorted(found) != list(range(config.num_hidden_layers)):
+        reason = "no attention module found in some layers"
+    makers = {layer: _key_makers(module) for layer, module in found.items()}
+    if sharing := sorted(layer for layer, own in makers.items() if not own and any(makers.values())):
+        reason = reason or f"layers {sharing} use the keys of other layers"
+    if reason:
+        raise MasformerError(f"{config.model_type} models cannot take a plan: {reason}")
     return found
+
+
+def _key_makers(module: nn.Module) -> set[str]:
+    """The parts of an attention module that make keys, by their names."""
+    return {name for name, _ in module.named_children() if re.search(_KEYS, name) and "norm" not in name}
+
+
+@cache
+def _words(kind: type[nn.Module]) -> frozenset[str]:
+    """The names in the code of a module's forward: what it takes, calls, and hands on."""
+    code = inspect.unwrap(kind.forward).__code__
+    handed = [word for words in code.co_consts if isinstance(words, tuple) for word in words if isinstance(word, str)]
+    return frozenset([*code.co_varnames, *code.co_names, *handed])
 
 
 def _attention(
