@@ -157,7 +157,7 @@ def _attention_modules(model: PreTrainedModel, config: PretrainedConfig) -> dict
     found: dict[int, Any] = {}
     reason = None
     for module in model.modules():
-        if words := _OTHER_STATE & _words(type(module)):
+        if words := _OTHER_STATE & _words(type(module).forward):
             reason = f"it keeps more than keys and values in its cache ({', '.join(sorted(words))})"
         layer = getattr(module, "layer_idx", None)
         if layer is not None and type(module).__name__.endswith("Attention"):
@@ -165,7 +165,7 @@ def _attention_modules(model: PreTrainedModel, config: PretrainedConfig) -> dict
                 reason = "its attention is not causal"
             if layer in found and module not in found[layer].modules():
                 reason = "a layer has several attention modules"
-            for word in _NO_SPANS.keys() & _words(type(module)):
+            for word in _NO_SPANS.keys() & _words(type(module).forward):
                 if word != "s_aux" or getattr(module, "sinks", None) is not None:
                     reason = _NO_SPANS[word]
             found[layer] = module
@@ -185,9 +185,11 @@ def _key_makers(module: nn.Module) -> set[str]:
 
 
 @cache
-def _words(kind: type[nn.Module]) -> frozenset[str]:
+def _words(forward: Callable[..., Any]) -> frozenset[str]:
     """The names in the code of a module's forward: what it takes, calls, and hands on."""
-    code = inspect.unwrap(kind.forward).__code__
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    if code is None:  # not of Python
+        return frozenset()
     handed = [word for words in code.co_consts if isinstance(words, tuple) for word in words if isinstance(word, str)]
     return frozenset([*code.co_varnames, *code.co_names, *handed])
 

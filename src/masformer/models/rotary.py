@@ -34,7 +34,7 @@ def depends_on_length(config: PretrainedConfig) -> bool:
 
 
 def announce(base: Any, length: int) -> None:
-    """From now on the rotary modules of a model have the table of a text of at least so many positions.
+    """Until `end`, the rotary modules of a model have the table of a text of at least so many positions.
 
     Args:
         base: the module that holds them; its config says that they depend on the length.
@@ -46,6 +46,11 @@ def announce(base: Any, length: int) -> None:
             module.register_forward_pre_hook(_before_rotary, with_kwargs=True)
             module.register_forward_hook(_after_rotary, with_kwargs=True)
             module.masformer_rotary = True
+
+
+def end() -> None:
+    """The announced length is that of no pass any more."""
+    _length.set(0)
 
 
 def _ropes(config: PretrainedConfig) -> list[dict[str, Any]]:
