@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, TextStreamer
 from masformer.cache import SpanCache
 from masformer.cost import ModelShape, bytes_text, cost
 from masformer.errors import MasformerError, check_int
+from masformer.models import rotary
 from masformer.models.bridge import cache_name
 from masformer.models.positions import position_limit
 from masformer.plan import AttentionPlan
@@ -217,8 +218,7 @@ def generate(
     text = tokenizer.decode(generated, skip_special_tokens=True)
     if beams > 1:
         on_text(text)
-    cache = out.get("cache") or out.get("past_key_values")
-    assert isinstance(cache, SpanCache)
+    cache = _cache_of(out)
     return Generation(
         text=text,
         tokens=len(generated),
@@ -270,7 +270,8 @@ def generate_batch(
 ) -> BatchGeneration:
     """Continues several prompts at once, greedily or by beam search, through transformers' own `generate`.
 
-    Shorter prompts are padded on the left. A row does not depend on the others, beyond the rounding of other shapes.
+    Shorter prompts are padded on the left. A row does not depend on the others, beyond the rounding of other shapes:
+    where rotary positions depend on the length of the text, only rows that share them are run together.
     The prompts are read once, whatever the number of beams.
 
     Args:
@@ -306,6 +307,31 @@ def generate_batch(
         eos_token_id=ends or None,
         pad_token_id=ends[0] if ends else 0,
     )
+    together: dict[Any, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        together.setdefault(_rotary_group(model, len(prompt), max_new_tokens), []).append(index)
+    rows: dict[int, Continuation] = {}
+    prefill = decode = 0.0
+    for indices in together.values():
+        part = _continue_together(
+            model, [prompts[index] for index in indices], settings, ends, max(1, chunk // len(prompts))
+        )
+        rows |= zip(indices, part.rows, strict=True)
+        prefill, decode = prefill + part.prefill_seconds, decode + part.decode_seconds
+    return BatchGeneration([rows[index] for index in range(len(prompts))], prefill, decode)
+
+
+def _rotary_group(model: PreTrainedModel, length: int, new: int) -> Any:
+    """Prompts with the same one have the same rotary table at each step."""
+    first, last = (rotary.table(model.config, tokens) for tokens in (length, length + new - 1))
+    return first if first == last else length
+
+
+def _continue_together(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: GenerationConfig, ends: list[int], chunk: int
+) -> BatchGeneration:
+    """Continues prompts in one padded batch; a chunk is of so many positions of each row."""
+    longest, beams = max(map(len, prompts)), settings.num_beams
     tokens = torch.full((len(prompts), longest), settings.pad_token_id)
     real = torch.zeros_like(tokens)
     for row, prompt in enumerate(prompts):
@@ -313,26 +339,39 @@ def generate_batch(
         real[row, longest - len(prompt) :] = 1
     tokens, real = tokens.to(model.device), real.to(model.device)
     start = time.perf_counter()
-    cache = SpanCache(AttentionPlan.from_dict(model.config.masformer), reserve=longest + max_new_tokens)
-    given = {cache_name(model.base_model): cache}
+    plan = AttentionPlan.from_dict(model.config.masformer)
+    cache = SpanCache(plan, reserve=longest + settings.max_new_tokens, prompt=longest)
+    name = cache_name(model.base_model)
     if longest > 1:
         # all but the last token: beams then share the prompt, and generate() has a token to begin with
-        size = max(1, chunk // len(prompts))
         before = _settings(model, 1, 1)
         before.update(
-            do_sample=False, pad_token_id=settings.pad_token_id, prefill_chunk_size=size if size < longest - 1 else None
+            do_sample=False,
+            pad_token_id=settings.pad_token_id,
+            prefill_chunk_size=chunk if chunk < longest - 1 else None,
+            return_dict_in_generate=True,
         )
-        model.generate(tokens[:, :-1], attention_mask=real[:, :-1], **given, generation_config=before)
+        given = {"attention_mask": real[:, :-1], name: cache}
+        cache = _cache_of(
+            model.generate(tokens[:, :-1], **given, generation_config=before)
+        )  # Phi-3 may begin a new one
         if beams > 1:
             cache.batch_repeat_interleave(beams)
     filled = time.perf_counter()
-    out = model.generate(tokens, attention_mask=real, **given, generation_config=settings)
+    out = model.generate(tokens, attention_mask=real, **{name: cache}, generation_config=settings)
     done = time.perf_counter()
     rows = []
     for row in out[:, longest:].tolist():
         end = next((index for index, token in enumerate(row) if token in ends), None)
         rows.append(Continuation(row[:end], end is not None))
     return BatchGeneration(rows, filled - start, done - filled)
+
+
+def _cache_of(out: Any) -> SpanCache:
+    """The cache that `generate` ended with."""
+    cache = out.get("cache") or out.get("past_key_values")
+    assert isinstance(cache, SpanCache)
+    return cache
 
 
 def _settings(model: PreTrainedModel, max_new_tokens: int, beams: int) -> GenerationConfig:

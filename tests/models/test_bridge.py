@@ -7,7 +7,8 @@ from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 
 from masformer import AttentionPlan, FullSpan, MasformerError, SpanCache, WindowSpan, apply_plan
 from masformer.models.adapters import GPTNeoSpanAttention
-from tiny import ARCHITECTURES, PLAN, VOCABULARY, random_plan, tiny
+from masformer.models.bridge import cache_name
+from tiny import ARCHITECTURES, PLAN, VOCABULARY, random_plan, tiny, tiny_config
 
 
 def inputs(case):
@@ -85,6 +86,83 @@ def test_logits_and_gradients_equal_dense_attention(kind, case):
     torch.testing.assert_close(actual_grad, expected_grad, atol=1e-9, rtol=1e-9)
 
 
+INDEX = torch.arange(24)
+ONE_DOCUMENT = {
+    "a jump": torch.where(INDEX < 10, INDEX, INDEX + 50),
+    "two jumps": INDEX + 7 * (INDEX > 3) + 20 * (INDEX > 15),
+    "strides": 2 * INDEX,
+    "a repeat": INDEX - (INDEX > 1).long(),
+    "pairs": INDEX // 2,
+    "triples from 5 on": 5 + INDEX // 3,
+}
+RESTARTS = {
+    "to 0": (11, torch.where(INDEX < 11, INDEX, INDEX - 11)),
+    "to 0, in the middle of a text": (11, torch.where(INDEX < 11, INDEX + 30, INDEX - 11)),
+    "to a smaller number": (11, torch.where(INDEX < 11, INDEX + 30, INDEX)),
+    "jumps on both sides": (11, torch.where(INDEX < 11, 3 * INDEX, 2 * INDEX)),
+    "after one token": (1, (INDEX - 1).clamp(0)),
+}
+
+
+def with_dense_mask(stock, tokens, positions, span, start=0):
+    """Logits of a stock model under a span; what is before `start` is a document of its own."""
+    index = torch.arange(tokens.shape[1])
+    document = (index >= start).long()
+    place = index - start * document
+    seen = span.visible(place[:, None], place) & (document[:, None] == document)
+    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    stock.set_attn_implementation("eager")
+    return stock(tokens, attention_mask=mask.expand(2, 1, -1, -1), position_ids=positions, use_cache=False).logits
+
+
+@pytest.mark.parametrize("span", [FullSpan(), WindowSpan(5, 2)])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_document_starts_where_positions_fall_back_not_where_they_skip(kind, span):
+    """With a mask or a cache, where transformers sees no packing at all. Spans count tokens, whatever the positions."""
+    stock, tokens = tiny(kind, **({} if kind == "gpt2" else {"sliding_window": None})), inputs("plain")[0]["input_ids"]
+    model = apply_plan(copy.deepcopy(stock), AttentionPlan.uniform(4, span))
+    tokens, ones = tokens[:, :24], torch.ones(2, 24, dtype=torch.long)
+    cases = [(0, positions) for positions in ONE_DOCUMENT.values()] + list(RESTARTS.values())
+    for start, positions in cases:
+        positions = positions.expand(2, -1)
+        expected = with_dense_mask(stock, tokens, positions, span, start)
+        if not start and span == FullSpan():
+            plain = stock(tokens, attention_mask=ones, position_ids=positions, use_cache=False).logits
+            torch.testing.assert_close(plain, expected)
+        for options in (
+            {"attention_mask": ones, "use_cache": False},
+            {"attention_mask": ones},
+            {"attention_mask": None},
+            {"attention_mask": None, "past_key_values": DynamicCache()},
+        ):
+            actual = model(tokens, position_ids=positions, **options).logits
+            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+
+
+def test_without_mask_and_cache_packing_is_what_transformers_takes_for_it():
+    stock, tokens = tiny("llama", sliding_window=None), inputs("plain")[0]["input_ids"][:, :24]
+    model = apply_plan(copy.deepcopy(stock), AttentionPlan.uniform(4, FullSpan()))
+    for positions in [*ONE_DOCUMENT.values(), *(positions for _, positions in RESTARTS.values())]:
+        given = {"position_ids": positions.expand(2, -1), "use_cache": False}
+        torch.testing.assert_close(model(tokens, **given).logits, stock(tokens, **given).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("filling", [0, 1, 99])
+def test_positions_of_padding_say_nothing(filling):
+    """Before, between and after documents."""
+    model = apply_plan(tiny("llama"), PLAN)
+    tokens = torch.randint(3, VOCABULARY, (1, 20), generator=torch.Generator().manual_seed(1))
+    alone = [model(tokens[:, part], use_cache=False).logits for part in (slice(0, 9), slice(9, 20))]
+    real = torch.ones(1, 30, dtype=torch.long)
+    real[0, :4] = real[0, 13:17] = real[0, 28:] = 0
+    padded, positions = torch.full_like(real, 3), torch.full_like(real, filling)
+    padded[real.bool()] = tokens[0]
+    positions[real.bool()] = torch.cat([torch.arange(9), torch.arange(11)])
+    for options in ({"use_cache": False}, {}):
+        logits = model(padded, attention_mask=real, position_ids=positions, **options).logits[real.bool()]
+        torch.testing.assert_close(logits, torch.cat(alone, 1)[0], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("case", ["plain", "left", "right", "packed"])
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_neo"])
@@ -147,6 +225,73 @@ def test_what_cannot_be_done_right_is_refused_by_name(kind, reason):
         model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(MasformerError, match=f"{kind} models cannot take a plan: .*{reason}"):
         apply_plan(model, PLAN)
+
+
+TYPES = ["sliding_attention", "full_attention"] * 2
+SHARED = {
+    "num_kv_shared_layers": 2,
+    "layer_types": TYPES,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCABULARY,
+}
+GEMMA3N = {"laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        (
+            "gemma3n_text",
+            SHARED | GEMMA3N,
+            r"layers \[2, 3\] use the keys",
+        ),
+        ("gemma4_text", SHARED, r"layers \[2, 3\] use the keys"),
+        ("dory", {"layer_types": TYPES}, "its layers run several times"),
+        ("granite_swa", {"layer_types": TYPES}, "its softmax has learned sinks"),
+        (
+            "mimo_v2_flash",
+            {"layer_types": TYPES, "v_head_dim": 8, "n_routed_experts": 2},
+            "its softmax has learned sinks",
+        ),
+        ("inkling_text", {"layer_types": TYPES}, "keeps more than keys and values .*update_conv_state"),
+        ("bart", {"is_decoder": True}, "a layer has several attention modules"),
+    ],
+)
+def test_layers_whose_cache_is_not_theirs_alone_are_refused_by_name(kind, changes, reason):
+    """Read from the classes of the model, before anything runs."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config(kind, **changes))
+    with pytest.raises(MasformerError, match=f"{kind} models cannot take a plan: .*{reason}"):
+        apply_plan(model, PLAN)
+
+
+def test_the_same_class_without_shared_keys_takes_a_plan():
+    changes = SHARED | GEMMA3N | {"num_kv_shared_layers": 0}
+    stock, tokens = tiny("gemma3n_text", **changes), inputs("plain")[0]["input_ids"]
+    model = apply_plan(copy.deepcopy(stock), AttentionPlan((WindowSpan(7), FullSpan()) * 2))
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(tokens, **options), stock.generate(tokens, **options))
+
+
+def test_a_class_of_the_user_that_shares_keys_or_runs_layers_twice():
+    tokens = inputs("plain")[0]["input_ids"]
+    model = tiny("llama")
+    del model.model.layers[3].self_attn.k_proj
+    with pytest.raises(MasformerError, match=r"layers \[3\] use the keys of other layers"):
+        apply_plan(model, PLAN)
+    model = apply_plan(tiny("llama"), PLAN)
+    layer = model.model.layers[2]
+    once = layer.forward
+    layer.forward = lambda hidden, **options: once(once(hidden, **options), **options)
+    assert model(tokens, use_cache=False).logits.isfinite().all()
+    with pytest.raises(MasformerError, match="runs twice in one pass"):
+        model.generate(tokens, max_new_tokens=2)
+    model = apply_plan(tiny("llama"), PLAN)
+    attention = model.model.layers[2].self_attn
+    bare = attention.forward
+    attention.forward = lambda *args, **options: bare(*args, **(options | {cache_name(attention): None}))
+    with pytest.raises(MasformerError, match="layer 2 keeps no keys of its own"):
+        model.generate(tokens, max_new_tokens=2)
 
 
 def test_a_plan_of_another_depth_is_refused():

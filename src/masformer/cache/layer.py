@@ -112,7 +112,9 @@ class SpanLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, step: Step) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Stores new keys and values [batch, kv_heads, new, dim]; returns those that the step's view is about."""
         if self.length != step.seen:
-            raise MasformerError("a forward pass did not end, and left the cache half filled; call its reset()")
+            raise MasformerError(
+                "a layer of the model runs twice in one pass, and its keys have one place; pass use_cache=False"
+            )
         if step.seen == 0 and not _alike(self.keys, key_states):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None

@@ -23,14 +23,19 @@ class SpanCache(Cache):  # type: ignore[misc]
     Args:
         plan: the model's plan.
         reserve: tokens of each row that full layers make room for at once; room for more is made by doubling.
+        prompt: positions of the text that is to be read in several passes. Only models whose rotary positions depend on
+            the length of the whole text (LongRoPE, dynamic NTK) need to know it before the first pass; `generate` says
+            it by itself. `reset` forgets it.
 
     Raises:
-        MasformerError: `reserve` is below 0.
+        MasformerError: `reserve` or `prompt` is below 0.
     """
 
-    def __init__(self, plan: AttentionPlan, *, reserve: int = 0) -> None:
+    def __init__(self, plan: AttentionPlan, *, reserve: int = 0, prompt: int = 0) -> None:
         check_int("reserve", reserve, 0)
+        check_int("prompt", prompt, 0)
         self.plan, self.text = plan, str(plan)
+        self.prompt = prompt
         self._empty()
         super().__init__(layers=[SpanLayer(span, reserve) for span in plan])
 
@@ -130,9 +135,15 @@ class SpanCache(Cache):  # type: ignore[misc]
         return out
 
     def view(self, layer_idx: int) -> View:
-        """What the last `update` of this layer returned. Layers with the same span share it."""
+        """What the last `update` of this layer returned. Layers with the same span share it.
+
+        Raises:
+            MasformerError: there was none in this pass, so that the layer attends to the keys of another.
+        """
         step, layer = self._step, self.layers[layer_idx]
         assert step is not None
+        if layer.length != step.seen + step.new:
+            raise MasformerError(f"layer {layer_idx} keeps no keys of its own in the cache; pass use_cache=False")
         key = layer.span, layer.past, layer.keys.device
         if key not in step.views:
             step.views[key] = layer.view(step)
@@ -168,6 +179,7 @@ class SpanCache(Cache):  # type: ignore[misc]
     def reset(self) -> None:
         """Empties the cache; its storage stays for the next document."""
         self._empty()
+        self.prompt = 0
         super().reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

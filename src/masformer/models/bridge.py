@@ -1,13 +1,15 @@
 """Gives a transformers model its plan: a registered attention function and mask function, found by `layer_idx`.
 
 The mask function hands every layer the same `Layout` (which tokens are padding, which documents are packed), or
-None where there is neither. Packing is read from `position_ids` that restart, by a hook on the model, since
-transformers itself sees it only without a cache.
+None where there is neither. Packing is read from `position_ids` that fall back, by a hook on the model, since
+transformers itself sees it only without a mask and a cache. Whatever the positions are, spans count the tokens of a
+document: positions that skip or repeat within it widen no window.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    Cache,
     DynamicCache,
     PretrainedConfig,
     PreTrainedModel,
@@ -31,17 +34,27 @@ from masformer.attention import BACKENDS, Layout, attend, operator
 from masformer.attention.stored import attend_stored
 from masformer.cache import SpanCache
 from masformer.errors import MasformerError
-from masformer.models import adapters
+from masformer.models import adapters, rotary
 from masformer.models.sealing import seal_config
 from masformer.plan import AttentionPlan
 
 NAME = "masformer"
 REFUSED = {
-    "gpt_oss": "its softmax has learned sinks",
     "falcon": "it may add an attention bias (alibi)",
     "bloom": "it adds an attention bias (alibi)",
     "mpt": "it adds an attention bias (alibi)",
 }
+_NO_SPANS = {
+    "s_aux": "its softmax has learned sinks",
+    "position_bias": "it adds a bias to its scores",
+    "cross_attention_states": "it has cross-attention",
+    "cache_offset": "its layers run several times, with a cache for each time",
+    "cycle_offset": "its layers run several times, with a cache for each time",
+}
+"""What an attention function calls, takes or hands on -> why spans cannot serve it."""
+_OTHER_STATE = {name for name in vars(Cache) if name.startswith("update_")}
+"""The methods of a cache of transformers by which a module keeps something else than keys and values."""
+_KEYS = re.compile(r"(^|_)(q?kv?|key|keys)(_|$)")
 CACHE_NAMES = ("cache", "past_key_values")
 """What transformers calls the cache: the first since 5.2x."""
 
@@ -136,17 +149,49 @@ def _layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
 
 
 def _attention_modules(model: PreTrainedModel, config: PretrainedConfig) -> dict[int, Any]:
-    """Layer index -> its attention module."""
+    """Layer index -> its attention module: one in each layer, which makes its own keys and keeps nothing else.
+
+    Raises:
+        MasformerError: the classes of the model say otherwise.
+    """
     found: dict[int, Any] = {}
+    reason = None
     for module in model.modules():
+        if words := _OTHER_STATE & _words(type(module).forward):
+            reason = f"it keeps more than keys and values in its cache ({', '.join(sorted(words))})"
         layer = getattr(module, "layer_idx", None)
         if layer is not None and type(module).__name__.endswith("Attention"):
             if not getattr(module, "is_causal", True):
-                raise MasformerError(f"{config.model_type} models cannot take a plan: its attention is not causal")
+                reason = "its attention is not causal"
+            if layer in found and module not in found[layer].modules():
+                reason = "a layer has several attention modules"
+            for word in _NO_SPANS.keys() & _words(type(module).forward):
+                if word != "s_aux" or getattr(module, "sinks", None) is not None:
+                    reason = _NO_SPANS[word]
             found[layer] = module
-    if sorted(found) != list(range(config.num_hidden_layers)):
-        raise MasformerError(f"{config.model_type} models cannot take a plan: no attention module found in some layers")
+    if not reason and sorted(found) != list(range(config.num_hidden_layers)):
+        reason = "no attention module found in some layers"
+    makers = {layer: _key_makers(module) for layer, module in found.items()}
+    if sharing := sorted(layer for layer, own in makers.items() if not own and any(makers.values())):
+        reason = reason or f"layers {sharing} use the keys of other layers"
+    if reason:
+        raise MasformerError(f"{config.model_type} models cannot take a plan: {reason}")
     return found
+
+
+def _key_makers(module: nn.Module) -> set[str]:
+    """The parts of an attention module that make keys, by their names."""
+    return {name for name, _ in module.named_children() if re.search(_KEYS, name) and "norm" not in name}
+
+
+@cache
+def _words(forward: Callable[..., Any]) -> frozenset[str]:
+    """The names in the code of a module's forward: what it takes, calls, and hands on."""
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    if code is None:  # not of Python
+        return frozenset()
+    handed = [word for words in code.co_consts if isinstance(words, tuple) for word in words if isinstance(word, str)]
+    return frozenset([*code.co_varnames, *code.co_names, *handed])
 
 
 def _attention(
@@ -218,15 +263,19 @@ def _before_forward(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     given = signature.bind(base, *args, **kwargs).arguments
     given = given | given.get("kwargs", {})
     cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
-    use_cache = given.get("use_cache")
-    if cache is None and not base.training and (base.config.use_cache if use_cache is None else use_cache):
+    asked = base.config.use_cache if given.get("use_cache") is None else given["use_cache"]
+    bare = cache is None and not asked
+    if cache is None and not base.training and asked:
         cache = SpanCache(AttentionPlan.from_dict(base.config.masformer))
         kwargs = {key: value for key, value in kwargs.items() if key not in CACHE_NAMES} | {cache_name(base): cache}
     _check_cache(cache, base.config)
     tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
     real = given.get("attention_mask")
     real = real if isinstance(real, Tensor) and real.ndim == 2 else None
-    documents = _packed_documents(given.get("position_ids"), real, tokens)
+    positions = given.get("position_ids")
+    documents = _packed_documents(positions, real, tokens, skips=bare and given.get("attention_mask") is None)
+    if rotary.depends_on_length(base.config):
+        _choose_rotary_table(base, cache, positions, tokens.shape[1])
     if isinstance(cache, SpanCache):
         cache.begin(tokens.shape[0], tokens.shape[1], real, documents)
     elif documents is not None and cache is not None and cache.get_seq_length():
@@ -247,17 +296,58 @@ def _signature(forward: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(forward)
 
 
-def _packed_documents(positions: Tensor | None, real: Tensor | None, tokens: Tensor) -> Tensor | None:
-    """[batch, length] number of the document of each token, where position_ids restart; None where they do not."""
+def _packed_documents(positions: Tensor | None, real: Tensor | None, tokens: Tensor, skips: bool) -> Tensor | None:
+    """[batch, length] number of the document of each token; None where every row is one document.
+
+    A document starts where positions fall back: to less than that of the last real token before, or from 0 to 0, the
+    end of a document of one token, unless other positions of the row repeat as well.
+
+    Args:
+        positions: `position_ids`.
+        real: padding mask, which ends with these tokens.
+        tokens: [batch, length, ...].
+        skips: a document also starts where positions skip or repeat, as transformers has it where it is given neither
+            a mask nor a cache.
+    """
     if positions is None or positions.ndim != 2 or positions.shape[1] < 2:
         return None
-    restart = positions[:, 1:] != positions[:, :-1] + 1
+    own = torch.ones_like(positions, dtype=torch.bool)
     if real is not None:
         own = real[:, -positions.shape[1] :].bool()
-        restart = restart & own[:, 1:] & own[:, :-1]
+        positions = positions.expand(len(own), -1)
+    last = torch.where(own, torch.arange(own.shape[1], device=own.device), 0).cummax(-1).values
+    before = positions.gather(1, last.to(positions.device))[:, :-1]
+    both = own[:, 1:] & (own.cumsum(-1)[:, :-1] > 0)
+    after = positions[:, 1:]
+    if skips:
+        restart = after != before + 1
+    else:
+        repeats = ((after == before) & (after > 0) & both).any(-1, keepdim=True)
+        restart = (after < before) | ((after == before) & (after == 0) & ~repeats)
+    restart = restart & both
     if not bool(restart.any()):
         return None
     return nn.functional.pad(restart.long().cumsum(-1), (1, 0)).expand(tokens.shape[0], -1)
+
+
+def _choose_rotary_table(base: Any, cache: Any, positions: Tensor | None, new: int) -> None:
+    """Announces the length of the text, and refuses a piece of it whose table is another than that of the cached keys.
+
+    A single token is what generation adds; its table changes where it does in transformers.
+    """
+    seen = 0 if cache is None else cache.get_seq_length()
+    before, after = seen, seen + new
+    if positions is not None:
+        before, after = min(seen, int(positions[..., 0].max())), int(positions.max()) + 1
+    prompt = cache.prompt if isinstance(cache, SpanCache) else 0
+    before = max(prompt, before)
+    if seen and new > 1 and rotary.table(base.config, before) != rotary.table(base.config, max(prompt, after)):
+        raise MasformerError(
+            f"the rotary positions of this {base.config.model_type} model depend on the length of the whole text: a "
+            f"cache filled for {before} positions cannot take {new} tokens more, up to {after}; give the text in one "
+            f"pass, or say its length ahead with SpanCache(plan, prompt=LENGTH)"
+        )
+    rotary.announce(base, prompt if prompt > after else 0)
 
 
 def _after_forward(base: Any, args: tuple[Any, ...], output: Any) -> None:
@@ -310,17 +400,20 @@ def _prepare_cache_for_generation(
     model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
 ) -> None:
     """What `generate` calls: makes a SpanCache where transformers would make a DynamicCache."""
-    given = any(model_kwargs.get(name) is not None for name in CACHE_NAMES)
+    given = next((model_kwargs[name] for name in CACHE_NAMES if model_kwargs.get(name) is not None), None)
     type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
+    mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+    prompt = getattr(generation_config, "_mask_length", 0) if mask is None else mask.shape[1]
+    length = prompt if positions is None else int(positions.max()) + 1
+    if isinstance(given, SpanCache) and not given.get_seq_length():
+        given.prompt = max(given.prompt, length)
     name = next((name for name in CACHE_NAMES if type(model_kwargs.get(name)) is DynamicCache), None)
-    if given or name is None:
+    if given is not None or name is None:
         return
     _check_cache(model_kwargs[name], model.config)
-    mask = model_kwargs.get("attention_mask")
-    prompt = getattr(generation_config, "_mask_length", 0) if mask is None else mask.shape[1]
     longest = generation_config.max_length or 0
     reserve = longest if longest <= 2 * prompt else prompt  # all there can be, unless that is far more than there is
-    model_kwargs[name] = SpanCache(AttentionPlan.from_dict(model.config.masformer), reserve=reserve)
+    model_kwargs[name] = SpanCache(AttentionPlan.from_dict(model.config.masformer), reserve=reserve, prompt=length)
     if getattr(generation_config, "is_assistant", False):
         model_kwargs[name].activate_past_recording()
 
