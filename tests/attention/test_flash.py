@@ -158,12 +158,11 @@ def compare(inputs, span, **options):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dim", [64, 128, 80])
 @pytest.mark.parametrize("span", [*SPANS, WindowSpan(1024, 4)])
-def test_kernels_against_float64(span, dim, dtype):
-    for batch, heads, group, length in ((2, 2, 4, 1111), (1, 1, 3, 1536), (3, 2, 1, 77)):
-        compare(tensors(batch, heads, group, length, length, dim, "cuda", dtype), span)
+def test_kernels_against_float64(span):
+    for dim, dtype in ((64, torch.bfloat16), (128, torch.bfloat16), (80, torch.float16)):
+        for batch, heads, group, length in ((2, 2, 4, 1111), (1, 1, 3, 1300), (3, 2, 1, 77)):
+            compare(tensors(batch, heads, group, length, length, dim, "cuda", dtype), span)
 
 
 @pytest.mark.gpu

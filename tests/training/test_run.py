@@ -1,3 +1,4 @@
+import functools
 import io
 import json
 
@@ -6,6 +7,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from small import metrics, recipe, recipe_file
+from torch._dynamo.utils import counters
 
 from masformer import AttentionPlan, MasformerError, load_model, save_model
 from masformer.cli import main
@@ -83,6 +85,22 @@ def test_checkpointing_changes_nothing_but_rounding(whole, tmp_path):
     finished(tmp_path, training__checkpointing=True)
     for step, loss in metrics(tmp_path).items():
         assert loss == pytest.approx(metrics(whole)[step], abs=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_compiling_changes_nothing_but_rounding(whole, tmp_path, monkeypatch, precision):
+    """Traced whole, but run without kernels: those take minutes to make, and are not ours."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    for name, compiles in (("compiled", True), ("plain", False)):
+        (tmp_path / name).mkdir()
+        finished(tmp_path / name, training__compile=compiles, training__precision=precision, training__loss_chunk=50)
+    assert 2 <= counters["stats"]["unique_graphs"] <= 6
+    assert not counters["graph_break"]
+    for step, loss in metrics(tmp_path / "compiled").items():
+        assert loss == pytest.approx(metrics(tmp_path / "plain")[step], abs=1e-5 if precision == "float32" else 1e-2)
+    torch._dynamo.reset()
 
 
 def copied(whole, folder, upto=4):

@@ -23,7 +23,7 @@ from masformer.models.positions import extend_positions, position_limit
 from masformer.models.sealing import native_plan
 from masformer.plan import AttentionPlan
 from masformer.spans import Span
-from masformer.training.loss import use_chunked_loss
+from masformer.training.loss import compile_loss, use_chunked_loss
 from masformer.training.recipe import BYTES, LoraRecipe, ModelRecipe, Recipe
 
 END = "<|end|>"
@@ -174,6 +174,7 @@ def prepare_model(recipe: Recipe, checkpoint: Path | None = None) -> Prepared:
     model = causal if recipe.lora is None else add_adapters(causal, recipe.lora)
     if recipe.training.compile:
         compile_layers(causal)
+        compile_loss(causal)
     if recipe.lora is not None and checkpoint is not None:
         model.load_state_dict(load_file(checkpoint / ADAPTER), strict=False)
     trainable = tuple(name for name, weight in model.named_parameters() if weight.requires_grad)
