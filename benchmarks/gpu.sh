@@ -46,7 +46,7 @@ trap 'rm -rf "$scratch"' EXIT
 shapes=benchmarks/shapes
 neo_plan='full@8-15; block:1024' llama_plan='full@6-9; window:1024+4'
 smollm2_plan='full@4,7-8,17-18,20,23-24; window:256+4' smollm2_local='window:256+4'
-short=8192 middle=32768 long=131072 eval_lengths=2048,8192 eval_tokens=65536 new=16 rows=4 half=bfloat16
+short=8192 middle=32768 long=131072 eval_lengths=2048,8192 eval_tokens=65536 new=16 rows=4 many=8 half=bfloat16
 neo_heads=(--heads 16 --kv-heads 16 --head-dim 128) llama_heads=(--heads 32 --kv-heads 8 --head-dim 64)
 smollm2_heads=(--heads 9 --kv-heads 3 --head-dim 64 --batch $rows)
 smollm2_spans=(--span window:256 --span window:256+4 --span window:512 --span block:512)
@@ -72,7 +72,7 @@ for source in sources:
 PYTHON
   shapes=$scratch
   neo_plan='full@1; block:16' llama_plan='full@1; window:16+4' smollm2_plan='full@1; window:16+4' smollm2_local='window:16+4'
-  short=96 middle=160 long=288 eval_lengths=48,96 eval_tokens=96 new=2 rows=2 half=float32
+  short=96 middle=160 long=288 eval_lengths=48,96 eval_tokens=96 new=2 rows=2 many=2 half=float32
   neo_heads=(--heads 4 --kv-heads 4 --head-dim 16) llama_heads=(--heads 4 --kv-heads 2 --head-dim 8)
   smollm2_heads=(--heads 4 --kv-heads 2 --head-dim 8 --batch $rows)
   smollm2_spans=(--span window:16 --span window:16+4 --span block:16)
@@ -155,7 +155,7 @@ whole 60 eval-smollm2 eval smollm2-135m --dtype float32 --lengths $eval_lengths 
 whole 60 prefill-llama-1b prefill llama-1b "${llama[@]}" --lengths $short,$middle
 # What a second run is for
 attention 80 attention-smollm2-flex "${smollm2_heads[@]}" "${flex_spans[@]}" --lengths $short --peers flex-attention,torch-flash
-whole 90 decode-llama-1b-compiled decode llama-1b "${llama[@]}" --lengths $middle,$long --new $new --peers none --compile
+whole 60 decode-llama-1b-rows decode llama-1b "${llama[@]}" --lengths $middle,$long --new $new --batch $many --peers none
 whole 60 train-smollm2-eager train smollm2-135m "${training[@]}" --plan "$smollm2_local"
 attention 45 attention-gpt-neo-1.3b "${neo_heads[@]}" "${neo_spans[@]}" --lengths $short,$middle --peers torch-flash
 tests 80 tests-rest tests/attention/test_flex.py tests/models

@@ -247,16 +247,14 @@ def test_a_cache_filled_at_random_is_like_one_after_a_prompt(kind):
         assert variant.run(token, filled).shape == variant.run(token, after).shape
 
 
-@pytest.mark.parametrize("bench", [bench_prefill, bench_decode, bench_train, bench_eval])
+@pytest.mark.parametrize("bench", [bench_train, bench_eval])
 def test_layers_are_compiled_where_that_is_asked_for(monkeypatch, bench):
     compiled = []
-    monkeypatch.setattr("masformer.benchmarks.models.compile_layers", compiled.append)
-    model = tiny("llama", sliding_window=None)
-    bench(model, {"mixed": PLAN}, [16], repeats=1)
-    assert compiled == []
-    bench(model, {"mixed": PLAN}, [16], repeats=1, compiled=True)
-    assert compiled[0] is model
-    assert len({id(each) for each in compiled}) == len(compiled) == (1 if bench is bench_eval else 2)
+    monkeypatch.setattr(f"{bench.__module__}.compile_layers", compiled.append)
+    model = tiny("llama")
+    for asked in (False, True):
+        bench(model, {"mixed": PLAN}, [16], repeats=1, compiled=asked)
+        assert compiled == [model] * asked
 
 
 def test_evaluation_is_timed_on_as_many_tokens_as_are_asked_for():

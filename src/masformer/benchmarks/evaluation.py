@@ -12,7 +12,6 @@ from masformer.benchmarks.models import (
     FULL,
     Variant,
     check_sizes,
-    compile_all,
     forward_work,
     prediction,
     random_tokens,
@@ -22,6 +21,7 @@ from masformer.benchmarks.rows import Row, with_exponents
 from masformer.benchmarks.timing import compare_times
 from masformer.errors import check_int
 from masformer.evaluation.perplexity import perplexity
+from masformer.models.compiling import compile_layers
 from masformer.plan import AttentionPlan
 
 
@@ -63,7 +63,7 @@ def bench_eval(
     found: list[Row] = []
     measured = variants(model, plans, caches=False, peers=False)
     if compiled:
-        compile_all(measured)
+        compile_layers(model)
     prepare = {variant.name: partial(variant.apply, backend) for variant in measured}
     for length in lengths:
         count = max(1, tokens // length)

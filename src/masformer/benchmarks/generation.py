@@ -16,7 +16,6 @@ from masformer.benchmarks.models import (
     Variant,
     baseline,
     check_sizes,
-    compile_all,
     decode_work,
     filled_cache,
     forward_work,
@@ -47,7 +46,6 @@ def bench_prefill(
     batch: int = 1,
     repeats: int = 3,
     cap: float | None = None,
-    compiled: bool = False,
     backend: str = "auto",
     peers: bool = True,
     progress: Callable[[str], None] = lambda name: None,
@@ -61,7 +59,6 @@ def bench_prefill(
         batch: prompts that run together.
         repeats: timed rounds, after one in which memory is measured.
         cap: seconds after which a variant takes no part in further rounds.
-        compiled: compile the layers of all variants (`masformer.models.compiling`).
         backend: see `masformer.attend`.
         peers: measure transformers' own caches as well; without them the baseline is full attention under masformer.
         progress: called with a line before each call.
@@ -76,8 +73,6 @@ def bench_prefill(
     """
     check_sizes(model, plans, lengths, repeats, batch, cap)
     found, rates, measured = [], [], variants(model, plans, peers=peers)
-    if compiled:
-        compile_all(measured)
     probe, base = Probe(model.dtype, model.device), baseline(measured)
     prepare = {variant.name: partial(variant.apply, backend) for variant in measured}
     for length in lengths:
@@ -116,7 +111,6 @@ def bench_decode(
     batch: int = 1,
     repeats: int = 5,
     cap: float | None = None,
-    compiled: bool = False,
     backend: str = "auto",
     peers: bool = True,
     progress: Callable[[str], None] = lambda name: None,
@@ -133,7 +127,6 @@ def bench_decode(
         batch: prompts that are continued together.
         repeats: timed rounds, after one for warming up.
         cap: seconds after which a variant takes no part in further rounds.
-        compiled: compile the layers of all variants (`masformer.models.compiling`).
         backend: see `masformer.attend`.
         peers: measure transformers' own caches as well; without them the baseline is full attention under masformer.
         progress: called with a line before each call.
@@ -150,8 +143,6 @@ def bench_decode(
     check_sizes(model, plans, lengths, repeats, batch, cap, new * (repeats + 1))
     found: list[Row] = []
     rates, measured = [], variants(model, plans, peers=peers)
-    if compiled:
-        compile_all(measured)
     probe, base = Probe(model.dtype, model.device), baseline(measured)
     prepare = {variant.name: partial(variant.apply, backend) for variant in measured}
     for length in lengths:

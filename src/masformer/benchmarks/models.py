@@ -19,7 +19,6 @@ from masformer.cost import ModelShape, cost
 from masformer.errors import MasformerError, check_int
 from masformer.models.bridge import apply_plan, cache_name
 from masformer.models.checkpoint import load_config
-from masformer.models.compiling import compile_layers
 from masformer.models.positions import position_limit
 from masformer.models.sealing import native_plan
 from masformer.models.twins import sliding_twin, stock_twin
@@ -150,12 +149,6 @@ def check_sizes(
             )
     for plan in plans.values():
         plan.for_layers(model.config.num_hidden_layers)
-
-
-def compile_all(measured: Sequence[Variant]) -> None:
-    """Compiles the layers of every model that is measured."""
-    for model in {id(variant.model): variant.model for variant in measured}.values():
-        compile_layers(model)
 
 
 def random_tokens(model: PreTrainedModel, length: int, rows: int = 1) -> Tensor:

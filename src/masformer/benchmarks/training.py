@@ -17,7 +17,6 @@ from masformer.benchmarks.models import (
     Work,
     baseline,
     check_sizes,
-    compile_all,
     forward_work,
     model_row,
     random_tokens,
@@ -26,6 +25,7 @@ from masformer.benchmarks.models import (
 from masformer.benchmarks.rows import with_exponents
 from masformer.benchmarks.timing import compare_times, peak_memory
 from masformer.errors import MasformerError
+from masformer.models.compiling import compile_layers
 from masformer.plan import AttentionPlan
 from masformer.training.loss import CHUNK, use_chunked_loss
 from masformer.training.recipe import PRECISIONS
@@ -62,7 +62,7 @@ def bench_train(
         loss_chunk: positions whose logits exist at the same time, as in a recipe.
         repeats: timed rounds, after one in which memory is measured.
         cap: seconds after which a variant takes no part in further rounds.
-        compiled: compile the layers of all variants (`masformer.models.compiling`).
+        compiled: compile the model's layers (`masformer.models.compiling`), but not those of transformers by itself.
         backend: see `masformer.attend`.
         peers: measure transformers by itself as well; without it the baseline is full attention under masformer.
         progress: called with a line before each call.
@@ -89,7 +89,7 @@ def bench_train(
                 variant.model.parameters(), lr=0.0, weight_decay=0.0, fused=True
             )
     if compiled:
-        compile_all(measured)
+        compile_layers(model)
     mixed = precision == "bfloat16"
     probe, base = Probe(torch.bfloat16 if mixed else model.dtype, model.device), baseline(measured)
     prepare = {variant.name: partial(variant.apply, backend) for variant in measured}

@@ -97,7 +97,6 @@ def bench_prefill(
     peers: Peers = "all",
     repeats: int = 3,
     cap: float | None = None,
-    compile: bool = False,
     seed: int = records.SEED,
     plot: str | None = None,
 ) -> Figures:
@@ -110,7 +109,6 @@ def bench_prefill(
         peers: transformers by itself, all its ways or none; its sliding layers need a mask of all pairs.
         repeats: timed rounds, after one in which memory is measured.
         cap: seconds after which a variant is not timed again.
-        compile: compile the layers of all variants.
         seed: of the random tokens.
         plot: file for a picture of time against length.
 
@@ -118,7 +116,7 @@ def bench_prefill(
         masformer bench prefill MODEL --lengths 2048,8192 --plan 'full@11-18; window:512+4'
     """
     measure = partial(benchmarks.bench_prefill, repeats=repeats, cap=cap, backend=backend, peers=peers == "all")
-    settings = {"batch": batch, "compiled": compile}
+    settings = {"batch": batch}
     title = f"Time to the first token; speed-up over {BASELINE[peers]}"
     return _bench("prefill", title, measure, settings, model, options, lengths, random_weights, seed, plot)
 
@@ -135,7 +133,6 @@ def bench_decode(
     peers: Peers = "all",
     repeats: int = 5,
     cap: float | None = None,
-    compile: bool = False,
     seed: int = records.SEED,
     plot: str | None = None,
 ) -> Figures:
@@ -149,7 +146,6 @@ def bench_decode(
         peers: transformers by itself, all its ways or none; its sliding layers need a mask of all pairs.
         repeats: timed rounds, after one for warming up.
         cap: seconds after which a variant is not timed again.
-        compile: compile the layers of all variants.
         seed: of the random tokens.
         plot: file for a picture of time against length.
 
@@ -157,7 +153,7 @@ def bench_decode(
         masformer bench decode MODEL --lengths 1024,7680 --new 32 --plan 'full@11-18; window:512+4'
     """
     measure = partial(benchmarks.bench_decode, repeats=repeats, cap=cap, backend=backend, peers=peers == "all")
-    settings = {"batch": batch, "compiled": compile, "new": new}
+    settings = {"batch": batch, "new": new}
     title = f"Rounds of {new} new tokens; speed-up over {BASELINE[peers]}"
     return _bench("decode", title, measure, settings, model, options, lengths, random_weights, seed, plot)
 
@@ -192,7 +188,7 @@ def bench_train(
         peers: transformers by itself, all its ways or none; its sliding layers need a mask of all pairs.
         repeats: timed rounds, after one in which memory is measured.
         cap: seconds after which a variant is not timed again.
-        compile: compile the layers of all variants.
+        compile: compile the model's layers, but not those of transformers by itself.
         seed: of the random tokens.
         plot: file for a picture of time against length.
 
@@ -228,7 +224,7 @@ def bench_eval(
         random_weights: MODEL is a config alone; times do not depend on the weights.
         repeats: timed rounds, after one for warming up.
         cap: seconds after which a variant is not timed again.
-        compile: compile the layers of all variants.
+        compile: compile the layers.
         seed: of the random tokens.
         plot: file for a picture of time against length.
 
