@@ -63,6 +63,7 @@ def bench_eval(
     found: list[Row] = []
     measured = variants(model, plans, caches=False, peers=False)
     if compiled:
+        measured[0].apply(backend)
         compile_layers(model)
     prepare = {variant.name: partial(variant.apply, backend) for variant in measured}
     for length in lengths:

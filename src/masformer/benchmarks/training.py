@@ -89,6 +89,7 @@ def bench_train(
                 variant.model.parameters(), lr=0.0, weight_decay=0.0, fused=True
             )
     if compiled:
+        measured[0].apply(backend)
         compile_layers(model)
     mixed = precision == "bfloat16"
     probe, base = Probe(torch.bfloat16 if mixed else model.dtype, model.device), baseline(measured)
