@@ -1,29 +1,38 @@
 #!/usr/bin/env bash
-# The tests that need a GPU, and the benches on one: 8192, 32768 and 131072 tokens, in the shapes of GPT-Neo-1.3B and
-# Llama-3.2-1B with random weights. Needs an NVIDIA GPU, no network, and less than 25 minutes:
+# What a GPU must show, in at most 8 minutes and the most telling parts first: the tests that need one, attention in the
+# heads of SmolLM2-135M and Llama-3.2-1B, and whole models of these shapes (and of GPT-Neo-1.3B) with random weights.
+# Needs an NVIDIA GPU and no network:
 #
 #   benchmarks/gpu.sh [FOLDER]              records go to FOLDER, by default benchmarks/results
 #   SCALE=tiny benchmarks/gpu.sh [FOLDER]   the same parts at tiny sizes, on the CPU too: tries this script
 #   benchmarks/gpu.sh --dry-run [FOLDER]    the same as SCALE=tiny
 #
-# Each part has a time limit of its own, and one that fails does not stop the rest. The last lines say what became of
-# each; the exit status is the number of parts that failed. PYTHON names another interpreter, PARTS (a regular
-# expression) a choice of parts. GPT-Neo stops at 8192 tokens: transformers' own class holds a mask of all positions
-# squared in every layer.
+# Each part writes its record as soon as it is done, has a time limit of its own, and one that fails does not stop the
+# rest. A part whose record is in FOLDER already, made on this device by this torch, this code and the same options, is
+# kept, so that a second run goes on where the first ended; FORCE=1 repeats it. LIMIT (480) is how many seconds all
+# may take: what has no time left is not begun. The last lines say what became of each part; the exit status is the
+# number of parts that failed. PYTHON names another interpreter, PARTS (a regular expression) a choice of parts.
+# GPT-Neo stops at 8192 tokens: transformers' own class holds a mask of all positions squared in every layer.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 if [[ ${1:-} == --dry-run ]]; then SCALE=tiny; shift; fi
-if [[ $# -gt 1 || ${1:-} == -* ]]; then sed -n '2,14s/^# \{0,1\}//p' benchmarks/gpu.sh >&2; exit 2; fi
-SCALE=${SCALE:-full}
+if [[ $# -gt 1 || ${1:-} == -* ]]; then sed -n '2,17s/^# \{0,1\}//p' benchmarks/gpu.sh >&2; exit 2; fi
+SCALE=${SCALE:-full} LIMIT=${LIMIT:-480} slower=1
 if [[ $SCALE != full && $SCALE != tiny ]]; then echo "SCALE is '$SCALE'; allowed: full, tiny" >&2; exit 2; fi
+if [[ ! $LIMIT =~ ^[1-9][0-9]*$ ]]; then echo "LIMIT is '$LIMIT'; allowed: whole seconds from 1" >&2; exit 2; fi
 if [[ -z ${PYTHON:-} ]]; then PYTHON=python3; [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python; fi
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 COLUMNS=150
 
-device=$("$PYTHON" -c '
-import re, torch
+facts=$("$PYTHON" -c '
+import re
 import masformer.cli
-name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-print(re.sub("[^a-z0-9]+", "-", name.lower()).strip("-"))') || { echo "masformer does not run with $PYTHON" >&2; exit 2; }
+from masformer.records import environment
+found = environment()
+name = found["device"] if not found["device"].startswith("CPU") else "cpu"
+print(re.sub("[^a-z0-9]+", "-", name.lower()).strip("-"))
+print(found["device"], found["versions"]["torch"], found["code"], sep="|")') || {
+  echo "masformer does not run with $PYTHON" >&2; exit 2; }
+{ read -r device; read -r stamp; } <<<"$facts"
 if [[ $device == cpu && $SCALE == full ]]; then
   echo "torch sees no NVIDIA GPU; SCALE=tiny tries this script without one" >&2; exit 2
 fi
@@ -34,15 +43,20 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
 # Sizes
-neo=benchmarks/shapes/gpt-neo-1.3b llama=benchmarks/shapes/llama-1b
+shapes=benchmarks/shapes
 neo_plan='full@8-15; block:1024' llama_plan='full@6-9; window:1024+4'
-short=8192 middle=32768 long=131072 new=32
-spans=(--span window:512 --span window:1024+4 --span block:1024x2) dtype=bfloat16
+smollm2_plan='full@4,7-8,17-18,20,23-24; window:256+4' smollm2_local='window:256+4'
+short=8192 middle=32768 long=131072 eval_lengths=2048,8192 eval_tokens=65536 new=16 rows=4 many=8 half=bfloat16
 neo_heads=(--heads 16 --kv-heads 16 --head-dim 128) llama_heads=(--heads 32 --kv-heads 8 --head-dim 64)
-repeats=(--repeats 5) few=(--repeats 3)
+smollm2_heads=(--heads 9 --kv-heads 3 --head-dim 64 --batch $rows)
+smollm2_spans=(--span window:256 --span window:256+4 --span window:512 --span block:512)
+flex_spans=(--span window:256 --span window:256+4)
+llama_spans=(--span window:512 --span window:1024+4 --span block:1024)
+neo_spans=(--span window:512 --span block:1024 --span block:1024x2)
+repeats=(--repeats 5 --cap 4)
 if [[ $SCALE == tiny ]]; then
   # The same shapes, cut down: so many layers, heads and positions.
-  "$PYTHON" - "$neo" "$llama" "$scratch" <<'PYTHON' || exit 2
+  "$PYTHON" - $shapes/{gpt-neo-1.3b,llama-1b,smollm2-135m} "$scratch" <<'PYTHON' || exit 2
 import json, sys
 from pathlib import Path
 *sources, target = map(Path, sys.argv[1:])
@@ -56,20 +70,28 @@ for source in sources:
     (target / source.name).mkdir()
     (target / source.name / "config.json").write_text(json.dumps(config))
 PYTHON
-  neo=$scratch/gpt-neo-1.3b llama=$scratch/llama-1b
-  neo_plan='full@1; block:16' llama_plan='full@1; window:16+4'
-  short=96 middle=160 long=288 new=2
-  spans=(--span window:16 --span window:16+4 --span block:16x2) dtype=float32
+  shapes=$scratch
+  neo_plan='full@1; block:16' llama_plan='full@1; window:16+4' smollm2_plan='full@1; window:16+4' smollm2_local='window:16+4'
+  short=96 middle=160 long=288 eval_lengths=48,96 eval_tokens=96 new=2 rows=2 many=2 half=float32
   neo_heads=(--heads 4 --kv-heads 4 --head-dim 16) llama_heads=(--heads 4 --kv-heads 2 --head-dim 8)
-  repeats=(--repeats 1) few=(--repeats 1)
+  smollm2_heads=(--heads 4 --kv-heads 2 --head-dim 8 --batch $rows)
+  smollm2_spans=(--span window:16 --span window:16+4 --span block:16)
+  flex_spans=(--span window:16) llama_spans=(--span window:16) neo_spans=(--span block:16)
+  repeats=(--repeats 1 --cap 4)
+  slower=4 # a limit is not what is tried here
+  export TORCH_COMPILE_DISABLE=1 # compiling takes longer than all parts together
 fi
 
-failed=0 summary=()
+failed=0 waiting=0 summary=()
 # part SECONDS NAME COMMAND...: runs it under a time limit; what it prints goes on to the screen
 part() {
-  local limit=$1 name=$2 start=$SECONDS status
+  local limit=$(($1 * slower)) name=$2 start=$SECONDS left=$((LIMIT * slower - SECONDS)) status
   shift 2
-  [[ $name =~ ${PARTS:-.} ]] || return 0
+  if [[ $left -lt 1 ]]; then
+    summary+=("waits   $name, no time left"); waiting=$((waiting + 1))
+    return 1
+  fi
+  [[ $limit -gt $left ]] && limit=$left
   printf '\n=== %s (at most %s s)\n' "$name" "$limit"
   timeout --kill-after=10 "$limit" "$@"
   status=$?
@@ -78,36 +100,72 @@ part() {
     124 | 137) summary+=("TIMEOUT $name, after $limit s"); failed=$((failed + 1)) ;;
     *) summary+=("FAILED  $name, exit status $status"); failed=$((failed + 1)) ;;
   esac
+  return $status
+}
+# wanted NAME FILE COMMAND...: whether this part is to run, or is left out by PARTS or kept
+wanted() {
+  [[ $1 =~ ${PARTS:-.} ]] || return 1
+  [[ -z ${FORCE:-} && -f $2 ]] || return 0
+  "$PYTHON" -I - "$2" "$stamp" "${@:3}" <<'PYTHON' || return 0
+import json, shlex, sys
+path, stamp, *words = sys.argv[1:]
+text = open(path, encoding="utf-8").read()
+try:
+    record = json.loads(text)
+    made = [record["device"], record["versions"]["torch"], record["code"]]
+    same = "|".join(made) == stamp and shlex.split(record["command"])[1:-1] == words[:-1]
+except ValueError:  # what tests leave: no JSON
+    same = text.splitlines() == [stamp, " ".join(words)]
+except (KeyError, TypeError):  # a record of before there was such a key
+    same = False
+sys.exit(not same)
+PYTHON
+  summary+=("kept    $1, ${2##*/}")
+  return 1
 }
 # bench SECONDS NAME COMMAND OPTIONS...: a bench with a record of its own, written whole by masformer
 bench() {
-  local limit=$1 name=$2
+  local limit=$1 name=$2 record="$out/$2-$device.json"
   shift 2
-  part "$limit" "$name" "$PYTHON" -m masformer bench "$@" --json "$out/$name-$device.json"
+  wanted "$name" "$record" bench "$@" --json "$record" || return 0
+  part "$limit" "$name" "$PYTHON" -m masformer bench "$@" --json "$record"
 }
+# tests SECONDS NAME FILE...: their tests for a GPU; a file says that they passed
+tests() {
+  local limit=$1 name=$2 record="$out/$2-$device.txt" digest
+  local words=(-m pytest -q -m gpu "${@:3}")
+  digest=$(find "${@:3}" -name '*.py' -exec cat {} + 2>&1 | cksum)
+  [[ $device == cpu ]] && words+=(--collect-only)
+  wanted "$name" "$record" "${words[@]}" "$digest" || return 0
+  part "$limit" "$name" "$PYTHON" "${words[@]}" || return 0
+  printf '%s\n%s\n' "$stamp" "${words[*]} $digest" >"$record"
+}
+attention() { bench "$1" "$2" attention --dtype $half "${@:3}" "${repeats[@]}"; }
+whole() { bench "$1" "$2" "$3" "$shapes/$4" --random-weights "${@:5}" "${repeats[@]}"; }
+training=(--dtype float32 --precision bfloat16 --batch $rows --lengths $short --loss-chunk 4096 --plan "$smollm2_plan")
+llama=(--dtype $half --plan "$llama_plan") neo=(--dtype $half --plan "$neo_plan" --lengths $short)
 
-gpu_tests=(-m gpu)
-[[ $device == cpu ]] && gpu_tests=(-m gpu --collect-only)
-part 300 tests-attention "$PYTHON" -m pytest -q "${gpu_tests[@]}" tests/attention
-part 120 tests-models "$PYTHON" -m pytest -q "${gpu_tests[@]}" tests/models
+# What matters most, within the limit
+tests 80 tests-flash tests/attention/test_flash.py
+attention 45 attention-smollm2 "${smollm2_heads[@]}" "${smollm2_spans[@]}" --lengths $short --peers torch-flash,hf-sdpa
+whole 90 train-smollm2 train smollm2-135m "${training[@]}" --plan "$smollm2_local" --peers none --compile
+whole 80 decode-llama-1b decode llama-1b "${llama[@]}" --lengths $short,$middle,$long --new $new
+attention 45 attention-llama-1b "${llama_heads[@]}" "${llama_spans[@]}" --lengths $short,$middle --peers torch-flash
+whole 60 eval-smollm2 eval smollm2-135m --dtype float32 --lengths $eval_lengths --tokens $eval_tokens --plan "$smollm2_plan"
+whole 60 prefill-llama-1b prefill llama-1b "${llama[@]}" --lengths $short,$middle
+# What a second run is for
+attention 80 attention-smollm2-flex "${smollm2_heads[@]}" "${flex_spans[@]}" --lengths $short --peers flex-attention,torch-flash
+whole 60 decode-llama-1b-rows decode llama-1b "${llama[@]}" --lengths $middle,$long --new $new --batch $many --peers none
+whole 60 train-smollm2-eager train smollm2-135m "${training[@]}" --plan "$smollm2_local"
+attention 45 attention-gpt-neo-1.3b "${neo_heads[@]}" "${neo_spans[@]}" --lengths $short,$middle --peers torch-flash
+tests 80 tests-rest tests/attention/test_flex.py tests/models
+whole 60 prefill-llama-1b-long prefill llama-1b "${llama[@]}" --lengths $long --peers none
+whole 60 train-llama-1b train llama-1b "${llama[@]}" --lengths $short --checkpointing --peers none
+whole 60 prefill-gpt-neo-1.3b prefill gpt-neo-1.3b "${neo[@]}"
+whole 60 decode-gpt-neo-1.3b decode gpt-neo-1.3b "${neo[@]}" --new $new
+whole 80 train-gpt-neo-1.3b train gpt-neo-1.3b "${neo[@]}" --checkpointing
 
-attention() { bench "$1" "$2" attention --dtype $dtype "${spans[@]}" "${@:3}"; }
-whole() { bench "$1" "$2" "$3" "$4" --random-weights --dtype $dtype --plan "$5" "${@:6}"; }
-
-whole 80 prefill-llama-1b prefill "$llama" "$llama_plan" --lengths $short,$middle "${few[@]}"
-whole 80 decode-llama-1b decode "$llama" "$llama_plan" --lengths $short,$middle --new $new "${few[@]}"
-whole 90 train-llama-1b train "$llama" "$llama_plan" --lengths $short --checkpointing "${few[@]}"
-whole 60 prefill-gpt-neo-1.3b prefill "$neo" "$neo_plan" --lengths $short "${few[@]}"
-whole 60 decode-gpt-neo-1.3b decode "$neo" "$neo_plan" --lengths $short --new $new "${few[@]}"
-whole 80 train-gpt-neo-1.3b train "$neo" "$neo_plan" --lengths $short --checkpointing "${few[@]}"
-attention 120 attention-llama-1b "${llama_heads[@]}" --lengths $short,$middle "${repeats[@]}"
-attention 60 attention-llama-1b-long "${llama_heads[@]}" --lengths $long --peers none "${repeats[@]}"
-attention 60 attention-gpt-neo-1.3b "${neo_heads[@]}" --lengths $short,$middle --peers none "${repeats[@]}"
-attention 50 attention-gpt-neo-1.3b-long "${neo_heads[@]}" --lengths $long --peers none "${repeats[@]}"
-whole 110 prefill-llama-1b-long prefill "$llama" "$llama_plan" --lengths $long --peers none --repeats 1
-whole 110 decode-llama-1b-long decode "$llama" "$llama_plan" --lengths $long --peers none --new $new "${few[@]}"
-whole 100 train-llama-1b-middle train "$llama" "$llama_plan" --lengths $middle --checkpointing --repeats 1
-
-printf '\n=== summary: %s parts, %s failed, %s s; records in %s\n' "${#summary[@]}" $failed $SECONDS "$out"
+printf '\n=== summary: %s parts, %s failed, %s not begun, %s s; records in %s\n' \
+  "${#summary[@]}" $failed $waiting $SECONDS "$out"
 printf '%s\n' ${summary[@]+"${summary[@]}"}
 exit $failed

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ FORMAT = 1
 """Of the records written here; those written before there was a number have none and read the same."""
 GROUPS = ("eval", "bench")
 """Commands that have commands below them, which the kind of a record names too."""
-ENVIRONMENT = ("format", "kind", "command", "masformer", "versions", "device", "cores", "threads", "seed")
+ENVIRONMENT = ("format", "kind", "command", "masformer", "code", "versions", "device", "cores", "threads", "seed")
 """Keys of a record that are no figures."""
 
 
@@ -43,10 +45,21 @@ def check_writable(path: str | os.PathLike[str] | None) -> None:
         raise MasformerError(f"cannot write {path}: folder {parent} is not writable")
 
 
+@cache
+def code() -> str:
+    """A digest of the package's own Python files: two records with the same one were made by the same code."""
+    folder, digest = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(folder).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:12]
+
+
 def environment() -> dict[str, Any]:
-    """Versions, device, threads and seed of this process."""
+    """Code, versions, device, threads and seed of this process."""
     cuda = torch.cuda.is_available()
     return {
+        "code": code(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

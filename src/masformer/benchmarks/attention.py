@@ -13,7 +13,7 @@ from torch import Tensor
 
 from masformer.attention import BACKENDS, attend
 from masformer.benchmarks.limits import Probe
-from masformer.benchmarks.peers import PEERS, UnableError
+from masformer.benchmarks.peers import DIRECT, PEERS, UnableError
 from masformer.benchmarks.rows import with_exponents
 from masformer.benchmarks.timing import DTYPES, compare_times, default_device
 from masformer.errors import MasformerError, check_int
@@ -41,10 +41,13 @@ def bench_attention(
     backward: bool = True,
     peers: Sequence[str] = tuple(PEERS),
     repeats: int = 5,
+    cap: float | None = None,
     device: torch.device | None = None,
     progress: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Any]:
     """Times attention on random inputs: full causal SDPA, each span, and each span in other implementations.
+
+    Queries, keys and values lie in memory as models make them, [batch, length, heads, dim].
 
     Args:
         spans: the spans to time.
@@ -58,15 +61,17 @@ def bench_attention(
         backward: also time forward and backward together.
         peers: names out of `PEERS`.
         repeats: timed rounds; all variants of one length and pass take turns in a round.
+        cap: seconds after which a variant takes no part in further rounds.
         device: where; CUDA if there is one.
         progress: called with a line before each call.
 
     Returns:
         `results`: one row per length, pass and variant: `length`, `pass`, `name`, `span`, `peer` (None: ours),
         `seconds` (all rounds), `median`, `speedup` over full causal SDPA, `ideal` (visible pairs of full attention over
-        those of the span), `share` (speedup / ideal), `exponent` (see `with_exponents`), the columns of `Limits.of`,
-        and for peers `difference`, the largest from our output on the same inputs. `limits`: the rates of the machine,
-        per length and pass. `left_out`: why a peer did not run -> what it was to run.
+        those of the span), `share` (speedup / ideal), `of_direct` (the time of torch's FlashAttention called directly
+        over this one; None where the peer `torch-flash` does not run), `exponent` (see `with_exponents`), the columns
+        of `Limits.of`, and for peers `difference`, the largest from our output on the same inputs. `limits`: the rates
+        of the machine, per length and pass. `left_out`: why a peer did not run -> what it was to run.
 
     Raises:
         MasformerError: a value is out of range.
@@ -88,17 +93,29 @@ def bench_attention(
     left_out: dict[str, list[str]] = {}
     for pass_ in (FORWARD, BOTH) if backward else (FORWARD,):
         for length in lengths:
-            make: dict[str, Any] = {"dtype": DTYPES[dtype], "device": device, "requires_grad": pass_ == BOTH}
-            query = torch.randn(batch, heads, length, head_dim, **make)
-            key, value = (torch.randn(batch, kv_heads, length, head_dim, **make) for _ in range(2))
+            inputs = tuple(
+                torch.randn(batch, length, count, head_dim, dtype=DTYPES[dtype], device=device)
+                .transpose(1, 2)
+                .requires_grad_(pass_ == BOTH)
+                for count in (heads, kv_heads, kv_heads)
+            )
+            query, key, value = inputs
+            gradient = torch.randn_like(query, requires_grad=False) if pass_ == BOTH else None
             variants = _variants(spans, (query, key, value), backend, pass_, peers, left_out)
-            calls = {each.name: partial(_run, each.attention, query, key, value, pass_) for each in variants}
+            calls = {each.name: partial(_run, each.attention, query, key, value, gradient) for each in variants}
             prefix = f"{length:,} tokens, {pass_}: "
-            times = compare_times(probe.calls() | calls, repeats, lambda name, prefix=prefix: progress(prefix + name))  # type: ignore[misc]
+            times = compare_times(
+                probe.calls() | calls,
+                repeats,
+                lambda name, prefix=prefix: progress(prefix + name),  # type: ignore[misc]
+                cap=cap,
+                short=True,
+            )
             limits = probe.limits(times)
             rates.append({"length": length, "pass": pass_} | limits.to_dict())
             per_query, per_key = STREAMS[pass_]
             moved = (per_query * query.numel() + per_key * key.numel()) * query.element_size()
+            direct = {str(each.span): times[each.name].median for each in variants if each.peer == DIRECT}
             for each in variants:
                 median, pairs = times[each.name].median, each.computed.visible_pairs(length)
                 speedup, ideal = times[FULL].median / median, FullSpan().visible_pairs(length) / pairs
@@ -107,6 +124,7 @@ def bench_attention(
                     {"length": length, "pass": pass_, "name": each.name, "span": str(each.span), "peer": each.peer}
                     | {"seconds": list(times[each.name].seconds), "median": median, "difference": each.difference}
                     | {"speedup": speedup, "ideal": ideal, "share": speedup / ideal}
+                    | {"of_direct": direct[str(each.span)] / median if str(each.span) in direct else None}
                     | limits.of(median, flops, moved)
                 )
     return {"results": with_exponents(rows, ("pass", "name")), "limits": rates, "left_out": left_out}
@@ -151,7 +169,7 @@ def _variants(
         for peer in peers:
             try:
                 attention, computed = PEERS[peer](span, *inputs[:2], pass_ == BOTH)
-                with torch.no_grad():
+                with torch.set_grad_enabled(pass_ == BOTH):  # as it is timed: what compiles does so once
                     difference = (attention(*inputs) - ours(computed)(*inputs)).abs().max().item()
             except (UnableError, RuntimeError) as error:  # RuntimeError: it does not compile, or finds no memory
                 why = " ".join(str(error).split())[:200]
@@ -162,11 +180,15 @@ def _variants(
 
 
 def _run(
-    attention: Callable[[Tensor, Tensor, Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor, pass_: str
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gradient: Tensor | None,
 ) -> None:
-    if pass_ == FORWARD:
+    """Forward alone, or with the backward pass of this gradient."""
+    if gradient is None:
         with torch.no_grad():
             attention(query, key, value)
     else:
-        out = attention(query, key, value)
-        torch.autograd.grad(out, (query, key, value), torch.ones_like(out))
+        torch.autograd.grad(attention(query, key, value), (query, key, value), gradient)

@@ -58,7 +58,7 @@ class Probe:
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         side = 8192 if device.type == "cuda" else 1536
         self.left, self.right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        self.source = torch.zeros(2**28 if device.type == "cuda" else 2**25, dtype=torch.uint8, device=device)
+        self.source = torch.zeros(2**30 if device.type == "cuda" else 2**25, dtype=torch.uint8, device=device)
         self.target = torch.empty_like(self.source)
 
     def calls(self) -> dict[str, Callable[[], object]]:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, St
 
 from masformer.benchmarks.limits import Limits
 from masformer.benchmarks.rows import Row
-from masformer.benchmarks.timing import Timing
+from masformer.benchmarks.timing import Timing, check_cap
 from masformer.cache import SpanCache
 from masformer.cost import ModelShape, cost
 from masformer.errors import MasformerError, check_int
@@ -119,7 +119,13 @@ def random_model(source: str, plan: AttentionPlan | None, dtype: Any, device: to
 
 
 def check_sizes(
-    model: PreTrainedModel, plans: Mapping[str, AttentionPlan], lengths: Sequence[int], repeats: int, beyond: int = 0
+    model: PreTrainedModel,
+    plans: Mapping[str, AttentionPlan],
+    lengths: Sequence[int],
+    repeats: int,
+    rows: int,
+    cap: float | None,
+    beyond: int = 0,
 ) -> None:
     """Before any work: whether all that is asked for can be measured.
 
@@ -127,6 +133,8 @@ def check_sizes(
         MasformerError: a value out of range, or a length beyond the model's positions.
     """
     check_int("repeats", repeats, 1)
+    check_int("rows", rows, 1)
+    check_cap(cap)
     if not lengths or not plans:
         raise MasformerError("nothing to measure: at least one plan and one length are needed")
     limit = position_limit(model.config)
@@ -143,9 +151,24 @@ def check_sizes(
         plan.for_layers(model.config.num_hidden_layers)
 
 
-def random_tokens(model: PreTrainedModel, length: int) -> Tensor:
-    """[1, length]: no time depends on what they are."""
-    return torch.randint(0, model.config.vocab_size, (1, length), device=model.device)
+def random_tokens(model: PreTrainedModel, length: int, rows: int = 1) -> Tensor:
+    """[rows, length]: no time depends on what they are."""
+    return torch.randint(0, model.config.vocab_size, (rows, length), device=model.device)
+
+
+def filled_cache(variant: Variant, length: int, room: int, rows: int) -> Any:
+    """The variant's cache after a prompt of so many tokens, whose keys and values are random: none is run."""
+    model, cache = variant.model, variant.make_cache(room)
+    shape = ModelShape.of(model.config)
+    keys, values = (
+        torch.randn(rows, shape.kv_heads, length, width, dtype=model.dtype, device=model.device)
+        for width in (shape.head_dim, shape.value_dim)
+    )
+    if isinstance(cache, SpanCache):
+        cache.begin(rows, length)
+    for layer in range(shape.num_layers):
+        cache.update(keys, values, layer)
+    return cache
 
 
 @dataclass(frozen=True)
@@ -161,20 +184,21 @@ class Work:
     bytes: float
 
 
-def forward_work(model: PreTrainedModel, plan: AttentionPlan, length: int, logits: int) -> Work:
-    """One forward pass over `length` tokens, with logits at `logits` of them."""
+def forward_work(model: PreTrainedModel, plan: AttentionPlan, length: int, logits: int, rows: int = 1) -> Work:
+    """One forward pass over rows of `length` tokens, with logits at `logits` of each."""
     shape, size = ModelShape.of(model.config), model.dtype.itemsize
     whole = cost(shape, plan, length, cache_bytes_per_value=size)
     head = model.get_output_embeddings().weight.numel()
-    return Work(whole.forward_flops - 2 * head * (length - logits), shape.matmul_weights * size + whole.kv_cache_bytes)
+    flops = whole.forward_flops - 2 * head * (length - logits)
+    return Work(rows * flops, shape.matmul_weights * size + rows * whole.kv_cache_bytes)
 
 
-def decode_work(model: PreTrainedModel, plan: AttentionPlan, length: int, new: int) -> Work:
-    """`new` tokens, one after the other, after `length` others."""
+def decode_work(model: PreTrainedModel, plan: AttentionPlan, length: int, new: int, rows: int = 1) -> Work:
+    """`new` tokens of each row, one after the other, after `length` others; rows share a reading of the weights."""
     shape, size = ModelShape.of(model.config), model.dtype.itemsize
     before, after = (cost(shape, plan, n, cache_bytes_per_value=size) for n in (length, length + new))
     weights, cache = shape.matmul_weights * size, (before.kv_cache_bytes + after.kv_cache_bytes) / 2
-    return Work(after.forward_flops - before.forward_flops, new * (weights + cache))
+    return Work(rows * (after.forward_flops - before.forward_flops), new * (weights + rows * cache))
 
 
 def baseline(measured: Sequence[Variant]) -> str:
@@ -182,10 +206,10 @@ def baseline(measured: Sequence[Variant]) -> str:
     return next((variant.name for variant in measured if not variant.ours), FULL)
 
 
-def model_row(
-    length: int, variant: Variant, timing: Timing, compared: Timing, work: Work, full: Work, limits: Limits, tokens: int
+def prediction(
+    length: int, variant: Variant, timing: Timing, compared: Timing, work: Work, full: Work, tokens: int
 ) -> Row:
-    """The columns that rows of prefill, decoding and training share.
+    """The columns that rows of whole models share.
 
     `speedup` is over the baseline; `ideal` what the cost model predicts from operations alone; `share` their ratio.
     """
@@ -200,4 +224,12 @@ def model_row(
         "speedup": speedup,
         "ideal": ideal,
         "share": speedup / ideal,
-    } | limits.of(timing.median, work.flops, work.bytes)
+    }
+
+
+def model_row(
+    length: int, variant: Variant, timing: Timing, compared: Timing, work: Work, full: Work, limits: Limits, tokens: int
+) -> Row:
+    """The same, and the columns of `Limits.of`."""
+    row = prediction(length, variant, timing, compared, work, full, tokens)
+    return row | limits.of(timing.median, work.flops, work.bytes)

@@ -1,7 +1,8 @@
 """Other implementations of attention under a span, to measure against: each where it is installed and able.
 
 They are run as their own users would: transformers' functions with its masks, FlexAttention compiled, and the packages
-`local-attention` and `flash-attn`. What one cannot do is said, not left out in silence.
+`local-attention` and `flash-attn`. What one cannot do is said, not left out in silence. torch's own FlashAttention is
+called directly, as the limit of what a window can cost on a GPU.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """query [batch, heads, length, dim], key and value [batch, kv_heads, length, dim] -> as the query."""
 Made = tuple[Attention, Span]
 """A peer, and the span that it really computes."""
+
+
+DIRECT = "torch-flash"
+"""The peer that calls torch's kernel directly: ours are held against it."""
 
 
 class UnableError(Exception):
@@ -114,12 +119,76 @@ def flash(span: Span, query: Tensor, key: Tensor, backward: bool) -> Made:
     return run, span
 
 
+class _Direct(torch.autograd.Function):
+    """torch's FlashAttention on [batch, length, heads, dim], with its own backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, left: int) -> Tensor:  # type: ignore[override]
+        out, lse, *random = direct_forward(q, k, v, left)
+        ctx.save_for_backward(q, k, v, out, lse, *random)
+        ctx.left = left
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return (*direct_backward(gradient, *ctx.saved_tensors, ctx.left), None)
+
+
+def direct_forward(q: Tensor, k: Tensor, v: Tensor, left: int) -> tuple[Tensor, ...]:
+    """Output, log-sum-exp, and two states of the random generator; `left` keys before a query's own, or -1 for all."""
+    out: tuple[Tensor, ...] = torch.ops.aten._flash_attention_forward(
+        *(q, k, v, None, None, q.shape[1], k.shape[1], 0.0, True, False),
+        scale=q.shape[-1] ** -0.5,
+        window_size_left=left,
+        window_size_right=0,
+    )
+    return out[:4]
+
+
+def direct_backward(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seed: Tensor, offset: Tensor, left: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v."""
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
+        *(gradient, q, k, v, out, lse, None, None, q.shape[1], k.shape[1], 0.0, True, seed, offset),
+        scale=q.shape[-1] ** -0.5,
+        window_size_left=left,
+        window_size_right=0,
+    )
+    return found
+
+
+def torch_flash(span: Span, query: Tensor, key: Tensor, backward: bool) -> Made:
+    """torch's own FlashAttention, called directly: a window without its sinks, or own blocks as rows of their own."""
+    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
+        raise UnableError("torch's FlashAttention needs CUDA, and float16 or bfloat16")
+    return direct(span, query.shape[2])
+
+
+def direct(span: Span, length: int) -> Made:
+    """The same, without a look at the device."""
+    if isinstance(span, WindowSpan):
+        rows, left, runs = length, span.size - 1, WindowSpan(span.size)
+    elif isinstance(span, BlockSpan) and not span.lookback and length % span.size == 0:
+        rows, left, runs = span.size, -1, span
+    else:
+        raise UnableError(f"torch's FlashAttention has no {span}")
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch, heads, _, dim = q.shape
+        q, k, v = (x.transpose(1, 2).reshape(-1, rows, x.shape[1], dim) for x in (q, k, v))
+        return _Direct.apply(q, k, v, left).reshape(batch, length, heads, dim).transpose(1, 2)  # type: ignore[no-any-return]
+
+    return run, runs
+
+
 PEERS: dict[str, Callable[[Span, Tensor, Tensor, bool], Made]] = {
     "hf-sdpa": transformers_sdpa,
     "hf-eager": transformers_eager,
     "flex-attention": flex,
     "local-attention": local_attention,
     "flash-attn": flash,
+    DIRECT: torch_flash,
 }
 """Name -> what makes it for a span and for inputs of given shapes, or raises `UnableError`."""
 

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import torch
 
-from masformer.errors import check_int
+from masformer.errors import MasformerError, check_int
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BATCH, MOST = 0.02, 50
+"""A round of a short call on CUDA: seconds, and calls at most."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ def compare_times(
     repeats: int,
     progress: Callable[[str], None] = lambda name: None,
     warm_up: bool = True,
+    prepare: Mapping[str, Callable[[], object]] | None = None,
+    cap: float | None = None,
+    short: bool = False,
 ) -> dict[str, Timing]:
     """Times calls in turn, round after round, so that a slow spell of the machine meets all of them alike.
 
@@ -43,19 +48,60 @@ def compare_times(
         repeats: timed rounds; at least 1.
         progress: called with the name before each call.
         warm_up: call each once more beforehand, untimed; not worth it where a call takes many seconds.
+        prepare: name -> what is done before such a call, untimed.
+        cap: seconds after which a call takes no part in further rounds; it has been in one at least.
+        short: on CUDA, time the kernels as they run within a model: calls follow each other without waiting, each
+            between two events of the device and after its caches were emptied, for `BATCH` seconds a round.
+
+    Raises:
+        MasformerError: `repeats` or `cap` is out of range.
     """
     check_int("repeats", repeats, 1)
+    check_cap(cap)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    spent = dict.fromkeys(calls, 0.0)
+    timer = _device_seconds if short and torch.cuda.is_available() else _wall_seconds
     for timed in [False] * warm_up + [True] * repeats:
         for name, call in calls.items():
+            if seconds[name] and cap is not None and spent[name] >= cap:
+                continue
             progress(name)
-            _finish()
+            if prepare and name in prepare:
+                prepare[name]()
             start = time.perf_counter()
-            call()
-            _finish()
+            found = timer(call) if timed else call()
             if timed:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(found)  # type: ignore[arg-type]
+                spent[name] += time.perf_counter() - start
     return {name: Timing(name, tuple(each)) for name, each in seconds.items()}
+
+
+def check_cap(cap: float | None) -> None:
+    """Raises a MasformerError unless the cap on a call's rounds is a number of seconds above 0, or None."""
+    if cap is not None and not 0 < cap < float("inf"):
+        raise MasformerError(f"cap must be above 0 seconds, got {cap}")
+
+
+def _wall_seconds(call: Callable[[], object]) -> float:
+    _finish()
+    start = time.perf_counter()
+    call()
+    _finish()
+    return time.perf_counter() - start
+
+
+def _device_seconds(call: Callable[[], object]) -> float:
+    """The median of calls that follow each other; emptying the caches also hides the time that a launch takes."""
+    count = max(1, min(MOST, int(BATCH / _wall_seconds(call))))
+    other = torch.empty(2**29, dtype=torch.uint8, device="cuda")
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    for begin, end in events:
+        other.zero_()
+        begin.record()
+        call()
+        end.record()
+    _finish()
+    return statistics.median(begin.elapsed_time(end) / 1000 for begin, end in events)
 
 
 def _finish() -> None:

@@ -73,6 +73,7 @@ COMMANDS: dict[str, Any] = {
         "prefill": bench.bench_prefill,
         "decode": bench.bench_decode,
         "train": bench.bench_train,
+        "eval": bench.bench_eval,
     },
     "report": report.report,
     "reproduce": reproduce.reproduce,

@@ -36,6 +36,7 @@ def bench_attention(
     forward_only: bool = False,
     peers: str = "all",
     repeats: int = 5,
+    cap: float | None = None,
     seed: int = records.SEED,
     plot: str | None = None,
 ) -> Figures:
@@ -52,6 +53,7 @@ def bench_attention(
         forward_only: leave out forward + backward.
         peers: other implementations, separated by commas; all (those that are installed and able) or none.
         repeats: timed rounds, after one for warming up.
+        cap: seconds after which a variant is not timed again.
         seed: of the random inputs.
         plot: file for a picture of time against length.
 
@@ -74,6 +76,7 @@ def bench_attention(
             backward=not forward_only,
             peers=names,
             repeats=repeats,
+            cap=cap,
             progress=progress,
         )
 
@@ -88,10 +91,12 @@ def bench_prefill(
     options: ModelOptions,
     *,
     lengths: str = "1024,2048,4096,8192",
+    batch: int = 1,
     backend: Backend = "auto",
     random_weights: bool = False,
     peers: Peers = "all",
     repeats: int = 3,
+    cap: float | None = None,
     seed: int = records.SEED,
     plot: str | None = None,
 ) -> Figures:
@@ -99,18 +104,21 @@ def bench_prefill(
 
     Args:
         lengths: prompt lengths in tokens, separated by commas.
+        batch: prompts that run together.
         random_weights: MODEL is a config alone; times do not depend on the weights.
         peers: transformers by itself, all its ways or none; its sliding layers need a mask of all pairs.
         repeats: timed rounds, after one in which memory is measured.
+        cap: seconds after which a variant is not timed again.
         seed: of the random tokens.
         plot: file for a picture of time against length.
 
     Example:
         masformer bench prefill MODEL --lengths 2048,8192 --plan 'full@11-18; window:512+4'
     """
-    measure = partial(benchmarks.bench_prefill, repeats=repeats, backend=backend, peers=peers == "all")
+    measure = partial(benchmarks.bench_prefill, repeats=repeats, cap=cap, backend=backend, peers=peers == "all")
+    settings = {"batch": batch}
     title = f"Time to the first token; speed-up over {BASELINE[peers]}"
-    return _bench("prefill", title, measure, model, options, lengths, random_weights, seed, plot)
+    return _bench("prefill", title, measure, settings, model, options, lengths, random_weights, seed, plot)
 
 
 def bench_decode(
@@ -119,10 +127,12 @@ def bench_decode(
     *,
     lengths: str = "1024,2048,4096,7680",
     new: int = 32,
+    batch: int = 1,
     backend: Backend = "auto",
     random_weights: bool = False,
     peers: Peers = "all",
     repeats: int = 5,
+    cap: float | None = None,
     seed: int = records.SEED,
     plot: str | None = None,
 ) -> Figures:
@@ -131,18 +141,21 @@ def bench_decode(
     Args:
         lengths: prompt lengths in tokens, separated by commas.
         new: tokens of one round.
+        batch: prompts that run together.
         random_weights: MODEL is a config alone; times do not depend on the weights.
         peers: transformers by itself, all its ways or none; its sliding layers need a mask of all pairs.
         repeats: timed rounds, after one for warming up.
+        cap: seconds after which a variant is not timed again.
         seed: of the random tokens.
         plot: file for a picture of time against length.
 
     Example:
         masformer bench decode MODEL --lengths 1024,7680 --new 32 --plan 'full@11-18; window:512+4'
     """
-    measure = partial(benchmarks.bench_decode, repeats=repeats, new=new, backend=backend, peers=peers == "all")
+    measure = partial(benchmarks.bench_decode, repeats=repeats, cap=cap, backend=backend, peers=peers == "all")
+    settings = {"batch": batch, "new": new}
     title = f"Rounds of {new} new tokens; speed-up over {BASELINE[peers]}"
-    return _bench("decode", title, measure, model, options, lengths, random_weights, seed, plot)
+    return _bench("decode", title, measure, settings, model, options, lengths, random_weights, seed, plot)
 
 
 def bench_train(
@@ -151,10 +164,15 @@ def bench_train(
     *,
     lengths: str = "2048",
     checkpointing: bool = False,
+    precision: Literal["float32", "bfloat16"] = "float32",
+    loss_chunk: int = benchmarks.LOSS_CHUNK,
+    batch: int = 1,
     backend: Backend = "auto",
     random_weights: bool = False,
     peers: Peers = "all",
     repeats: int = 3,
+    cap: float | None = None,
+    compile: bool = False,
     seed: int = records.SEED,
     plot: str | None = None,
 ) -> Figures:
@@ -163,27 +181,67 @@ def bench_train(
     Args:
         lengths: tokens of a row, separated by commas.
         checkpointing: make activations anew in the backward pass, which saves memory.
+        batch: rows of a step.
+        precision: bfloat16 runs matrix products in 16 bits (autocast), as training.precision does in a recipe.
+        loss_chunk: positions whose logits exist at the same time.
         random_weights: MODEL is a config alone; times do not depend on the weights.
         peers: transformers by itself, all its ways or none; its sliding layers need a mask of all pairs.
         repeats: timed rounds, after one in which memory is measured.
+        cap: seconds after which a variant is not timed again.
+        compile: compile the model's layers, but not those of transformers by itself.
         seed: of the random tokens.
         plot: file for a picture of time against length.
 
     Example:
         masformer bench train MODEL --lengths 2048,8192 --checkpointing --plan 'full@11-18; window:512+4'
     """
-    measure = partial(
-        benchmarks.bench_train, repeats=repeats, checkpointing=checkpointing, backend=backend, peers=peers == "all"
-    )
-    title = f"Training step of one row; speed-up over {BASELINE[peers]}"
-    figures = _bench("train", title, measure, model, options, lengths, random_weights, seed, plot)
-    return figures | {"checkpointing": checkpointing}
+    measure = partial(benchmarks.bench_train, repeats=repeats, cap=cap, backend=backend, peers=peers == "all")
+    settings = {"batch": batch, "compiled": compile, "checkpointing": checkpointing, "precision": precision}
+    settings |= {"loss_chunk": loss_chunk}
+    title = f"Training step, rows: {batch}; speed-up over {BASELINE[peers]}"
+    return _bench("train", title, measure, settings, model, options, lengths, random_weights, seed, plot)
+
+
+def bench_eval(
+    model: str,
+    options: ModelOptions,
+    *,
+    lengths: str = "2048,8192",
+    tokens: int = 65536,
+    backend: Backend = "auto",
+    random_weights: bool = False,
+    repeats: int = 3,
+    cap: float | None = None,
+    compile: bool = False,
+    seed: int = records.SEED,
+    plot: str | None = None,
+) -> Figures:
+    """Times evaluation by perplexity: plans and full attention, in one run.
+
+    Args:
+        lengths: tokens of a window, separated by commas.
+        tokens: random ones, that a round predicts.
+        random_weights: MODEL is a config alone; times do not depend on the weights.
+        repeats: timed rounds, after one for warming up.
+        cap: seconds after which a variant is not timed again.
+        compile: compile the layers.
+        seed: of the random tokens.
+        plot: file for a picture of time against length.
+
+    Example:
+        masformer bench eval MODEL --lengths 2048,8192 --plan 'full@11-18; window:512+4'
+    """
+    measure = partial(benchmarks.bench_eval, repeats=repeats, cap=cap, backend=backend)
+    settings = {"compiled": compile, "tokens": tokens}
+    title = "Evaluation; speed-up over all full"
+    return _bench("eval", title, measure, settings, model, options, lengths, random_weights, seed, plot)
 
 
 def _bench(
     bench: str,
     title: str,
     measure: Callable[..., dict[str, Any]],
+    settings: dict[str, Any],
     model: str,
     options: ModelOptions,
     lengths: str,
@@ -203,8 +261,8 @@ def _bench(
         loaded = benchmarks.random_model(model, next(iter(plans.values())), dtype, benchmarks.default_device())
     else:
         loaded, _ = options.load(model, next(iter(plans.values())))
-    found = _measured(bench, title, lambda progress: measure(loaded, plans, sizes, progress=progress), plot)
-    named = {"model": model, "random_weights": random_weights, "dtype": str(loaded.dtype)}
+    found = _measured(bench, title, lambda progress: measure(loaded, plans, sizes, **settings, progress=progress), plot)
+    named = {"model": model, "random_weights": random_weights, "dtype": str(loaded.dtype), **settings}
     return {**named, "plans": list(map(str, plans.values())), **found}
 
 

@@ -63,6 +63,7 @@ _BENCH = (
     "name=variant", "length", "median=median, s", "tokens_per_second", "speedup=times as fast", "share:.0%=of ideal",
     "of_limit:.0%=of limit", "exponent:.2f=growth", "cache_bytes=cache", "peak_bytes=peak memory",
 )  # fmt: skip
+_DECODE = (*_BENCH[:6], "over_full=over all full", "ideal_bytes=predicted by bytes", *_BENCH[6:])
 _COSTS = (
     "plan", "length", "plan.attention_flops=attention, plan", "full.attention_flops=attention, full",
     "plan.forward_flops=forward pass, plan", "full.forward_flops=forward pass, full",
@@ -106,9 +107,14 @@ KINDS: Mapping[str, View] = {
     ),
     "bench attention": View(
         intro="Times of attention, as ratios to full causal attention in the same run; the ideal is the ratio of "
-        "visible pairs.",
+        "visible pairs, and direct means torch's FlashAttention called directly.",
         tables={"results": ("name=variant", "length", "ideal")},
-        pivots={"results": (("pass",), ("median=median, s", "speedup=times as fast", "share:.0%=of ideal"))},
+        pivots={
+            "results": (
+                ("pass",),
+                ("median=median, s", "speedup=times as fast", "share:.0%=of ideal", "of_direct:.0%=of direct"),
+            )
+        },
         metrics={"results": ("speedup=times as fast",)},
     ),
     "bench prefill": View(
@@ -120,11 +126,16 @@ KINDS: Mapping[str, View] = {
     "bench decode": View(
         intro="Times of new tokens after a prompt, as ratios to transformers' default cache in the same run "
         "(to all full without it).",
-        tables={"results": _BENCH},
+        tables={"results": _DECODE},
         metrics={"results": ("speedup=times as fast",)},
     ),
     "bench train": View(
         intro="Times of a training step, as ratios to transformers by itself in the same run (to all full without it).",
+        tables={"results": _BENCH},
+        metrics={"results": ("speedup=times as fast",)},
+    ),
+    "bench eval": View(
+        intro="Times of evaluation by perplexity, as ratios to all full in the same run.",
         tables={"results": _BENCH},
         metrics={"results": ("speedup=times as fast",)},
     ),

@@ -23,6 +23,7 @@ from masformer.errors import MasformerError, check_int
 from masformer.settings import StrictLoader, build, check_choice, read_settings, without_none
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+PRECISIONS = ("float32", "bfloat16")
 SCHEDULES = ("cosine", "constant", "linear")
 SHARDINGS = ("none", "fsdp")
 BYTES = "bytes"
@@ -221,7 +222,7 @@ class TrainingRecipe:
                 f"training.rows {self.rows} must be a multiple of training.device_rows {self.device_rows}"
             )
         check_choice("training.schedule", self.schedule, SCHEDULES)
-        check_choice("training.precision", self.precision, ("float32", "bfloat16"))
+        check_choice("training.precision", self.precision, PRECISIONS)
         check_choice("training.sharding", self.sharding, SHARDINGS)
 
 
