@@ -46,7 +46,7 @@ trap 'rm -rf "$scratch"' EXIT
 shapes=benchmarks/shapes
 neo_plan='full@8-15; block:1024' llama_plan='full@6-9; window:1024+4'
 smollm2_plan='full@4,7-8,17-18,20,23-24; window:256+4' smollm2_local='window:256+4'
-short=8192 middle=32768 long=131072 eval_lengths=2048,8192 eval_tokens=65536 new=16 rows=4 many=8 half=bfloat16
+short=8192 middle=32768 long=131072 eval_lengths=2048,8192 eval_tokens=65536 new=16 rows=4 many=8 half=bfloat16 compile=(--compile)
 neo_heads=(--heads 16 --kv-heads 16 --head-dim 128) llama_heads=(--heads 32 --kv-heads 8 --head-dim 64)
 smollm2_heads=(--heads 9 --kv-heads 3 --head-dim 64 --batch $rows)
 smollm2_spans=(--span window:256 --span window:256+4 --span window:512 --span block:512)
@@ -80,6 +80,7 @@ PYTHON
   repeats=(--repeats 1 --cap 4)
   slower=4 # a limit is not what is tried here
   export TORCH_COMPILE_DISABLE=1 # compiling takes longer than all parts together
+  compile=()
 fi
 
 failed=0 waiting=0 summary=()
@@ -142,13 +143,13 @@ tests() {
 }
 attention() { bench "$1" "$2" attention --dtype $half "${@:3}" "${repeats[@]}"; }
 whole() { bench "$1" "$2" "$3" "$shapes/$4" --random-weights "${@:5}" "${repeats[@]}"; }
-training=(--dtype float32 --precision bfloat16 --batch $rows --lengths $short --loss-chunk 4096 --plan "$smollm2_plan")
+training=(--dtype float32 --precision bfloat16 --batch $rows --lengths $short --loss-chunk 8192 --plan "$smollm2_plan")
 llama=(--dtype $half --plan "$llama_plan") neo=(--dtype $half --plan "$neo_plan" --lengths $short)
 
 # What matters most, within the limit
 tests 80 tests-flash tests/attention/test_flash.py
 attention 45 attention-smollm2 "${smollm2_heads[@]}" "${smollm2_spans[@]}" --lengths $short --peers torch-flash,hf-sdpa
-whole 90 train-smollm2 train smollm2-135m "${training[@]}" --plan "$smollm2_local" --peers none --compile
+whole 90 train-smollm2 train smollm2-135m "${training[@]}" --plan "$smollm2_local" --peers none ${compile[@]+"${compile[@]}"}
 whole 80 decode-llama-1b decode llama-1b "${llama[@]}" --lengths $short,$middle,$long --new $new
 attention 45 attention-llama-1b "${llama_heads[@]}" "${llama_spans[@]}" --lengths $short,$middle --peers torch-flash
 whole 60 eval-smollm2 eval smollm2-135m --dtype float32 --lengths $eval_lengths --tokens $eval_tokens --plan "$smollm2_plan"

@@ -27,7 +27,7 @@ from masformer.benchmarks.timing import compare_times, peak_memory
 from masformer.errors import MasformerError
 from masformer.models.compiling import compile_layers
 from masformer.plan import AttentionPlan
-from masformer.training.loss import CHUNK, use_chunked_loss
+from masformer.training.loss import CHUNK, compile_loss, use_chunked_loss
 from masformer.training.recipe import PRECISIONS
 
 
@@ -91,6 +91,7 @@ def bench_train(
     if compiled:
         measured[0].apply(backend)
         compile_layers(model)
+        compile_loss(model)
     mixed = precision == "bfloat16"
     probe, base = Probe(torch.bfloat16 if mixed else model.dtype, model.device), baseline(measured)
     prepare = {variant.name: partial(variant.apply, backend) for variant in measured}
