@@ -54,11 +54,10 @@ def autocast_dtype(precision: str, device: str, weights: torch.dtype, bfloat16: 
     return torch.bfloat16 if chosen and weights == torch.float32 else None
 
 
-def autocast_of(model: PreTrainedModel, precision: str = "auto") -> torch.dtype | None:
-    """`autocast_dtype` of a model where it is."""
-    device = model.device.type
-    able = device != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    return autocast_dtype(precision, device, model.dtype, able)
+def autocast_on(device: torch.device, weights: torch.dtype, precision: str | None = None) -> torch.dtype | None:
+    """`autocast_dtype` on a device of this machine."""
+    able = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return autocast_dtype(precision or "auto", device.type, weights, able)
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> Any:

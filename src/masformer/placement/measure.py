@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from masformer.errors import MasformerError, check_int
 from masformer.evaluation.perplexity import prepared_base
-from masformer.evaluation.room import autocast, autocast_of, dtype_name, room_of
+from masformer.evaluation.room import autocast, autocast_on, dtype_name, room_of
 from masformer.journal import append_lines, recover_lines
 from masformer.models.bridge import apply_plan, partial_passes
 from masformer.models.fingerprint import model_fingerprint
@@ -209,7 +209,7 @@ class Measurer:
             raise MasformerError(f"{type(model).__name__} has no head apart from its base model")
         self.passes = PrefixPasses(model, backend)
         self.kl, self.advance = kl, advance
-        self.autocast = autocast_of(model, precision)
+        self.autocast = autocast_on(model.device, model.dtype, precision)
         kept = (model.config.num_hidden_layers + kl) * model.config.hidden_size  # `PrefixPasses`, and all-full's output
         self._room = room_of(model, rows=batch_size, kept=kept)
         self.journal = Journal(journal)

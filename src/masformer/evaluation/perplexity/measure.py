@@ -21,7 +21,7 @@ from masformer.evaluation.perplexity.windows import (
     document_windows,
     predicted_tokens,
 )
-from masformer.evaluation.room import autocast, autocast_of, dtype_name, room_of
+from masformer.evaluation.room import autocast, autocast_on, dtype_name, room_of
 from masformer.models.positions import position_limit
 
 FIRST_BUCKET = 256
@@ -203,7 +203,7 @@ def perplexity(
             training mode, or a loss that is not finite.
     """
     check(model, documents, [length], prefix, context, targets, chunk, batch_size, precision, text_bytes)
-    dtype, room = autocast_of(model, precision), room_of(model, rows=batch_size, positions=chunk)
+    dtype, room = autocast_on(model.device, model.dtype, precision), room_of(model, rows=batch_size, positions=chunk)
     found = [
         (number, window)
         for number, document in enumerate(documents)
@@ -285,7 +285,7 @@ def check(
     for name, value in (("chunk", chunk), ("batch_size", batch_size)):
         if value is not None:
             check_int(name, value, 1)
-    autocast_of(model, precision)
+    autocast_on(model.device, model.dtype, precision)
     if text_bytes is not None:
         check_int("text_bytes", text_bytes, 1)
     limit = position_limit(model.config)
