@@ -233,7 +233,7 @@ class Measurer:
         self.recalled += recalled
         self.advance(recalled)
         for (missing, length, *_), each in todo.items():
-            for _ in self._room.run(each, length, partial(self._measure, missing)):
+            for _ in self._room.run(each, length - 1, partial(self._measure, missing)):
                 pass
         return [[self._found(window, plan) for window in windows] for plan in plans]
 
