@@ -12,8 +12,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from masformer.errors import MasformerError, check_int
@@ -68,6 +69,14 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> Any:
 def dtype_name(dtype: torch.dtype | None) -> str | None:
     """`bfloat16`, for records."""
     return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+    """[rows, longest] int64, each filled up at its end."""
+    found = np.full((len(rows), max(map(len, rows))), fill, dtype=np.int64)
+    for row, values in zip(found, rows, strict=True):
+        row[: len(values)] = values
+    return torch.from_numpy(found)  # from lists torch takes ten times as long
 
 
 @dataclass

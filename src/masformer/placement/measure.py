@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from masformer.errors import MasformerError, check_int
 from masformer.evaluation.perplexity import prepared_base
-from masformer.evaluation.room import autocast, autocast_on, dtype_name, room_of
+from masformer.evaluation.room import autocast, autocast_on, dtype_name, padded, room_of
 from masformer.journal import append_lines, recover_lines
 from masformer.models.bridge import apply_plan, partial_passes
 from masformer.models.fingerprint import model_fingerprint
@@ -259,7 +259,7 @@ class Measurer:
     def _measure(self, plans: Sequence[AttentionPlan], windows: Sequence[Window]) -> None:
         """Measures what is not known yet; what was done before the memory was not enough is."""
         plans = [plan for plan in plans if any(self._known(window, plan) is None for window in windows)]
-        tokens = torch.tensor([window.tokens for window in windows], device=self._model.device)
+        tokens = padded([window.tokens for window in windows], 0).to(self._model.device)
         with autocast(self._model.device, self.autocast):
             self.passes.start(tokens[:, :-1])
             reference = self.passes.run(self.passes.full) if self._needs_kl(windows[0]) else None

@@ -15,7 +15,7 @@ from masformer.data.pairs import IGNORED, PairRows
 from masformer.data.store import token_store
 from masformer.errors import MasformerError
 from masformer.evaluation.perplexity import exp_or_inf, prefix_token, rolling_windows, tokenize
-from masformer.evaluation.room import Room, autocast, autocast_on, room_of
+from masformer.evaluation.room import Room, autocast, autocast_on, padded, room_of
 from masformer.training.recipe import Recipe
 
 Figures = dict[str, float]
@@ -169,16 +169,15 @@ def _share(task: Task, room: Room, rank: int, world: int) -> list[tuple[list[int
 
 def _inputs(task: Task, part: Sequence[int], device: Any) -> dict[str, Tensor]:
     """Some windows, the shorter ones padded at their end; [windows, length]."""
-    windows = [task.windows[index] for index in part]
-    length = max(len(inputs) for inputs, _ in windows)
-    rows = {
-        "input_ids": [inputs + [0] * (length - len(inputs)) for inputs, _ in windows],
-        "shift_labels": [targets + [IGNORED] * (length - len(targets)) for _, targets in windows],
-    }
+    inputs, targets = zip(*(task.windows[index] for index in part), strict=True)
+    found = {"input_ids": padded(inputs, 0), "shift_labels": padded(targets, IGNORED)}
     if task.positions is not None:
-        positions = [task.positions[index] for index in part]
-        rows["position_ids"] = [row + list(range(row[-1] + 1, row[-1] + 1 + length - len(row))) for row in positions]
-    return {name: torch.tensor(values).to(device) for name, values in rows.items()}
+        length = max(map(len, inputs))
+        rows = [task.positions[index] for index in part]
+        found["position_ids"] = padded(
+            [row + list(range(row[-1] + 1, row[-1] + 1 + length - len(row))) for row in rows], 0
+        )
+    return {name: values.to(device) for name, values in found.items()}
 
 
 @torch.no_grad()

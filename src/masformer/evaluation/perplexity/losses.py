@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from masformer.data.pairs import IGNORED
 from masformer.evaluation.perplexity.windows import Window
+from masformer.evaluation.room import padded
 
 
 class _Prepared(nn.Module):
@@ -60,15 +61,10 @@ def target_losses(model: PreTrainedModel, windows: Sequence[Window], chunk: int)
     Returns:
         [windows, length] float64, 0 where nothing is predicted, and bool, where something is; on the CPU.
     """
-    length = max(len(inputs) for inputs, _ in windows)
     starts = [len(inputs) - len(targets) for inputs, targets in windows]
-    tokens = torch.tensor([inputs + [0] * (length - len(inputs)) for inputs, _ in windows])
-    wanted = torch.tensor(
-        [
-            [IGNORED] * start + targets + [IGNORED] * (length - start - len(targets))
-            for start, (_, targets) in zip(starts, windows, strict=True)
-        ]
-    )
+    tokens = padded([inputs for inputs, _ in windows], 0)
+    wanted = padded([[IGNORED] * start + targets for start, (_, targets) in zip(starts, windows, strict=True)], IGNORED)
+    length = tokens.shape[1]
     inputs, here = tokens.to(model.device), wanted.to(model.device)
     output = model.base_model(input_ids=inputs, use_cache=False, return_dict=True)
     first, step = min(starts), max(1, chunk // len(windows))
