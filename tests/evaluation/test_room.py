@@ -1,22 +1,30 @@
 """How windows run through a model: precision, how many together, and what happens where memory is not enough."""
 
+import io
 import json
 import random
+import shutil
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
+from small import recipe
 
 from masformer import MasformerError, apply_plan
+from masformer.cli import main
 from masformer.evaluation import room as rooms
 from masformer.evaluation.perplexity import compare_plans, paired_differences, perplexity
 from masformer.evaluation.room import CHUNK, MOST_TOKENS, Room, autocast_dtype, fitting
+from masformer.placement import SearchResult
 from masformer.placement.measure import Measurer
 from masformer.placement.texts import Window
 from masformer.training.evaluation import Task, evaluate
 from masformer.training.loss import use_chunked_loss
-from tiny import ARCHITECTURES, PLAN, VOCABULARY, tiny
+from masformer.training.run import train
+from masformer.training.trainer import autocast_by_step, read_evaluations
+from tiny import ARCHITECTURES, PLAN, VOCABULARY, letter_tokenizer, tiny
 
 PREFIX = 1
 FLOAT, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
@@ -31,8 +39,15 @@ DOCUMENTS = [tokens(count, count) for count in (75, 31, 64, 30, 29, 1, 40, 28, 3
 
 
 def as_on_cuda(monkeypatch, free):
-    """The figures of a device with so much memory, wherever the model is."""
+    """A device with so much memory, wherever the model is; its precision stays, which `bfloat16_by_default` changes."""
     monkeypatch.setattr(rooms, "free_memory", lambda device: free)
+
+
+def bfloat16_by_default(monkeypatch):
+    """The precision of a CUDA device on the CPU, which has autocast too."""
+    monkeypatch.setattr(
+        rooms, "autocast_dtype", lambda precision, device, *rest: autocast_dtype(precision, "cuda", *rest)
+    )
 
 
 def shapes_of(model):
@@ -333,3 +348,58 @@ def test_an_evaluation_while_training_may_be_in_bfloat16():
     )
     assert exact != coarse
     assert exact == pytest.approx(coarse, rel=0.01)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("auto", "bfloat16"), ("float32", None), ("bfloat16", None)])
+def test_commands_say_their_precision_and_keep_what_was_asked_for(dtype, expected, monkeypatch, tmp_path):
+    bfloat16_by_default(monkeypatch)
+    folder, record = str(tmp_path / "model"), tmp_path / "record.json"
+    tiny("llama", vocab_size=256).save_pretrained(folder)
+    letter_tokenizer().save_pretrained(folder)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(random.Random(0).choices("abcdefgh ", k=400)))
+    common = ["--data", str(text), "--dtype", dtype, "--json", str(record)]
+    for words in (
+        ["eval", "perplexity", folder, "--lengths", "16", "--plan", "full"],
+        ["search", folder, "--budget", "1", "--local", "window:4", "--length", "16", "--out", str(tmp_path / "a.yaml"),
+         "--windows", "1", "--held-out-windows", "1", "--random-placements", "1"],
+    ):  # fmt: skip
+        assert main([*words, *common]) == 0
+        figures = json.loads(record.read_text())
+        assert figures["autocast"] == expected
+        assert figures["dtype"] == ("torch.bfloat16" if dtype == "bfloat16" else "torch.float32")
+    assert SearchResult.from_dict(figures).autocast == expected
+    del figures["autocast"]
+    assert SearchResult.from_dict(figures).autocast is None, "records from before there was one"
+
+
+def test_training_says_in_what_precision_it_was_evaluated(monkeypatch, tmp_path):
+    held = {"evaluation__sources": {"held": {"builtin": "python-topics", "limit": 1}}, "evaluation__max_tokens": 100}
+    exact, coarse = tmp_path / "exact", tmp_path / "coarse"
+    train(recipe(exact, **held), console=Console(quiet=True))
+    bfloat16_by_default(monkeypatch)
+    train(recipe(coarse, **held), console=Console(quiet=True))
+    train(recipe(coarse / "asked", **held, evaluation__precision="float32"), console=Console(quiet=True))
+    cards = [(folder / "out/model/README.md").read_text() for folder in (exact, coarse, coarse / "asked")]
+    assert ["| precision of evaluations | bfloat16 |" in card for card in cards] == [False, True, False]
+    steps = [autocast_by_step(folder / "out/metrics.jsonl") for folder in (exact, coarse, coarse / "asked")]
+    assert [set(found.values()) for found in steps] == [{None}, {"bfloat16"}, {None}]
+    assert (
+        read_evaluations(coarse / "out/metrics.jsonl")[0].keys()
+        == read_evaluations(exact / "out/metrics.jsonl")[0].keys()
+    )
+
+
+def test_a_resumed_run_says_that_its_precision_changed(monkeypatch, tmp_path):
+    settings = {
+        "evaluation__sources": {"held": {"builtin": "python-topics", "limit": 1}},
+        "evaluation__max_tokens": 100,
+        "checkpoints__every": 2,
+    }
+    train(recipe(tmp_path, **settings), console=Console(quiet=True))
+    shutil.rmtree(tmp_path / "out/model")
+    bfloat16_by_default(monkeypatch)
+    console = Console(record=True, width=200, file=io.StringIO())
+    train(recipe(tmp_path, **settings), resume=True, console=console)
+    assert "were in the precision of the weights, from now on they are in bfloat16" in console.export_text()
+    assert set(autocast_by_step(tmp_path / "out/metrics.jsonl").values()) == {None, "bfloat16"}

@@ -141,7 +141,9 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         return Outcome(None, done, watch.stopped_by, evaluations)
     weights = state.trained_weights(trainer.model, prepared.trainable, first)
     if first:
-        _write_model(recipe, prepared, weights, output / "model", model_card(recipe, prepared, report, evaluations))
+        _write_model(
+            recipe, prepared, weights, output / "model", model_card(recipe, prepared, report, evaluations, autocast)
+        )
         _say(console, f"{output / 'model'}: {prepared.plan}")
     PartialState().wait_for_everyone()
     return Outcome(output / "model", done, None, evaluations)
