@@ -209,6 +209,27 @@ def test_training_that_is_stopped_by_a_signal_stops_the_study(tmp_path, monkeypa
     assert "language/start/seed 0 was stopped; the same command goes on" in capsys.readouterr().err
 
 
+def test_perplexities_of_unequal_precision_are_refused_by_name(tmp_path, capsys):
+    words = ("--scale", mini(tmp_path, "language"), "--out", tmp_path / "study", "--stage", "language")
+    assert run(*words) == 0
+    units = tmp_path / "study/units"
+    one, other = (units / f"language-train-{plan}-seed-0-perplexity.json" for plan in ("all-full", "all-local"))
+    kept = json.loads(other.read_text())
+    kept["result"]["results"][0]["autocast"] = "bfloat16"
+    other.write_text(json.dumps(kept))
+    assert run(*words) == 2
+    err = capsys.readouterr().err
+    assert (
+        "all local/seed 0/perplexity was measured in bfloat16, language/train/all full/seed 0/perplexity in the" in err
+    )
+    assert f"with another --out or without {one}" in err.replace("\n", "")
+    one.unlink()
+    assert run(*words) == 2, "what is measured now is of the weights' precision"
+    assert not one.exists()
+    other.unlink()
+    assert run(*words) == 0
+
+
 def test_other_settings_are_refused_by_name(tmp_path, capsys):
     path = mini(tmp_path, "language")
     assert run("--scale", path, "--out", tmp_path / "study", "--stage", "language") == 0

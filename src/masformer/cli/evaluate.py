@@ -28,7 +28,7 @@ def eval_perplexity(
     max_tokens: int | None = None,
     target_tokens: int | None = None,
     against: str | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     backend: Backend = "auto",
 ) -> Figures:
     """Perplexity by context length and by position, in rolling windows as in lm-eval; plans share one load.
@@ -43,7 +43,7 @@ def eval_perplexity(
             tokens as the longest length; shorter documents are left out. Default: every token, in rolling windows.
         against: the plan that the others are compared with, document by document, as it was given to --plan (default:
             the first).
-        batch_size: windows that run together.
+        batch_size: windows that run together (default: as many as fit on CUDA, else 1).
 
     Example:
         masformer eval perplexity MODEL --data books.jsonl.xz --lengths 1024,4096 \\
@@ -70,6 +70,7 @@ def eval_perplexity(
             backend=backend,
             target_tokens=target_tokens,
             batch_size=batch_size,
+            precision=options.precision,
             text_bytes=text_bytes if target_tokens is None else None,
             progress=progress,
         )
@@ -81,6 +82,7 @@ def eval_perplexity(
         "model": model,
         "data": data,
         "dtype": str(loaded.dtype),
+        "autocast": results[0].autocast,
         "settings": {
             "lengths": windows,
             "field": field,

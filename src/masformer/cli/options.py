@@ -79,6 +79,11 @@ class ModelOptions(PlanOptions):
         loaded, tokenizer = load_model(model, plan, max_positions=positions, position_method=method, dtype=weights)
         return loaded.to(benchmarks.default_device()), tokenizer
 
+    @property
+    def precision(self) -> str:
+        """Of an evaluation's matrix products: weights asked for in float32 are computed with in float32."""
+        return "float32" if self.dtype == "float32" else "auto"
+
     def load_both(self, model: str, plan: AttentionPlan) -> tuple[Any, Any]:
         """The same, for work that is nothing without a tokenizer."""
         loaded, tokenizer = self.load(model, plan)

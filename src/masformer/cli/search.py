@@ -35,7 +35,7 @@ def search(
     probes: int | None = None,
     random_placements: int = 20,
     seed: int = records.SEED,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     dtype: Dtype = "auto",
     journal: str | None = None,
     plot: str | None = None,
@@ -59,7 +59,7 @@ def search(
         probes: for the criterion retrieval, questions to choose by, and as many to report on (default: 16).
         random_placements: random placements of the same budget, for comparison.
         seed: of the random placements and retrieval probes.
-        batch_size: windows that run together.
+        batch_size: windows that run together (default: as many as fit on CUDA, else 1).
         journal: file that keeps finished measurements, so that an interrupted search goes on (default: OUT.journal).
         plot: image file for the map of the layers.
 
@@ -76,7 +76,8 @@ def search(
         raise MasformerError("--probes does nothing without the criterion retrieval")
     texts = {name: list(read_documents([name], field=field, limit=documents)) for name in test or ()}
     chosen = list(read_documents(data, field=field, limit=documents))
-    loaded, tokenizer = ModelOptions(dtype=dtype).load_both(model, load_config(model)[1])
+    options = ModelOptions(dtype=dtype)
+    loaded, tokenizer = options.load_both(model, load_config(model)[1])
     with progress_bar() as progress:
         task = progress.add_task("", total=None)
         result = placement.search_layers(
@@ -97,6 +98,7 @@ def search(
             random_placements=random_placements,
             seed=seed,
             batch_size=batch_size,
+            precision=options.precision,
             journal=journal or f"{out}.journal",
             progress=lambda stage, done, total: progress.update(task, description=stage, completed=done, total=total),
         )
@@ -106,4 +108,4 @@ def search(
     if plot is not None:
         placement.plot_search(result, plot)
         say(f"map of the layers: {plot}")
-    return {"model": model, "data": data, **result.to_dict()}
+    return {"model": model, "data": data, "dtype": str(loaded.dtype), **result.to_dict()}

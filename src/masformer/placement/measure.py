@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,13 @@ from transformers import PreTrainedModel
 
 from masformer.errors import MasformerError, check_int
 from masformer.evaluation.perplexity import prepared_base
+from masformer.evaluation.room import autocast, autocast_on, dtype_name, padded, room_of
 from masformer.journal import append_lines, recover_lines
 from masformer.models.bridge import apply_plan, partial_passes
 from masformer.models.fingerprint import model_fingerprint
 from masformer.placement.texts import Window
 from masformer.plan import AttentionPlan
 from masformer.spans import FullSpan
-
-CHUNK = 512
-"""Positions whose logits exist at the same time."""
 
 
 class PrefixPasses:
@@ -92,6 +91,8 @@ class PrefixPasses:
             raise MasformerError(f"the layers of {kind} models cannot be run one by one: one of them runs twice")
         try:
             again = self._pass(len(self.layers) - 1).last_hidden_state
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             raise MasformerError(f"the layers of {kind} models cannot be run one by one: {error}") from error
         if not torch.allclose(again, output.last_hidden_state, rtol=1e-3, atol=1e-3):
@@ -160,11 +161,13 @@ class Journal:
         """The score, if it is known."""
         return self._scores.get((window, str(plan)))
 
-    def add(self, window: str, plan: AttentionPlan, score: Score) -> None:
-        """Keeps a score; it is in the file when this returns."""
-        self._scores[window, str(plan)] = score
+    def add(self, plan: AttentionPlan, scores: Mapping[str, Score]) -> None:
+        """Keeps a plan's scores by window; they are in the file when this returns."""
+        self._scores |= {(window, str(plan)): score for window, score in scores.items()}
         if self.path is not None:
-            append_lines(self.path, [{"window": window, "plan": str(plan)} | asdict(score)])
+            append_lines(
+                self.path, [{"window": window, "plan": str(plan)} | asdict(score) for window, score in scores.items()]
+            )
 
 
 class Measurer:
@@ -173,12 +176,15 @@ class Measurer:
     Args:
         model: a causal language model in evaluation mode.
         backend: see `masformer.attend`.
-        batch_size: windows that run together. Each is scored apart, so a score does not depend on it beyond rounding.
+        batch_size: windows that run together; by default as many as fit on CUDA, else one. Each is scored apart, so a
+            score does not depend on it beyond rounding.
+        precision: see `masformer.evaluation.perplexity.perplexity`. The journal keeps scores of each apart.
         kl: also measure the divergence from full attention, on windows that are no probes.
         journal: see `Journal`.
         advance: called after each step with the number of measurements (one plan on one window each) now done.
 
     Attributes:
+        autocast: dtype of matrix products, where it is not that of the weights.
         measured: measurements that were run.
         recalled: measurements that the journal, or an earlier call, had already.
         unshared: layer evaluations that whole passes would have taken for what was run.
@@ -189,21 +195,27 @@ class Measurer:
         model: PreTrainedModel,
         *,
         backend: str = "auto",
-        batch_size: int = 1,
+        batch_size: int | None = None,
+        precision: str = "auto",
         kl: bool = False,
         journal: str | os.PathLike[str] | None = None,
         advance: Callable[[int], None] = lambda count: None,
     ) -> None:
-        check_int("batch size", batch_size, 1)
+        if batch_size is not None:
+            check_int("batch size", batch_size, 1)
         if model.training:
             raise MasformerError("the model is in training mode; call model.eval() first")
         if model.base_model is model:
             raise MasformerError(f"{type(model).__name__} has no head apart from its base model")
         self.passes = PrefixPasses(model, backend)
-        self.batch_size, self.kl, self.advance = batch_size, kl, advance
+        self.kl, self.advance = kl, advance
+        self.autocast = autocast_on(model.device, model.dtype, precision)
+        kept = (model.config.num_hidden_layers + kl) * model.config.hidden_size  # `PrefixPasses`, and all-full's output
+        self._room = room_of(model, rows=batch_size, kept=kept)
         self.journal = Journal(journal)
         self.measured = self.recalled = self.unshared = 0
         self._model, self._fingerprint = model, model_fingerprint(model)
+        self._keys: dict[Window, str] = {}
 
     def scores(self, plans: Sequence[AttentionPlan], windows: Sequence[Window]) -> list[list[Score]]:
         """The score of each plan on each window.
@@ -220,13 +232,16 @@ class Measurer:
         recalled = len(plans) * len(windows) - sum(len(group[0]) * len(each) for group, each in todo.items())
         self.recalled += recalled
         self.advance(recalled)
-        for (missing, *_), each in todo.items():
-            for start in range(0, len(each), self.batch_size):
-                self._measure(missing, each[start : start + self.batch_size])
+        for (missing, length, *_), each in todo.items():
+            for _ in self._room.run(each, length - 1, partial(self._measure, missing)):
+                pass
         return [[self._found(window, plan) for window in windows] for plan in plans]
 
     def _key(self, window: Window) -> str:
-        return hashlib.sha256(f"{self._fingerprint} {window}".encode()).hexdigest()[:32]
+        if window not in self._keys:
+            how = self._fingerprint if self.autocast is None else f"{self._fingerprint} {dtype_name(self.autocast)}"
+            self._keys[window] = hashlib.sha256(f"{how} {window}".encode()).hexdigest()[:32]
+        return self._keys[window]
 
     def _known(self, window: Window, plan: AttentionPlan) -> Score | None:
         score = self.journal.get(self._key(window), plan)
@@ -242,43 +257,49 @@ class Measurer:
 
     @torch.inference_mode()
     def _measure(self, plans: Sequence[AttentionPlan], windows: Sequence[Window]) -> None:
-        tokens = torch.tensor([window.tokens for window in windows], device=self._model.device)
-        self.passes.start(tokens[:, :-1])
-        reference = self.passes.run(self.passes.full) if self._needs_kl(windows[0]) else None
-        self.unshared += (
-            len(tokens) * len(self.passes.layers) * (reference is not None and self.passes.full != plans[0])
-        )
-        for plan in plans:
-            output = self.passes.run(plan)
-            self.unshared += len(tokens) * len(self.passes.layers)
-            for window, score in zip(windows, self._scores(output, reference, tokens, windows[0].scored), strict=True):
-                self.journal.add(self._key(window), plan, score)
-            self.measured += len(windows)
-            self.advance(len(windows))
+        """Measures what is not known yet; what was done before the memory was not enough is."""
+        plans = [plan for plan in plans if any(self._known(window, plan) is None for window in windows)]
+        tokens = padded([window.tokens for window in windows], 0).to(self._model.device)
+        with autocast(self._model.device, self.autocast):
+            self.passes.start(tokens[:, :-1])
+            reference = self.passes.run(self.passes.full) if self._needs_kl(windows[0]) else None
+            self.unshared += (
+                len(tokens) * len(self.passes.layers) * (reference is not None and self.passes.full != plans[0])
+            )
+            for plan in plans:
+                scores = self._scores(self.passes.run(plan), reference, tokens, windows[0].scored)
+                self.unshared += len(tokens) * len(self.passes.layers)
+                self.journal.add(plan, dict(zip(map(self._key, windows), scores, strict=True)))
+                self.measured += len(windows)
+                self.advance(len(windows))
 
     def _scores(self, output: Any, reference: Any, tokens: Tensor, scored: int) -> list[Score]:
         """One score per row of tokens [batch, length + 1]."""
-        batch, length = len(tokens), tokens.shape[1] - 1
-        nll, kl = torch.zeros(2, batch, dtype=torch.float64)
-        right = torch.ones(batch, dtype=torch.bool)
-        step = max(1, CHUNK // batch)
+        length = tokens.shape[1] - 1
+        nll, right, kl = [], [], []
+        step = max(1, self._room.positions // len(tokens))
         for start in range(length - scored, length, step):
             positions = slice(start, min(start + step, length))
             predicted = self._log_probabilities(output, tokens, positions)
             targets = tokens[:, 1:][:, positions, None].to(predicted.device)
-            nll -= predicted.gather(-1, targets).double().sum((1, 2)).cpu()
-            right &= (predicted.argmax(-1, keepdim=True) == targets).all(1).all(1).cpu()
+            nll.append(-predicted.gather(-1, targets)[..., 0])
+            right.append(predicted.argmax(-1) == targets[..., 0])
             if reference is not None:
                 wanted = self._log_probabilities(reference, tokens, positions)
                 divergence = nn.functional.kl_div(predicted, wanted, reduction="none", log_target=True)
-                kl += divergence.sum(-1).double().sum(-1).cpu()
-        if not bool((nll + kl).isfinite().all()):
+                kl.append(divergence.sum(-1))
+        # from the device once, not for each chunk: it would wait there
+        losses = torch.cat(nll, 1).cpu().double().mean(1)
+        answered = torch.cat(right, 1).all(1).tolist()
+        divergences = torch.cat(kl, 1).cpu().double().mean(1) if kl else torch.zeros(len(tokens))
+        if not bool((losses + divergences).isfinite().all()):
             raise MasformerError(
-                f"the loss is not finite: the model's weights are damaged, or too coarse in {self._model.dtype}"
+                "the loss is not finite: the model's weights are damaged, or too coarse in "
+                f"{self.autocast or self._model.dtype}"
             )
         return [
-            Score(float(nll[row]) / scored, bool(right[row]), None if reference is None else float(kl[row]) / scored)
-            for row in range(batch)
+            Score(nll, right, None if reference is None else kl)
+            for nll, right, kl in zip(losses.tolist(), answered, divergences.tolist(), strict=True)
         ]
 
     def _log_probabilities(self, output: Any, tokens: Tensor, positions: slice) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from masformer.errors import MasformerError
@@ -97,6 +97,7 @@ class SearchResult:
         evidence: rows of the heat map, from layer 0.
         placements: text -> the plan among its controls.
         work: what it took; not compared.
+        autocast: dtype of matrix products, where it was not that of the weights.
     """
 
     plan: AttentionPlan
@@ -113,6 +114,7 @@ class SearchResult:
     evidence: tuple[Evidence, ...]
     placements: dict[str, tuple[PlacementScore, ...]]
     work: Work = field(compare=False)
+    autocast: str | None = None
 
     def score(self, name: str, text: str = HELD_OUT) -> PlacementScore:
         """The placement of that name on that text."""
@@ -149,7 +151,11 @@ class SearchResult:
         """
         try:
             scores = {field.name for field in fields(PlacementScore)}
-            own = {field.name: values[field.name] for field in fields(cls)}
+            own = {
+                field.name: values[field.name]
+                for field in fields(cls)
+                if field.default is MISSING or field.name in values
+            }
             own["plan"] = AttentionPlan.from_dict(values)
             own["evidence"] = tuple(Evidence(row["name"], tuple(row["values"])) for row in values["evidence"])
             own["placements"] = {

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from masformer.errors import MasformerError, check_int
+from masformer.evaluation.room import dtype_name
 from masformer.models.bridge import apply_plan
 from masformer.models.positions import position_limit
 from masformer.placement.budget import Budget, Purse
@@ -84,7 +85,8 @@ def search_layers(
     probes: int = 16,
     random_placements: int = 20,
     seed: int = 0,
-    batch_size: int = 1,
+    batch_size: int | None = None,
+    precision: str = "auto",
     backend: str = "auto",
     journal: str | os.PathLike[str] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
@@ -117,7 +119,8 @@ def search_layers(
         probes: retrieval probes to choose by, and as many to report on.
         random_placements: controls; fewer where there are not as many.
         seed: of the random placements and the probes.
-        batch_size: windows that run together.
+        batch_size: windows that run together; by default as many as fit on CUDA, else one.
+        precision: of matrix products, see `masformer.evaluation.perplexity.perplexity`.
         backend: see `masformer.attend`.
         journal: file that keeps finished measurements. An interrupted search goes on from there when it is called
             again; it may serve several searches, models and texts.
@@ -185,7 +188,13 @@ def search_layers(
             progress(stage, done, total)
 
     measurer = Measurer(
-        model, backend=backend, batch_size=batch_size, kl="kl" in criteria, journal=journal, advance=advance
+        model,
+        backend=backend,
+        batch_size=batch_size,
+        precision=precision,
+        kl="kl" in criteria,
+        journal=journal,
+        advance=advance,
     )
 
     def criterion(plans: Sequence[AttentionPlan]) -> list[float]:
@@ -240,6 +249,7 @@ def search_layers(
             unshared_layer_evaluations=measurer.unshared,
             seconds=time.perf_counter() - began,
         ),
+        autocast=dtype_name(measurer.autocast),
     )
 
 

@@ -22,7 +22,7 @@ from masformer.study.findings import Findings, Results
 from masformer.study.scale import Scale
 from masformer.study.stages import cost, generation, language, recall, spans, where
 from masformer.study.units import Place, Unit, in_order
-from masformer.study.works import Train
+from masformer.study.works import Perplexity, Train
 
 
 @dataclass(frozen=True)
@@ -133,13 +133,16 @@ def run_study(
     place.make()
     units = units_of(stages, place)
     by_name = {unit.name: unit for unit in units}
-    todo = [unit for unit in units if place.kept(unit, by_name) is None]
+    there = {unit.name: kept["result"] for unit in units if (kept := place.kept(unit, by_name)) is not None}
+    check_precision(units, there, place)
+    todo = [unit for unit in units if unit.name not in there]
     for done, unit in enumerate(todo, len(units) - len(todo)):
         if place.kept(unit, by_name) is not None:
             continue  # another process has done it in the meantime
         progress(unit.name, done, len(units))
         began = time.monotonic()
         result = unit.work.run(place, unit.name)
+        check_precision(units, there | {unit.name: result}, place)
         place.keep(unit, by_name, result, time.monotonic() - began)
         gc.collect()
         if torch.cuda.is_available():
@@ -148,7 +151,11 @@ def run_study(
 
 
 def done_of(stages: Sequence[Stage], place: Place) -> tuple[dict[str, dict[str, Any]], list[Unit]]:
-    """What is kept of each unit (`Place.kept`), and the units that are missing."""
+    """What is kept of each unit (`Place.kept`), and the units that are missing.
+
+    Raises:
+        MasformerError: as `Place.kept` and `check_precision`.
+    """
     units = units_of(stages, place)
     by_name = {unit.name: unit for unit in units}
     found, missing = {}, []
@@ -158,7 +165,26 @@ def done_of(stages: Sequence[Stage], place: Place) -> tuple[dict[str, dict[str, 
             missing.append(unit)
         else:
             found[unit.name] = kept
+    check_precision(units, {name: kept["result"] for name, kept in found.items()}, place)
     return found, missing
+
+
+def check_precision(units: Sequence[Unit], results: Results, place: Place) -> None:
+    """Raises MasformerError where perplexities of the same text were measured in unequal precision.
+
+    The precision is the device's (`masformer.evaluation.room`), so units that were done on several may differ in it.
+    """
+    first: dict[Any, tuple[Unit, str | None]] = {}
+    for unit in units:
+        if isinstance(unit.work, Perplexity) and unit.name in results:
+            mine = results[unit.name]["results"][0].get("autocast")
+            other, theirs = first.setdefault((repr(unit.work.text), unit.work.model.dtype), (unit, mine))
+            if mine != theirs:
+                raise MasformerError(
+                    f"{unit.name} was measured in {mine or 'the precision of the weights'}, {other.name} in "
+                    f"{theirs or 'the precision of the weights'}: they cannot be compared; measure both on one kind of "
+                    f"device, with another --out or without {place.file(other)}"
+                )
 
 
 def write_recipes(units: Sequence[Unit], folder: Path) -> list[Path]:

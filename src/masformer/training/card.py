@@ -16,7 +16,11 @@ from masformer.training.recipe import Recipe
 
 
 def model_card(
-    recipe: Recipe, prepared: Prepared, report: Mapping[str, Any], evaluations: Mapping[int, Mapping[str, float]]
+    recipe: Recipe,
+    prepared: Prepared,
+    report: Mapping[str, Any],
+    evaluations: Mapping[int, Mapping[str, float]],
+    autocast: str | None = None,
 ) -> str:
     """Markdown.
 
@@ -25,6 +29,7 @@ def model_card(
         prepared: the model.
         report: of `report_rows`.
         evaluations: step -> figures.
+        autocast: dtype of matrix products in evaluations, where it is not that of the weights.
     """
     config, training, source = prepared.causal.config, recipe.training, recipe.model.source
     on_hub = source is not None and not Path(source).exists()
@@ -56,6 +61,7 @@ def model_card(
         f"| steps | {max(evaluations, default=0) or training.steps or '-'} of {training.rows} rows |",
         f"| learning rate | {rate} |",
         f"| precision | {training.precision}, weights {prepared.causal.dtype} |".replace("torch.", ""),
+        *([] if autocast is None else [f"| precision of evaluations | {autocast} |"]),
         f"| seed | {training.seed} |",
         f"| versions | torch {torch.__version__}, transformers {transformers.__version__} |",
     ]

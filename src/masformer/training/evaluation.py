@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from masformer.data.pairs import IGNORED, PairRows
 from masformer.data.store import token_store
 from masformer.errors import MasformerError
 from masformer.evaluation.perplexity import exp_or_inf, prefix_token, rolling_windows, tokenize
+from masformer.evaluation.room import Room, autocast, autocast_on, padded, room_of
 from masformer.training.recipe import Recipe
 
 Figures = dict[str, float]
@@ -74,8 +75,36 @@ def _pairs(recipe: Recipe, name: str, tokenizer: Any) -> Task:
     return Task(f"{name}_{data.length}", data.length, windows, positions)
 
 
+def evaluation_room(model: Any) -> Room:
+    """What runs together, alike in every process.
+
+    Args:
+        model: as it is trained, perhaps wrapped; `use_chunked_loss` was called on it.
+    """
+    causal = causal_of(model)
+    loss = causal.masformer_loss
+    room = room_of(causal, positions=None if causal.device.type == "cuda" else loss.chunk)
+    if not loss.is_chunked:
+        room.tokens = 1
+    if _processes()[1] > 1:
+        least = torch.tensor([room.tokens, room.positions], device=causal.device)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+        room.tokens, room.positions = least.tolist()
+    return room
+
+
+def causal_of(model: Any) -> Any:
+    """The causal language model that adapters, or processes, are wrapped around."""
+    return next(module for module in model.modules() if "masformer_loss" in vars(module))
+
+
 def evaluate(
-    model: Any, tasks: Sequence[Task], device: Any, stop: Callable[[], bool], advance: Callable[[int, int], None]
+    model: Any,
+    tasks: Sequence[Task],
+    device: Any,
+    stop: Callable[[], bool],
+    advance: Callable[[int, int], None],
+    precision: str | None = None,
 ) -> Figures | None:
     """The figures of every task: loss, perplexity, and perplexity of the second half of the context.
 
@@ -87,27 +116,35 @@ def evaluate(
         model: as it is trained, perhaps wrapped; `use_chunked_loss` was called on it.
         tasks: what to measure.
         device: where the inputs go.
-        stop: asked between windows: True gives up.
-        advance: called with (windows done, windows in all).
+        stop: asked between passes: True gives up.
+        advance: called with (windows done, windows in all) of this process.
+        precision: see `masformer.evaluation.perplexity.perplexity`; None: auto.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-    total = sum(-(-len(task.windows) // world) for task in tasks)
-    done = 0
+    rank, world = _processes()
+    dtype, room = autocast_on(device, causal_of(model).dtype, precision), evaluation_room(model)
+    shares = [_share(task, room, rank, world) for task in tasks]
+    done, total = 0, sum(len(batch) for share in shares for batch, _ in share)
     figures: Figures = {}
     model.eval()
     try:
-        for task in tasks:
+        for task, share in zip(tasks, shares, strict=True):
             sums = torch.zeros(2, task.length, dtype=torch.float64)
-            for inputs, real in _share(task, rank, world, device):
+
+            def losses_of(part: Sequence[int], task: Task = task) -> tuple[Tensor, Tensor]:
+                with autocast(device, dtype):
+                    return _token_losses(model, _inputs(task, part, device), room.positions)
+
+            for batch, real in share:
                 if stop():
                     return None
-                losses = _token_losses(model, inputs)
-                if real:
-                    here = inputs["shift_labels"][0].cpu() != IGNORED
-                    sums[0, : len(here)] += losses
-                    sums[1, : len(here)] += here
-                done += 1
-                advance(done, total)
+                length = len(task.windows[batch[0]][0])
+                # where processes must keep step, one of them cannot run its batch in more parts than the others
+                parts = room.run(batch, length, losses_of) if world == 1 else [(batch, losses_of(batch))]
+                for part, (losses, there) in parts:
+                    if real:
+                        sums[:, : losses.shape[1]] += torch.stack([losses.sum(0), there.sum(0)])
+                    done += len(part)
+                    advance(done, total)
             if world > 1:
                 shared = sums.to(device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
                 dist.all_reduce(shared)
@@ -118,22 +155,36 @@ def evaluate(
     return figures
 
 
-def _share(task: Task, rank: int, world: int, device: Any) -> Iterator[tuple[Mapping[str, Tensor], bool]]:
-    """This process's windows; as many in every process, so some come again and do not count."""
-    for start in range(0, len(task.windows), world):
-        index = min(start + rank, len(task.windows) - 1)
-        inputs, targets = task.windows[index]
-        batch = {"input_ids": inputs, "shift_labels": targets}
-        if task.positions is not None:
-            batch["position_ids"] = task.positions[index]
-        yield {name: torch.tensor([values], device=device) for name, values in batch.items()}, start + rank == index
+def _processes() -> tuple[int, int]:
+    """The number of this one, and of all."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def _share(task: Task, room: Room, rank: int, world: int) -> list[tuple[list[int], bool]]:
+    """This process's batches; as many in every process, so some come again and do not count."""
+    batches = list(room.batches([len(inputs) for inputs, _ in task.windows]))
+    starts = range(rank, rank + len(batches), world)
+    return [(batches[min(start, len(batches) - 1)], start < len(batches)) for start in starts]
+
+
+def _inputs(task: Task, part: Sequence[int], device: Any) -> dict[str, Tensor]:
+    """Some windows, the shorter ones padded at their end; [windows, length]."""
+    inputs, targets = zip(*(task.windows[index] for index in part), strict=True)
+    found = {"input_ids": padded(inputs, 0), "shift_labels": padded(targets, IGNORED)}
+    if task.positions is not None:
+        length = max(map(len, inputs))
+        rows = [task.positions[index] for index in part]
+        found["position_ids"] = padded(
+            [row + list(range(row[-1] + 1, row[-1] + 1 + length - len(row))) for row in rows], 0
+        )
+    return {name: values.to(device) for name, values in found.items()}
 
 
 @torch.no_grad()
-def _token_losses(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """[length] float64 on the CPU."""
-    losses: Tensor = model(**inputs, use_cache=False, per_token=True).loss
-    return losses[0].double().cpu()
+def _token_losses(model: Any, inputs: Mapping[str, Tensor], chunk: int) -> tuple[Tensor, Tensor]:
+    """[windows, length] float64, 0 where nothing is predicted, and bool, where something is; on the CPU."""
+    losses: Tensor = model(**inputs, use_cache=False, per_token=True, loss_chunk=chunk).loss
+    return losses.cpu().double(), inputs["shift_labels"].cpu() != IGNORED
 
 
 def _figures(task: Task, sums: Tensor) -> Figures:

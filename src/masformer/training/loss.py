@@ -22,9 +22,8 @@ from transformers.modeling_outputs import CausalLMOutput
 from masformer.data.pairs import IGNORED
 from masformer.errors import check_int
 from masformer.evaluation.perplexity import prepared_base
+from masformer.evaluation.room import CHUNK
 
-CHUNK = 512
-"""Positions whose logits exist at the same time."""
 LINEAR_CROSS_ENTROPY = getattr(nn.functional, "linear_cross_entropy", None)
 
 
@@ -36,7 +35,8 @@ def use_chunked_loss(model: PreTrainedModel, chunk: int = CHUNK) -> PreTrainedMo
     - `labels` [batch, length]: position i predicts label i + 1, as everywhere in transformers;
     - `shift_labels` [batch, length]: position i predicts label i. -100 predicts nothing.
     - `num_items_in_batch`: the sum of the losses is divided by it; by default by the number of predictions.
-    - `per_token=True`: the loss of each position, float32 [batch, length], 0 where nothing is predicted.
+    - `per_token=True`: the loss of each position, float32 [batch, length], 0 where nothing is predicted; `loss_chunk`
+      then takes the place of `chunk`.
 
     Where the loss has further terms, or the head cannot be run apart from the base, the logits of all positions are
     made as before, and a warning says why.
@@ -74,6 +74,11 @@ class _Loss:
         self.way = ""
         self.cross_entropy: Callable[[Tensor, Tensor], Tensor] = _cross_entropy
 
+    @property
+    def is_chunked(self) -> bool:
+        """Whether the logits of some positions alone exist at the same time."""
+        return self.way != "plain"
+
     def give_up(self, reason: str) -> None:
         self.way = "plain"
         warnings.warn(f"the training loss needs the logits of all positions at once: {reason}", stacklevel=3)
@@ -108,6 +113,7 @@ def _forward(
     shift_labels: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
     per_token: bool = False,
+    loss_chunk: int | None = None,
     **kwargs: Any,
 ) -> Any:
     """Takes the place of the model's forward."""
@@ -119,15 +125,16 @@ def _forward(
     loss: _Loss = model.masformer_loss
     kwargs = {"use_cache": False} | kwargs | {"return_dict": True}
     extra = None
-    if loss.way != "plain":
+    if loss.is_chunked:
         output = model.base_model(input_ids, *args, **kwargs)
-    if loss.way == "plain":
+    if not loss.is_chunked:
         losses, extra = _plain(model, input_ids, args, kwargs, shift_labels)
     elif not per_token and loss.way == "linear" and _suits(model, output.last_hidden_state):
         total = _linear(model, output.last_hidden_state, shift_labels, loss.chunk)
         return CausalLMOutput(loss=_mean(total, shift_labels, num_items_in_batch))
     else:
-        losses = _chunked(model, output, shift_labels, loss.chunk, loss.cross_entropy)
+        chunk = loss.chunk if loss_chunk is None else loss_chunk
+        losses = _chunked(model, output, shift_labels, chunk, loss.cross_entropy)
     if per_token:
         return CausalLMOutput(loss=losses.view_as(shift_labels))
     mean = _mean(losses.sum(), shift_labels, num_items_in_batch)

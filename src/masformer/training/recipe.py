@@ -128,6 +128,8 @@ class EvaluationRecipe:
         every: steps between evaluations; None: only before and after.
         at_start: evaluate before the first step.
         max_tokens: use at most the first so many tokens of each document.
+        precision: of matrix products where the weights are float32: `float32` or `bfloat16` (autocast); by default
+            bfloat16 on CUDA.
     """
 
     sources: dict[str, Source] = field(default_factory=dict)
@@ -135,10 +137,11 @@ class EvaluationRecipe:
     every: int | None = None
     at_start: bool = True
     max_tokens: int | None = None
+    precision: str | None = None
 
     def __post_init__(self) -> None:
         if not self.sources:
-            if self.lengths or self.every is not None or self.max_tokens is not None:
+            if self.lengths or any(each is not None for each in (self.every, self.max_tokens, self.precision)):
                 raise MasformerError("evaluation does nothing without evaluation.sources")
             return
         if _kind("evaluation.sources", self.sources) and self.lengths:
@@ -148,6 +151,8 @@ class EvaluationRecipe:
         for name in ("every", "max_tokens"):
             if getattr(self, name) is not None:
                 check_int(f"evaluation.{name}", getattr(self, name), 1)
+        if self.precision is not None:
+            check_choice("evaluation.precision", self.precision, PRECISIONS)
 
     def is_due(self, step: int, steps: int) -> bool:
         """Whether to evaluate after a step of so many; step 0 is before the first."""

@@ -22,6 +22,7 @@ from masformer.data.pairs import PairRows
 from masformer.data.report import report_rows, report_table, report_text
 from masformer.data.store import token_store
 from masformer.errors import MasformerError
+from masformer.evaluation.room import autocast_on, dtype_name
 from masformer.files import write_whole
 from masformer.models.checkpoint import load_config, model_folder
 from masformer.progress import progress_bar
@@ -46,6 +47,7 @@ from masformer.training.trainer import (
     SpanTrainer,
     Stopped,
     Watch,
+    autocast_by_step,
     clock,
     read_evaluations,
     training_arguments,
@@ -113,6 +115,8 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     begun = 0 if found is None else found.step
     evaluations = {step: row for step, row in read_evaluations(output / METRICS).items() if step <= begun}
 
+    autocast = _autocast(recipe, prepared, arguments.device, console, output / METRICS, begun)
+
     def is_missing(step: int) -> bool:
         return recipe.evaluation.is_due(step, steps) and step not in evaluations
 
@@ -122,6 +126,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         watch = Watch(
             recipe,
             evaluations,
+            autocast,
             lambda head, figures: _say(bar.console, f"{head}  {figures_text(figures)}"),
             lambda done, total, what: bar.update(task, completed=done, total=total, description=what),
         )
@@ -136,10 +141,30 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         return Outcome(None, done, watch.stopped_by, evaluations)
     weights = state.trained_weights(trainer.model, prepared.trainable, first)
     if first:
-        _write_model(recipe, prepared, weights, output / "model", model_card(recipe, prepared, report, evaluations))
+        _write_model(
+            recipe, prepared, weights, output / "model", model_card(recipe, prepared, report, evaluations, autocast)
+        )
         _say(console, f"{output / 'model'}: {prepared.plan}")
     PartialState().wait_for_everyone()
     return Outcome(output / "model", done, None, evaluations)
+
+
+def _autocast(
+    recipe: Recipe, prepared: Prepared, device: torch.device, console: Console, metrics: Path, begun: int
+) -> str | None:
+    """The dtype of matrix products in evaluations; says where those up to the step that was done had another."""
+    if not recipe.evaluation.sources:
+        return None
+    name = dtype_name(autocast_on(device, prepared.causal.dtype, recipe.evaluation.precision))
+    before = {each for step, each in autocast_by_step(metrics).items() if step <= begun}
+    if before - {name}:
+        each = ", ".join(sorted(was or "the precision of the weights" for was in before))
+        _say(
+            console,
+            f"evaluations up to step {begun} were in {each}, from now on they are in "
+            f"{name or 'the precision of the weights'}: evaluation.precision says in which",
+        )
+    return name
 
 
 def _check_model(recipe: Recipe) -> None:

@@ -29,6 +29,8 @@ from masformer.training.recipe import Recipe
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
+AUTOCAST = "autocast"
+"""Key of an evaluation's line of metrics."""
 SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup", "linear": "linear"}
 TIMEOUT = 6 * 3600
 """Seconds that a process waits for another: reading and tokenizing may take long."""
@@ -162,7 +164,8 @@ class SpanTrainer(Trainer):  # type: ignore[misc]
         """
         model = self.model_wrapped if self.is_fsdp_enabled else self.model
         stop = self.watch.is_stopped if self.args.world_size == 1 else lambda: False
-        figures = evaluate(model, self.tasks, self.args.device, stop, self.watch.evaluated)
+        precision = self.recipe.evaluation.precision
+        figures = evaluate(model, self.tasks, self.args.device, stop, self.watch.evaluated, precision)
         if figures is None:
             if self.watch.steps_done == 0:
                 raise Stopped
@@ -218,6 +221,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     Args:
         recipe: the run.
         evaluations: step -> figures; every evaluation is added.
+        autocast: dtype of matrix products in evaluations, where it is not that of the weights; metrics hold it.
         show: called with a line for people, and the figures it is made of, on the first process.
         advance: called with (steps done, steps in all, what is being done).
     """
@@ -226,10 +230,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self,
         recipe: Recipe,
         evaluations: dict[int, dict[str, float]],
+        autocast: str | None,
         show: Callable[[str, dict[str, float]], None],
         advance: Callable[[int, int, str], None],
     ) -> None:
         self.recipe, self.evaluations, self.show, self.advance = recipe, evaluations, show, advance
+        self.autocast = autocast
         self.output = Path(recipe.output)
         self.stopped_by: int | None = None
         self._tokens = self._all_tokens = 0
@@ -307,7 +313,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if not state.is_world_process_zero:
             return
         with (self.output / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step} | figures) + "\n")
+            how = {AUTOCAST: self.autocast} if "loss" not in figures and self.autocast is not None else {}
+            file.write(json.dumps({"step": step} | figures | how) + "\n")
         if self._board is not None:
             for name, value in figures.items():
                 self._board.add_scalar(name, value, step)
@@ -341,7 +348,12 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
 def read_evaluations(path: Path) -> dict[int, dict[str, float]]:
     """Step -> the figures of its evaluation, from the lines of metrics."""
     rows = [row for row in read_metrics(path) if "loss" not in row]
-    return {row.pop("step"): row for row in rows}
+    return {row["step"]: {name: row[name] for name in row if name not in ("step", AUTOCAST)} for row in rows}
+
+
+def autocast_by_step(path: Path) -> dict[int, str | None]:
+    """Step -> dtype of matrix products in its evaluation, where it was not that of the weights."""
+    return {row["step"]: row.get(AUTOCAST) for row in read_metrics(path) if "loss" not in row}
 
 
 def summary_writer(folder: Path, step: int) -> Any:

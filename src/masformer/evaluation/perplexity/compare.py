@@ -66,8 +66,9 @@ def compare_plans(
     backend: str = "auto",
     context: int = 1,
     target_tokens: int | None = None,
-    chunk: int = 512,
-    batch_size: int = 1,
+    chunk: int | None = None,
+    batch_size: int | None = None,
+    precision: str = "auto",
     text_bytes: int | None = None,
     progress: Callable[[str, int, int, int], None] | None = None,
 ) -> list[PerplexityResult]:
@@ -85,6 +86,7 @@ def compare_plans(
             every length, so that lengths differ by the context alone (`target_window`). Shorter documents are left out.
         chunk: see `perplexity`.
         batch_size: see `perplexity`.
+        precision: see `perplexity`.
         text_bytes: see `perplexity`.
         progress: called with (name of the plan, length, work done so far, work in all), in tokens as in `perplexity`:
             before each pair of plan and length, and after each pass.
@@ -100,7 +102,7 @@ def compare_plans(
     for plan in plans.values():
         plan.for_layers(model.config.num_hidden_layers)
     targets = None if target_tokens is None else FixedTargets(target_tokens, max(lengths))
-    check(model, documents, lengths, prefix, context, targets, chunk, batch_size, text_bytes)
+    check(model, documents, lengths, prefix, context, targets, chunk, batch_size, precision, text_bytes)
     if targets is None:
         each = len(lengths) * predicted_tokens(documents, prefix, None)
     else:
@@ -127,6 +129,7 @@ def compare_plans(
                 targets=targets,
                 chunk=chunk,
                 batch_size=batch_size,
+                precision=precision,
                 text_bytes=text_bytes,
                 progress=advance,
             )
@@ -145,7 +148,7 @@ def paired_differences(results: Sequence[PerplexityResult], against: str | None 
         One difference per result of the other plans, in their order; none where there is one plan.
 
     Raises:
-        MasformerError: there is no such plan.
+        MasformerError: there is no such plan, or two plans were measured in unequal precision.
     """
     names = list(dict.fromkeys(result.name for result in results))
     base = names[0] if against is None and names else against
@@ -157,6 +160,11 @@ def paired_differences(results: Sequence[PerplexityResult], against: str | None 
     for result in results:
         if result.name != base and result.length in bases:
             other = bases[result.length]
+            if result.autocast != other.autocast:
+                raise MasformerError(
+                    f"{result.name} was measured in {result.autocast or 'the precision of the weights'} and {base} in "
+                    f"{other.autocast or 'the precision of the weights'}: they cannot be compared"
+                )
             difference = result.by_document.minus(other.by_document)
             assert difference is not None
             half = result.second_half_by_document.minus(other.second_half_by_document)

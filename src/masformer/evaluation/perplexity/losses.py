@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from masformer.data.pairs import IGNORED
 from masformer.evaluation.perplexity.windows import Window
+from masformer.evaluation.room import padded
 
 
 class _Prepared(nn.Module):
@@ -48,31 +50,35 @@ def prepared_base(model: PreTrainedModel, output: Any) -> Iterator[_Prepared]:
         setattr(model, name, base)
 
 
-def target_losses(model: PreTrainedModel, windows: Sequence[Window], chunk: int) -> Tensor:
-    """Negative log-likelihood of each target, in nats.
+def target_losses(model: PreTrainedModel, windows: Sequence[Window], chunk: int) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of each target, in nats, where the input stands that predicts it.
 
     Args:
         model: a causal language model.
-        windows: all with as many inputs, and as many targets, as the first.
+        windows: shorter ones are padded at their end.
         chunk: positions whose logits exist at the same time, at least one of each window.
 
     Returns:
-        [windows, targets], float64, on the CPU.
+        [windows, length] float64, 0 where nothing is predicted, and bool, where something is; on the CPU.
     """
-    tokens = torch.tensor([inputs for inputs, _ in windows], device=model.device)
-    wanted = torch.tensor([targets for _, targets in windows], device=model.device)
-    output = model.base_model(input_ids=tokens, use_cache=False, return_dict=True)
-    length, count = tokens.shape[1], wanted.shape[1]
-    first, step = length - count, max(1, chunk // len(windows))
-    losses = []
+    starts = [len(inputs) - len(targets) for inputs, targets in windows]
+    tokens = padded([inputs for inputs, _ in windows], 0)
+    wanted = padded([[IGNORED] * start + targets for start, (_, targets) in zip(starts, windows, strict=True)], IGNORED)
+    length = tokens.shape[1]
+    inputs, here = tokens.to(model.device), wanted.to(model.device)
+    output = model.base_model(input_ids=inputs, use_cache=False, return_dict=True)
+    first, step = min(starts), max(1, chunk // len(windows))
+    losses = [torch.zeros(len(windows), first, device=model.device)]
     with prepared_base(model, output) as prepared:
-        for start in range(0, count, step):
-            prepared.positions = slice(first + start, min(first + start + step, length))
-            logits = model(input_ids=tokens[:, prepared.positions], use_cache=False, return_dict=True).logits
-            here = wanted[:, start : start + step].to(logits.device)
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), here.flatten(), reduction="none")
-            losses.append(loss.view_as(here))
-    return torch.cat(losses, dim=1).cpu().double()
+        for start in range(first, length, step):
+            prepared.positions = slice(start, start + step)
+            logits = model(input_ids=inputs[:, prepared.positions], use_cache=False, return_dict=True).logits
+            targets = here[:, prepared.positions].to(logits.device)
+            loss = nn.functional.cross_entropy(
+                logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
+            )
+            losses.append(loss.view_as(targets).to(model.device))
+    return torch.cat(losses, dim=1).cpu().double(), wanted != IGNORED
 
 
 def exp_or_inf(nll: float) -> float:

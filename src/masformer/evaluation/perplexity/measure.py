@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,11 +17,11 @@ from masformer.evaluation.intervals import Interval, bootstrap
 from masformer.evaluation.perplexity.losses import exp_or_inf, target_losses
 from masformer.evaluation.perplexity.windows import (
     FixedTargets,
-    Window,
     check_window,
     document_windows,
     predicted_tokens,
 )
+from masformer.evaluation.room import autocast, autocast_on, dtype_name, room_of
 from masformer.models.positions import position_limit
 
 FIRST_BUCKET = 256
@@ -104,6 +104,7 @@ class PerplexityResult:
         text_bytes: UTF-8 bytes of the text, if known.
         name: the plan's name in a comparison.
         plan: the plan's text form in a comparison.
+        autocast: dtype of matrix products, where it is not that of the weights; see `masformer.evaluation.room`.
     """
 
     length: int
@@ -119,6 +120,7 @@ class PerplexityResult:
     text_bytes: int | None = None
     name: str | None = None
     plan: str | None = None
+    autocast: str | None = None
 
     @property
     def perplexity(self) -> float:
@@ -171,8 +173,9 @@ def perplexity(
     prefix: int | None,
     context: int = 1,
     targets: FixedTargets | None = None,
-    chunk: int = 512,
-    batch_size: int = 1,
+    chunk: int | None = None,
+    batch_size: int | None = None,
+    precision: str = "auto",
     text_bytes: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> PerplexityResult:
@@ -185,8 +188,12 @@ def perplexity(
         prefix: what a document's first token is predicted from (`prefix_token`); None: it is not predicted.
         context: see `rolling_windows`.
         targets: predict these tokens alone (`target_window`); by default every token, in rolling windows.
-        chunk: positions whose logits exist at the same time; their loss is computed in float32.
-        batch_size: windows that run together, where as many of equal size follow each other.
+        chunk: positions whose logits exist at the same time; their loss is computed in float32. By default what fits on
+            CUDA, else 512.
+        batch_size: windows that run together, where they are of equal length or nearly so; by default as many as fit
+            on CUDA, else one. Where they do not fit after all, half of them run, and half of the logits.
+        precision: of matrix products, where the weights are float32: `float32`, `bfloat16` (autocast), or `auto`:
+            bfloat16 on CUDA.
         text_bytes: UTF-8 bytes of the documents, for `bits_per_byte`; not with `targets`.
         progress: called after each pass with the number of its input tokens that count as work done: those that
             predict, or with `targets` all of them.
@@ -195,29 +202,42 @@ def perplexity(
         MasformerError: a value out of range, a length beyond the model's positions, nothing to predict, a model in
             training mode, or a loss that is not finite.
     """
-    check(model, documents, [length], prefix, context, targets, chunk, batch_size, text_bytes)
+    check(model, documents, [length], prefix, context, targets, chunk, batch_size, precision, text_bytes)
+    dtype, room = autocast_on(model.device, model.dtype, precision), room_of(model, rows=batch_size, positions=chunk)
+    found = [
+        (number, window)
+        for number, document in enumerate(documents)
+        for window in document_windows(document, prefix, length, context, targets)
+    ]
+    found.sort(key=lambda each: len(each[1][0]) - len(each[1][1]))  # together: those that predict from alike positions
+    numbers, windows = zip(*found, strict=True)
+    sizes = [len(inputs) for inputs, _ in windows]
     sums = torch.zeros(length, dtype=torch.float64)
     counts = torch.zeros(length, dtype=torch.int64)
     half = length // 2
     by_document = torch.zeros(len(documents), 2, dtype=torch.float64)  # all, and the second half
     tokens_of = torch.zeros(len(documents), 2, dtype=torch.int64)
-    for batch in _batches(documents, prefix, length, context, targets, batch_size):
-        windows = [window for _, window in batch]
-        losses = target_losses(model, windows, chunk)
-        end, count = len(windows[0][0]), losses.shape[1]
-        here, late = slice(end - count, end), slice(max(0, half - (end - count)), None)
-        for (number, _), row in zip(batch, losses, strict=True):
-            if not bool(row.isfinite().all()):
+
+    def losses_of(part: Sequence[int]) -> tuple[Tensor, Tensor]:
+        with autocast(model.device, dtype):
+            return target_losses(model, [windows[index] for index in part], room.positions)
+
+    for batch in room.batches(sizes):
+        for part_of, (losses, there) in room.run(batch, sizes[batch[0]], losses_of):
+            mine = torch.tensor([numbers[index] for index in part_of])
+            if not bool((finite := losses.isfinite().all(1)).all()):
+                number = int(mine[~finite].min())
                 raise MasformerError(
                     f"the loss is not finite in document {number + 1} of {len(documents)}, in windows of {length} "
-                    f"tokens: the model's weights are damaged, or too coarse in {model.dtype}"
+                    f"tokens: the model's weights are damaged, or too coarse in {dtype or model.dtype}"
                 )
-            by_document[number] += torch.stack([row.sum(), row[late].sum()])
-            tokens_of[number] += torch.tensor([len(row), len(row[late])])
-            sums[here] += row
-            counts[here] += 1
-        if progress is not None:
-            progress(len(windows) * (count if targets is None else length))
+            end = losses.shape[1]
+            sums[:end] += losses.sum(0)
+            counts[:end] += there.sum(0)
+            by_document.index_add_(0, mine, torch.stack([losses.sum(1), losses[:, half:].sum(1)], 1))
+            tokens_of.index_add_(0, mine, torch.stack([there.sum(1), there[:, half:].sum(1)], 1))
+            if progress is not None:
+                progress(int(there.sum()) if targets is None else len(part_of) * length)
 
     def part(start: int, end: int) -> PositionLoss:
         tokens = int(counts[start:end].sum())
@@ -240,32 +260,8 @@ def perplexity(
         target_tokens=None if targets is None else targets.count,
         left_out=0 if targets is None else sum(len(document) < targets.end for document in documents),
         text_bytes=text_bytes,
+        autocast=dtype_name(dtype),
     )
-
-
-def _batches(
-    documents: Sequence[Sequence[int]],
-    prefix: int | None,
-    length: int,
-    context: int,
-    targets: FixedTargets | None,
-    batch_size: int,
-) -> Iterator[list[tuple[int, Window]]]:
-    """(number of the document, window), up to `batch_size` that follow each other and are of one shape."""
-    windows = (
-        (number, window)
-        for number, document in enumerate(documents)
-        for window in document_windows(document, prefix, length, context, targets)
-    )
-    for _, alike in groupby(windows, key=lambda each: (len(each[1][0]), len(each[1][1]))):
-        batch = []
-        for each in alike:
-            batch.append(each)
-            if len(batch) == batch_size:
-                yield batch
-                batch = []
-        if batch:
-            yield batch
 
 
 def _document_losses(tokens: Tensor, nll: Tensor) -> DocumentLosses:
@@ -280,13 +276,16 @@ def check(
     prefix: int | None,
     context: int,
     targets: FixedTargets | None,
-    chunk: int,
-    batch_size: int,
+    chunk: int | None,
+    batch_size: int | None,
+    precision: str,
     text_bytes: int | None,
 ) -> None:
     """Raises the errors of `perplexity` that are known before anything runs."""
-    check_int("chunk", chunk, 1)
-    check_int("batch_size", batch_size, 1)
+    for name, value in (("chunk", chunk), ("batch_size", batch_size)):
+        if value is not None:
+            check_int(name, value, 1)
+    autocast_on(model.device, model.dtype, precision)
     if text_bytes is not None:
         check_int("text_bytes", text_bytes, 1)
     limit = position_limit(model.config)
