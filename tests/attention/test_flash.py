@@ -87,6 +87,23 @@ def test_keys_out_of_a_cache_that_has_dropped_some(span):
     assert any(skipped)
 
 
+@pytest.mark.parametrize("span", SPANS)
+def test_tensors_with_gaps_between_rows_and_heads(span):
+    """As caches hold keys, and as one projection gives queries, keys and values."""
+    whole = torch.randn(2, 130, 3, 2, 12, dtype=torch.float64, requires_grad=True)
+    query, key, value = (x.transpose(1, 2)[:, :, :120, 2:10] for x in whole.unbind(2))
+    assert not query.is_contiguous()
+    outs = [backend.run(Call(query, key, value, span, 0.4)) for backend in (Reference(), Flash())]
+    weight = torch.randn_like(outs[0])
+    grads = [torch.autograd.grad(out, whole, weight, retain_graph=True)[0] for out in outs]
+    torch.testing.assert_close(outs[1], outs[0], atol=1e-12, rtol=0)
+    torch.testing.assert_close(grads[1], grads[0], atol=1e-12, rtol=0)
+    with torch.no_grad():
+        calls = [Call(query[:, :, -1:], key, value, span, 0.4)] * 2
+        expected, actual = (each.run(call) for each, call in zip((Reference(), Flash()), calls, strict=True))
+    torch.testing.assert_close(actual, expected, atol=1e-12, rtol=0)
+
+
 def test_how_a_span_is_cut():
     def parts(span, batch, length, layout=None, past=0):
         inputs = tensors(batch, 1, 1, length - past, length)
@@ -188,12 +205,12 @@ def test_the_kernels_of_sinks_against_torch():
     for given_layout in (None, layout):
         query, key, value = tensors(2, 2, 3, 513, 513, 64, "cpu", torch.float32)
         call = Call(query, key, value, WindowSpan(33, 5), 0.2, given_layout)
-        flat = [x.detach().transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
+        flat = [x.detach().transpose(1, 2) for x in (query, key, value)]
         table = flash.parts_of(call).sinks
         there = dataclasses.replace(
             table, **{name: x.cuda() for name, x in vars(table).items() if isinstance(x, torch.Tensor)}
         )
-        out, grad = torch.randn(1026, 6, 64), torch.randn(1026, 6, 64)
+        out, grad = torch.randn(2, 2, 513, 6, 64)
         sums = torch.randn(2, 6, 513) if given_layout is None else torch.randn(1, 6, 1026)
         on_gpu = [x.cuda() for x in (*flat, out, sums, grad)]
         sinks.join(table, *flat, out, sums, 0.2)

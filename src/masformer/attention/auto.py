@@ -14,7 +14,7 @@ ON_CUDA: tuple[Backend, ...] = (Flash(), Flex(), TILED)
 
 
 class Auto(Backend):
-    """Chooses call by call: on CUDA among all backends, elsewhere the tiles, which also take single queries."""
+    """Chooses call by call: on CUDA among all backends, elsewhere the tiles."""
 
     name = "auto"
 
@@ -26,6 +26,6 @@ class Auto(Backend):
 
     def choose(self, call: Call) -> Backend:
         """The backend that `run` takes."""
-        if not call.query.is_cuda or call.query.shape[2] == 1:
+        if not call.query.is_cuda:
             return TILED
         return next(backend for backend in ON_CUDA if backend.objection(call) is None)

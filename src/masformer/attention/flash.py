@@ -35,7 +35,7 @@ from masformer.spans import BlockSpan, FullSpan, Span, WindowSpan
 WIDEST = 256
 """The widest head that the kernels take."""
 
-DTYPES = (torch.bfloat16, torch.float16)
+DTYPES = {torch.bfloat16, torch.float16}
 
 MOST_SINKS = 64
 """The kernel for sinks holds all of them at once."""
@@ -94,29 +94,21 @@ class Flash(Backend):
 
     def objection(self, call: Call) -> str | None:
         query, key, value = call.tensors
-        width = query.shape[-1]
+        reason = _objection(
+            query.device,
+            frozenset(x.dtype for x in call.tensors),
+            (query.shape[-1], value.shape[-1]),
+            call.span,
+            bool(call.dropout or call.softcap is not None),
+        )
         instead = "use backend flex or tiled"
-        if not query.is_cuda or torch.version.hip is not None:
-            where = query.device.type if not query.is_cuda else "AMD GPUs"
-            return f"backend flash runs on NVIDIA GPUs, not on {where}; {instead}"
-        if torch.cuda.get_device_capability(query.device) < (8, 0):
-            return f"backend flash needs a GPU of compute capability 8.0 or later; {instead}"
-        if {x.dtype for x in call.tensors} not in ({dtype} for dtype in DTYPES):
-            return f"backend flash takes bfloat16 and float16, not {query.dtype}; {instead}"
-        if value.shape[-1] != width or width > WIDEST or width % 8:
-            given = f"not {width} and {value.shape[-1]}; {instead}"
-            return f"backend flash takes keys and values of one width, a multiple of 8 up to {WIDEST}, {given}"
-        if call.dropout or call.softcap is not None:
-            return f"backend flash has neither dropout on attention weights nor soft caps; {instead}"
-        if call.span.sinks > MOST_SINKS:
-            return f"backend flash takes at most {MOST_SINKS} sinks, not {call.span.sinks}; {instead}"
-        if call.span.sinks and not has_triton():
-            return f"backend flash needs Triton for sinks, which is not there; {instead}"
+        if reason is not None:
+            return f"{reason}; {instead}"
         if call.layout is not None and call.layout.has_holes:
             return f"backend flash takes no padding between the tokens of a document; {instead}"
         if call.past and call.trains and (call.layout is not None or isinstance(call.span, BlockSpan)):
             return f"backend flash has no gradients for such queries after a past; {instead}"
-        if not _is_right(query.device, query.dtype, width, query.shape[1] // key.shape[1], _kind(call.span)):
+        if not _is_right(query.device, query.dtype, query.shape[-1], query.shape[1] // key.shape[1], _kind(call.span)):
             return f"backend flash gives wrong results for {call.span} on this GPU; {instead}"
         return None
 
@@ -135,9 +127,8 @@ class Flash(Backend):
         q, k, v = map(_in_rows, call.tensors)
         parts = parts_of(call)
         out, sums = _forward(parts.parts[0], q, k, v, call.scale)
-        flat = out.flatten(0, 1)
         if len(parts.parts) > 1:
-            shape, totals = sums.shape, _by_token(sums)
+            flat, shape, totals = out.flatten(0, 1), sums.shape, _by_token(sums)
             for part in parts.parts[1:]:
                 more, more_sums = _forward(part, q, k, v, call.scale)
                 here, here_totals = flat[part.queries], totals[:, part.queries]
@@ -148,10 +139,10 @@ class Flash(Backend):
                 totals[:, part.queries] = torch.logaddexp(here_totals, more_totals)
             sums = _by_sequence(totals, shape)
         if parts.sinks is not None:
-            q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-            sinks_beside.join(parts.sinks, q, k, v, flat, sums, call.scale)
+            q, k, v = map(_end_to_end, (q, k, v))
+            sinks_beside.join(parts.sinks, q, k, v, out.view(q.shape), sums, call.scale)
         if parts.dead is not None:
-            flat.masked_fill_(parts.dead, 0)
+            out.flatten(0, 1).masked_fill_(parts.dead, 0)
         return _by_head(out, call.query), sums.view(-1)
 
     def backward(self, call: Call, grad: Tensor, out: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,7 +164,8 @@ class Flash(Backend):
                 for whole, added, where in zip(grads, more, (part.queries, part.keys, part.keys), strict=True):
                     whole.flatten(0, 1)[where] += added.flatten(0, 1)
         if parts.sinks is not None:
-            g, q, k, v, o, *of_all = (x.flatten(0, 1) for x in (g, q, k, v, o, *grads))
+            g, q, k, v, o = map(_end_to_end, (g, q, k, v, o))
+            of_all = (x.view(like.shape) for x, like in zip(grads, (q, k, v), strict=True))
             sinks_beside.add_gradients(parts.sinks, g, q, k, v, o, sums, call.scale, *of_all)
         of_query, of_key, of_value = map(_by_head, grads, call.tensors)
         return of_query, of_key, of_value
@@ -195,12 +187,14 @@ class _Flash(torch.autograd.Function):
 
 
 def _in_rows(x: Tensor) -> Tensor:
-    """[batch, heads, length, dim] -> [batch, length, heads, dim], without a copy as models attend; rows end to end."""
+    """[batch, heads, length, dim] -> [batch, length, heads, dim], without a copy as models and caches hold it."""
     x = x.transpose(1, 2)
-    if x.is_contiguous():
-        return x
-    gapless = x.stride(0) == x.shape[1] * x.stride(1) or x.shape[0] == 1
-    return x if x.stride(3) == 1 and gapless else x.contiguous()
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _end_to_end(x: Tensor) -> Tensor:
+    """[batch, length, heads, dim] whose tokens lie at one distance through all rows."""
+    return x if len(x) == 1 or x.stride(0) == x.shape[1] * x.stride(1) else x.contiguous()
 
 
 def _by_head(x: Tensor, like: Tensor) -> Tensor:
@@ -254,9 +248,10 @@ def _backward(
 
 def _sequences(x: Tensor, part: Part, where: slice) -> Tensor:
     """The tokens of a part: [sequences, length, heads, dim], or end to end [tokens, heads, dim]."""
-    shape = x.shape
-    if part.alike and shape[0] == part.alike[0] and where.start == 0 and where.stop == shape[0] * shape[1]:
-        return x
+    rows, length, *rest = x.shape
+    if part.alike and where.start == 0 and where.stop == rows * length:
+        count = part.alike[0]
+        return x if count == rows else x.reshape(count, -1, *rest)
     x = x.flatten(0, 1)[where]
     return x.unflatten(0, (part.alike[0], -1)) if part.alike else x
 
@@ -271,6 +266,30 @@ def _no_dropout(device: torch.device) -> tuple[Tensor, Tensor]:
 def _options(part: Part, scale: float) -> dict[str, Any]:
     window = {} if part.left is None else {"window_size_left": part.left, "window_size_right": 0}
     return {"scale": scale, **window}
+
+
+@cache
+def _objection(
+    device: torch.device, dtypes: frozenset[torch.dtype], widths: tuple[int, int], span: Span, other: bool
+) -> str | None:
+    """What speaks against such calls, whatever their lengths; asked once, as a model asks in every layer."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        where = "AMD GPUs" if device.type == "cuda" else device.type
+        return f"backend flash runs on NVIDIA GPUs, not on {where}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "backend flash needs a GPU of compute capability 8.0 or later"
+    if len(dtypes) > 1 or not dtypes <= DTYPES:
+        return f"backend flash takes bfloat16 and float16, not {' and '.join(sorted(map(str, dtypes)))}"
+    if widths[0] != widths[1] or widths[0] > WIDEST or widths[0] % 8:
+        given = f"not {widths[0]} and {widths[1]}"
+        return f"backend flash takes keys and values of one width, a multiple of 8 up to {WIDEST}, {given}"
+    if other:
+        return "backend flash has neither dropout on attention weights nor soft caps"
+    if span.sinks > MOST_SINKS:
+        return f"backend flash takes at most {MOST_SINKS} sinks, not {span.sinks}"
+    if span.sinks and not has_triton():
+        return "backend flash needs Triton for sinks, which is not there"
+    return None
 
 
 # How a span is cut

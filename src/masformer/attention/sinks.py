@@ -66,10 +66,10 @@ def join(sinks: Sinks, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tenso
 
     Args:
         sinks: which.
-        q: [tokens, heads, dim].
-        k: [key tokens, kv_heads, dim].
+        q: [batch, length, heads, dim], rows end to end in memory.
+        k: [batch, key_len, kv_heads, dim].
         v: the same shape.
-        out: [tokens, heads, dim], the attention to the window alone.
+        out: the shape of `q`, the attention to the window alone.
         sums: [sequences, heads, length], the log-sum-exps of its scores, whose tokens lie end to end.
         scale: factor on the scores.
     """
@@ -78,6 +78,7 @@ def join(sinks: Sinks, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tenso
 
         sinks_triton.join(sinks, q, k, v, out, sums, scale)
         return
+    q, k, v, out = (x.flatten(0, 1) for x in (q, k, v, out))
     rows, scores, _, values, _ = _scores(sinks, q, k, v, scale)
     before = _at(sums, rows)[..., None]
     after = torch.logsumexp(torch.cat([before, scores], -1), -1, keepdim=True)
@@ -102,22 +103,23 @@ def add_gradients(
 
     Args:
         sinks: which.
-        g: [tokens, heads, dim], the gradient of the joined output.
+        g: the shape of `q`, the gradient of the joined output.
         q: see `join`.
         k: see `join`.
         v: see `join`.
         out: the joined output.
         sums: the joined log-sum-exps.
         scale: see `join`.
-        q_grad: [tokens, heads, dim].
-        k_grad: [key tokens, kv_heads, dim].
-        v_grad: the same shape.
+        q_grad: the shape of `q`.
+        k_grad: the shape of `k`.
+        v_grad: the same.
     """
     if q.is_cuda:
         from masformer.attention import sinks_triton
 
         sinks_triton.add_gradients(sinks, g, q, k, v, out, sums, scale, q_grad, k_grad, v_grad)
         return
+    g, q, k, v, out, q_grad, k_grad, v_grad = (x.flatten(0, 1) for x in (g, q, k, v, out, q_grad, k_grad, v_grad))
     rows, scores, keys, values, columns = _scores(sinks, q, k, v, scale)
     here = g[rows]
     weights = (scores - _at(sums, rows)[..., None]).exp()

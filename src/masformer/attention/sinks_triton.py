@@ -91,8 +91,8 @@ def _gradients(
 
 def join(sinks: Sinks, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, scale: float) -> None:
     """See `masformer.attention.sinks.join`."""
-    strides = [x.stride(i) for x in (q, k, v, out) for i in (0, 1)]
-    grid = sinks.chunks.shape[0], q.shape[1]
+    strides = [x.stride(i) for x in (q, k, v, out) for i in (1, 2)]
+    grid = sinks.chunks.shape[0], q.shape[2]
     _join[grid](q, k, v, out, sums, sinks.chunks, scale, sums.shape[2], *strides, **_shape(sinks, q, k))
 
 
@@ -110,34 +110,35 @@ def add_gradients(
     v_grad: Tensor,
 ) -> None:
     """See `masformer.attention.sinks.add_gradients`."""
-    chunks, heads, kv_heads, dim = sinks.chunks.shape[0], q.shape[1], k.shape[1], q.shape[2]
+    (rows, length, kv_heads, dim), heads, chunks = k.shape, q.shape[2], sinks.chunks.shape[0]
     parts = torch.empty(2, chunks, heads, sinks.count, dim, device=q.device)  # of keys, and of values
-    strides = [x.stride(i) for x in (g, q, k, v, out, q_grad) for i in (0, 1)]
+    strides = [x.stride(i) for x in (g, q, k, v, out, q_grad) for i in (1, 2)]
     made = g, q, k, v, out, sums, sinks.chunks, q_grad, parts
     _gradients[chunks, heads](*made, scale, sums.shape[2], *strides, **_shape(sinks, q, k))
     documents = sinks.keys.shape[0]
-    if sinks.row * documents == k.shape[0] >= documents * sinks.count:  # whole rows
+    if sinks.row == length >= sinks.count and documents == rows:
         by_document = parts.view(2, documents, -1, kv_heads, heads // kv_heads, sinks.count, dim).sum((2, 4))
         for grad, more in zip((k_grad, v_grad), by_document.transpose(2, 3), strict=True):
-            grad.view(documents, -1, kv_heads, dim)[:, : sinks.count].add_(more)
+            grad[:, : sinks.count].add_(more)
         return
     by_chunk = parts.view(2, chunks, kv_heads, -1, sinks.count, dim).sum(3)
     by_document = by_chunk.new_zeros(2, documents, *by_chunk.shape[2:])
     by_document.index_add_(1, sinks.documents, by_chunk)
     columns = sinks.keys[:, None] + torch.arange(sinks.count, device=q.device)
-    columns = columns.clamp(max=k.shape[0] - 1).flatten()  # a document shorter than its sinks adds zeros there
+    columns = columns.clamp(max=rows * length - 1).flatten()  # a document shorter than its sinks adds zeros there
     for grad, more in zip((k_grad, v_grad), by_document.transpose(2, 3).flatten(1, 2).to(k_grad.dtype), strict=True):
-        grad.index_add_(0, columns, more)
+        grad.view(-1, kv_heads, dim).index_add_(0, columns, more)
 
 
 def _shape(sinks: Sinks, q: Tensor, k: Tensor) -> dict[str, int]:
-    wide = triton.next_power_of_2(max(NARROWEST, q.shape[2]))
+    width = q.shape[3]
+    wide = triton.next_power_of_2(max(NARROWEST, width))
     return {
         "SIZE": sinks.size,
         "SINKS": sinks.count,
         "PLACES": max(NARROWEST, triton.next_power_of_2(sinks.count)),
-        "GROUP": q.shape[1] // k.shape[1],
-        "WIDTH": q.shape[2],
+        "GROUP": q.shape[2] // k.shape[2],
+        "WIDTH": width,
         "WIDE": wide,
         "ROWS": CHUNK,
         "num_warps": 4 if wide <= 128 else 8,

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from masformer.attention.auto import Auto
+from masformer.attention.call import Call
 from masformer.attention.reference import dense_attention
 from masformer.attention.tiled import Kernel
+from masformer.spans import FullSpan
 
 
 def attend_stored(
@@ -38,8 +44,17 @@ def attend_stored(
     if backend == "reference":
         everything = torch.ones(1, dtype=torch.bool, device=key.device) if visible is None else visible
         return dense_attention(query, key, value, everything, scale, dropout, softcap)
+    if query.is_cuda and visible is None:
+        return Auto().run(Call(query, key, value, FullSpan(), scale, None, dropout, softcap))
     batch, heads, _, dim = query.shape
     kv_heads = key.shape[1]
     folded = query.reshape(batch, kv_heads, heads // kv_heads, dim)  # the queries of a group share their keys
-    out = Kernel(scale, dropout, softcap).masked(folded, key, value, visible)
+    with _without_cudnn() if query.is_cuda else nullcontext():
+        out = Kernel(scale, dropout, softcap).masked(folded, key, value, visible)
     return out.reshape(batch, heads, 1, -1)
+
+
+def _without_cudnn() -> AbstractContextManager[None]:
+    """cuDNN plans anew for every length, which takes longer than a token."""
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(kernels)  # type: ignore[no-any-return]

@@ -25,9 +25,10 @@ from masformer.benchmarks.models import (
 from masformer.benchmarks.rows import with_exponents
 from masformer.benchmarks.timing import compare_times, peak_memory
 from masformer.errors import MasformerError
+from masformer.evaluation.room import CHUNK
 from masformer.models.compiling import compile_layers
 from masformer.plan import AttentionPlan
-from masformer.training.loss import CHUNK, compile_loss, use_chunked_loss
+from masformer.training.loss import compile_loss, use_chunked_loss
 from masformer.training.recipe import PRECISIONS
 
 
