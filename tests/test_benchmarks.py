@@ -250,11 +250,12 @@ def test_a_cache_filled_at_random_is_like_one_after_a_prompt(kind):
 @pytest.mark.parametrize("bench", [bench_train, bench_eval])
 def test_layers_are_compiled_where_that_is_asked_for(monkeypatch, bench):
     compiled = []
-    monkeypatch.setattr(f"{bench.__module__}.compile_layers", compiled.append)
+    for name in ("compile_layers", "compile_loss") if bench is bench_train else ("compile_layers",):
+        monkeypatch.setattr(f"{bench.__module__}.{name}", compiled.append)
     model = tiny("llama")
     for asked in (False, True):
         bench(model, {"mixed": PLAN}, [16], repeats=1, compiled=asked)
-        assert compiled == [model] * asked
+        assert compiled == [model] * asked * (2 if bench is bench_train else 1)
 
 
 def test_evaluation_is_timed_on_as_many_tokens_as_are_asked_for():

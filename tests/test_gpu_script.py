@@ -53,7 +53,7 @@ def test_a_part_that_fails_does_not_stop_the_rest(tmp_path):
     ]
     assert all(record["results"] and record["device"].startswith("CPU") for record in records.values())
     assert {row["length"] for row in records["prefill-llama-1b-cpu"]["results"]} == {96, 160}
-    assert records["train-smollm2-cpu"]["compiled"] is True
+    assert records["train-smollm2-cpu"]["precision"] == "bfloat16"
 
 
 FAKE = """#!{python}

@@ -131,7 +131,8 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return (*direct_backward(gradient, *ctx.saved_tensors, ctx.left), None)
+        q, k, v, out, lse, seed, offset = ctx.saved_tensors
+        return (*direct_backward(gradient, q, k, v, out, lse, seed, offset, ctx.left), None)
 
 
 def direct_forward(q: Tensor, k: Tensor, v: Tensor, left: int) -> tuple[Tensor, ...]:
@@ -167,6 +168,7 @@ def torch_flash(span: Span, query: Tensor, key: Tensor, backward: bool) -> Made:
 
 def direct(span: Span, length: int) -> Made:
     """The same, without a look at the device."""
+    runs: Span
     if isinstance(span, WindowSpan):
         rows, left, runs = length, span.size - 1, WindowSpan(span.size)
     elif isinstance(span, BlockSpan) and not span.lookback and length % span.size == 0:

@@ -101,7 +101,7 @@ def _device_seconds(call: Callable[[], object]) -> float:
         call()
         end.record()
     _finish()
-    return statistics.median(begin.elapsed_time(end) / 1000 for begin, end in events)
+    return statistics.median(float(begin.elapsed_time(end)) / 1000 for begin, end in events)
 
 
 def _finish() -> None:

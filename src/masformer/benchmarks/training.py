@@ -63,7 +63,8 @@ def bench_train(
         loss_chunk: positions whose logits exist at the same time, as in a recipe.
         repeats: timed rounds, after one in which memory is measured.
         cap: seconds after which a variant takes no part in further rounds.
-        compiled: compile the model's layers (`masformer.models.compiling`), but not those of transformers by itself.
+        compiled: compile the model's layers and its loss, as a recipe's `training.compile` does; transformers by itself
+            runs as it is.
         backend: see `masformer.attend`.
         peers: measure transformers by itself as well; without it the baseline is full attention under masformer.
         progress: called with a line before each call.

@@ -188,7 +188,7 @@ def bench_train(
         peers: transformers by itself, all its ways or none; its sliding layers need a mask of all pairs.
         repeats: timed rounds, after one in which memory is measured.
         cap: seconds after which a variant is not timed again.
-        compile: compile the model's layers, but not those of transformers by itself.
+        compile: compile the model's layers and loss, as training.compile does; transformers by itself runs as it is.
         seed: of the random tokens.
         plot: file for a picture of time against length.
 
