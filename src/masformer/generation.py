@@ -125,18 +125,21 @@ def uses_chat(tokenizer: Any, chat: bool | None = None) -> bool:
     return bool(template) if chat is None else chat
 
 
-def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
     """The messages in the tokenizer's chat template, up to where the answer begins; special tokens stand in the text.
 
     Args:
         tokenizer: of transformers, with a chat template.
         messages: each with `role` and `content`.
+        variables: what else the template is given, `tools` for example.
 
     Raises:
         MasformerError: the template refuses them.
     """
     try:
-        text: str = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        text: str = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=False, **variables
+        )
     except Exception as error:
         raise MasformerError(f"the chat template refuses the messages: {' '.join(str(error).split())}") from error
     return text

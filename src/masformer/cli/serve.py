@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 
 from masformer.cli.options import ModelOptions, console
-from masformer.errors import MasformerError
+from masformer.errors import MasformerError, check_int
 from masformer.models.checkpoint import load_config
 
 PACKAGES = ("fastapi", "openai", "pydantic", "uvicorn")
@@ -18,13 +19,17 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     name: str | None = None,
+    api_key: str | None = None,
+    queue: int = 16,
 ) -> None:
-    """Serves a model to OpenAI clients (chat, completions), through transformers' own server.
+    """Serves a model to OpenAI clients (chat, completions), one request after the other.
 
     Args:
         host: address to listen on.
         port: port to listen on; 0 takes a free one.
         name: what clients call the model (default: MODEL).
+        api_key: what clients must bring (default: MASFORMER_API_KEY of the environment, which other users do not see).
+        queue: requests that may wait while one is answered; more are told to try again.
 
     Example:
         masformer serve MODEL --plan 'full@11-18; window:512+4' --port 8000 --name mixed
@@ -33,9 +38,11 @@ def serve(
         raise MasformerError(f"masformer serve needs {', '.join(missing)}: pip install 'masformer[serve]'")
     from masformer import serving  # here, for it needs these packages
 
+    key = os.environ.get("MASFORMER_API_KEY") if api_key is None else api_key
+    check_int("--queue", queue, 0)
     chosen = options.one(load_config(model)[1], "a server")
     with serving.listen(host, port) as listener:
-        app = serving.build_app(*options.load(model, chosen), name or model)
+        app = serving.build_app(*options.load(model, chosen), name or model, api_key=key, waiting=queue)
         address, bound = listener.getsockname()[:2]
         where = f"[{address}]" if ":" in address else address
         console.print(f"{name or model} with {chosen}: http://{where}:{bound}/v1", markup=False, soft_wrap=True)
