@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from masformer.data.documents import Row
 from masformer.data.sources import Source
 from masformer.errors import MasformerError
+from masformer.files import hash_file, parse_json, read_text
 
-VERSION = 1
+VERSION = 2
 BATCH_CHARACTERS = 1 << 20
 """Characters of text that are tokenized at the same time."""
 PROMPT = "{prompt}"
@@ -138,17 +139,27 @@ def _fingerprint(source: Source, tokenizer: Any, template: str) -> str:
 
 
 def _opened(name: str, folder: Path) -> TokenStore | None:
-    """None where the store is not whole."""
+    """None where the store is not whole, or a byte of it has changed."""
     try:
-        facts = json.loads((folder / FACTS).read_text())
+        facts = parse_json(read_text(folder / FACTS), str(folder / FACTS))
+        if facts["digest"] != _digest(folder, facts["pairs"]):
+            return None
         offsets = np.load(folder / OFFSETS, allow_pickle=False)
         parts = np.load(folder / PARTS, allow_pickle=False) if facts["pairs"] else None
         tokens = np.memmap(folder / TOKENS, dtype=facts["dtype"], mode="r")
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):  # a MasformerError is a ValueError
         return None
     if len(tokens) != offsets[-1] or len(offsets) != facts["documents"] + 1:
         return None
     return TokenStore(name, tokens, offsets, parts, facts["characters"], facts["blank"], facts["end_token"])
+
+
+def _digest(folder: Path, pairs: bool) -> str:
+    """Of all that a store holds beside its facts."""
+    digest = hashlib.sha256()
+    for name in (TOKENS, OFFSETS, PARTS) if pairs else (TOKENS, OFFSETS):
+        hash_file(digest, folder / name)
+    return digest.hexdigest()
 
 
 def _write(
@@ -185,6 +196,7 @@ def _write(
         np.save(folder / PARTS, np.asarray(parts, dtype=np.int64))
     facts = {"documents": len(parts), "characters": characters, "blank": blank, "end_token": end}
     facts |= {"dtype": dtype.name, "pairs": source.is_pairs, "source": source.place}
+    facts["digest"] = _digest(folder, source.is_pairs)
     (folder / FACTS).write_text(json.dumps(facts))
 
 

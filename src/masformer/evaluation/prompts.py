@@ -21,6 +21,7 @@ from masformer.data.documents import read_rows
 from masformer.data.pairs import CUTS, cut_tokens
 from masformer.data.store import tokenize_around
 from masformer.errors import MasformerError, check_int
+from masformer.files import read_text
 from masformer.generation import chat_text, uses_chat
 
 SUMMARY = """\
@@ -139,11 +140,8 @@ class Template:
         Raises:
             MasformerError: it cannot be read, or is no template.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise MasformerError(f"cannot read the template {path}: {error}") from None
-        return cls(text.removesuffix("\n"), f"template {path}")
+        text = read_text(path, "the template")
+        return cls(text.removesuffix("\n").removesuffix("\r"), f"template {path}")
 
     def __post_init__(self) -> None:
         names = [name for _, name in self._parts if name is not None]

@@ -20,7 +20,7 @@ from masformer.data.pairs import CUTS
 from masformer.data.sources import Source
 from masformer.data.store import PROMPT
 from masformer.errors import MasformerError, check_int
-from masformer.settings import StrictLoader, build, check_choice, read_settings, without_none
+from masformer.settings import build, check_choice, parse_yaml, read_settings, without_none
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCHEDULES = ("cosine", "constant", "linear")
@@ -367,9 +367,9 @@ def _overrides(words: Sequence[str]) -> list[tuple[list[str], Any]]:
                 raise MasformerError(f"{name} needs a value")
             text = rest.pop(0)
         try:
-            value = yaml.load(text, StrictLoader)
-        except yaml.YAMLError as error:
-            raise MasformerError(f"cannot read the value of {name}: {' '.join(str(error).split())}") from None
+            value = parse_yaml(text)
+        except MasformerError as error:
+            raise MasformerError(f"cannot read the value of {name}: {error}") from None
         found.append((name[2:].replace("-", "_").split("."), value))
     return found
 

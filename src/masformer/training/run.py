@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
 from rich.console import Console
 from transformers import TrainingArguments
@@ -25,6 +24,7 @@ from masformer.errors import MasformerError
 from masformer.files import write_whole
 from masformer.models.checkpoint import load_config, model_folder
 from masformer.progress import progress_bar
+from masformer.settings import parse_yaml, read_settings
 from masformer.training import state
 from masformer.training.card import model_card
 from masformer.training.checkpoints import Found, newest, remove_partial, steps_saved
@@ -210,8 +210,8 @@ def _start(recipe: Recipe, output: Path, resume: bool, first: bool, console: Con
 
 def _check_same(recipe: Recipe, path: Path, console: Console) -> None:
     """Raises MasformerError where a resumed run would be another one; says what else changed."""
-    before = yaml.safe_load(path.read_text(encoding="utf-8"))
-    now = yaml.safe_load(recipe.to_yaml())
+    before = read_settings(path, "recipe")
+    now = parse_yaml(recipe.to_yaml())
     for name in sorted({*before, *now}):
         was, is_ = _flat(name, before.get(name)), _flat(name, now.get(name))
         for setting in sorted({*was, *is_}):
