@@ -52,8 +52,8 @@ def test_pairs_are_a_template_and_a_target(tmp_path):
 
 def test_what_was_tokenized_is_read_again_until_something_changes(tmp_path, file, monkeypatch):
     calls = []
-    encode = store._encode
-    monkeypatch.setattr(store, "_encode", lambda *arguments: calls.append(1) or encode(*arguments))
+    encode = store.token_rows
+    monkeypatch.setattr(store, "token_rows", lambda *arguments: calls.append(1) or encode(*arguments))
 
     def read(**options):
         return token_store("rows", Source(files=[file], **options), word_tokenizer(), tmp_path / "cache")

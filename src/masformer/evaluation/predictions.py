@@ -199,7 +199,7 @@ def predict(
 
     Args:
         model: a causal language model in evaluation mode.
-        tokenizer: its tokenizer, which ends texts where the model's generation config names no token for it.
+        tokenizer: its tokenizer.
         plans: name -> plan.
         groups: the prompts.
         kept: what is there, and where the rest goes, a batch at a time.

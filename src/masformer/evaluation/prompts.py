@@ -19,7 +19,7 @@ import numpy as np
 
 from masformer.data.documents import read_rows
 from masformer.data.pairs import CUTS, cut_tokens
-from masformer.data.store import tokenize_around
+from masformer.data.tokens import part_tokens, tokenize_around
 from masformer.errors import MasformerError, check_int
 from masformer.files import read_text
 from masformer.generation import chat_text, uses_chat
@@ -236,7 +236,7 @@ class Prompter:
         self._document = lru_cache(maxsize=4)(self._tokens)
 
     def _tokens(self, text: str) -> Any:
-        return np.asarray(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+        return np.asarray(part_tokens(self.tokenizer, text), dtype=np.int64)
 
     def _shortened(self, example: Example) -> str:
         tokens = self._tokens(example.document)

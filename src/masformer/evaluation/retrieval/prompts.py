@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from masformer.data.store import tokenize_around
+from masformer.data.tokens import tokenize_around
 from masformer.errors import MasformerError, check_int
 from masformer.evaluation.retrieval.haystack import Haystack, insert
 from masformer.evaluation.retrieval.tasks import Hidden, Task, chain, check_digits
