@@ -76,3 +76,9 @@ def check_text(name: str, value: str) -> None:
         raise MasformerError(f"{name} is no UTF-8 text: {shown(value)!a}") from None
     if "\0" in value:
         raise MasformerError(f"{name} holds a zero byte: {shown(value)}")
+
+
+def beyond_memory(error: BaseException) -> bool:
+    """Whether an error of Python, numpy or torch says that there is not enough memory."""
+    said = ("allocate memory", "out of memory", "Storage size calculation overflowed", "Invalid buffer size")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
