@@ -185,6 +185,7 @@ class BlockSpan(Span):
     def __post_init__(self) -> None:
         check_int("block size", self.size, 1, LARGEST_SIZE)
         check_int("block lookback", self.lookback, 0, LARGEST_SIZE)
+        check_int("keys that a block span shows", self.max_visible, 1, LARGEST_SIZE)
 
     def visible(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         near = key_positions // self.size >= query_positions // self.size - self.lookback

@@ -20,7 +20,7 @@ import numpy as np
 from masformer.data.documents import read_rows
 from masformer.data.pairs import CUTS, cut_tokens
 from masformer.data.tokens import part_tokens, tokenize_around
-from masformer.errors import MasformerError, check_int
+from masformer.errors import MasformerError, check_int, check_seed
 from masformer.files import read_text
 from masformer.generation import chat_text, uses_chat
 
@@ -293,6 +293,7 @@ def choose_shots(pool: Sequence[Example], tested: Sequence[Example], count: int,
     Raises:
         MasformerError: too few are left.
     """
+    check_seed(seed)
     documents = {example.document for example in tested}
     left = [example for example in pool if example.document not in documents]
     if len(left) < count:

@@ -20,7 +20,7 @@ from masformer.data.packing import PackedRows, Schedule, make_rows
 from masformer.data.pairs import PairRows
 from masformer.data.report import report_rows, report_table, report_text
 from masformer.data.store import token_store
-from masformer.errors import MasformerError
+from masformer.errors import LARGEST, MasformerError, check_number
 from masformer.files import write_whole
 from masformer.models.checkpoint import load_config, model_folder
 from masformer.progress import progress_bar
@@ -158,7 +158,9 @@ def _check_model(recipe: Recipe) -> None:
 def step_count(recipe: Recipe, rows: int) -> int:
     """Optimizer steps of `training.epochs` times all rows, the last one filled up."""
     assert recipe.training.epochs is not None
-    steps = max(1, -(-round(rows * recipe.training.epochs) // recipe.training.rows))
+    wanted = rows * recipe.training.epochs
+    check_number("training.epochs times all rows", wanted, 0, LARGEST)
+    steps = max(1, -(-round(wanted) // recipe.training.rows))
     if recipe.training.warmup_steps > steps:
         raise MasformerError(f"training.warmup_steps {recipe.training.warmup_steps} is more than the {steps} steps")
     return steps

@@ -196,8 +196,9 @@ def perplexity(
             training mode, or a loss that is not finite.
     """
     check(model, documents, [length], prefix, context, targets, chunk, batch_size, text_bytes)
-    sums = torch.zeros(length, dtype=torch.float64)
-    counts = torch.zeros(length, dtype=torch.int64)
+    places = min(length, max(map(len, documents)) + 1)
+    sums = torch.zeros(places, dtype=torch.float64)
+    counts = torch.zeros(places, dtype=torch.int64)
     half = length // 2
     by_document = torch.zeros(len(documents), 2, dtype=torch.float64)  # all, and the second half
     tokens_of = torch.zeros(len(documents), 2, dtype=torch.int64)
