@@ -1,16 +1,167 @@
-"""Files as wholes: written so that a reader sees the old content or the new one, and told apart by all their bytes."""
+"""Files as wholes: read to the last byte or refused, written so that a reader sees the old content or the new one, and
+told apart by all their bytes."""
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
+import io
+import json
+import lzma
 import os
 import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, BinaryIO, Protocol
 
 from masformer.errors import MasformerError
 
 READ_AT_ONCE = 1 << 20
+
+
+class _Streams(io.RawIOBase):
+    """The content of one compressed stream after the other, up to the end of the file.
+
+    Python's own readers of these formats take what follows a first stream and cannot be read for the end of the file.
+
+    Args:
+        file: the compressed bytes; closed with this one.
+        start: makes the decompressor of a stream.
+        padding: zero bytes between and after streams come in a multiple of this; 0: there are none.
+    """
+
+    def __init__(self, file: BinaryIO, start: Callable[[], Any], padding: int) -> None:
+        self._file, self._start, self._padding = file, start, padding
+        self._stream = start()
+        self._left = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            if self._stream.eof:
+                self._left = self._stream.unused_data + self._left
+                if not self._next():
+                    return 0
+            if self._stream.needs_input and not self._left:
+                self._left = self._file.read(READ_AT_ONCE)
+                if not self._left:
+                    raise EOFError("it ends within a compressed stream")
+            given, self._left = self._left, b""
+            if data := self._stream.decompress(given, len(buffer)):
+                buffer[: len(data)] = data
+                return len(data)
+
+    def _next(self) -> bool:
+        """Goes on to the next stream; False at the end of the file."""
+        zeros = 0
+        while self._left or (more := self._file.read(READ_AT_ONCE)):
+            data = self._left or more
+            self._left = data.lstrip(b"\0") if self._padding else data
+            zeros += len(data) - len(self._left)
+            if self._left:
+                break
+        if self._padding and zeros % self._padding:
+            raise EOFError("what follows a compressed stream is neither another one nor padding")
+        if self._left:
+            self._stream = self._start()
+        return bool(self._left)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _xz(path: Path) -> BinaryIO:
+    return io.BufferedReader(_Streams(path.open("rb"), lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ), 4))
+
+
+def _bz2(path: Path) -> BinaryIO:
+    return io.BufferedReader(_Streams(path.open("rb"), bz2.BZ2Decompressor, 0))
+
+
+def _gz(path: Path) -> BinaryIO:
+    return gzip.open(path, "rb")  # it refuses what follows a stream and is neither another one nor padding
+
+
+COMPRESSED: dict[str, Callable[[Path], BinaryIO]] = {".gz": _gz, ".xz": _xz, ".bz2": _bz2}
+"""Suffix -> what opens such a file for its content."""
+
+
+@contextmanager
+def open_content(path: str | os.PathLike[str], what: str = "") -> Iterator[BinaryIO]:
+    """A file's bytes, those inside where its suffix says that it is compressed.
+
+    Args:
+        path: the file.
+        what: it is, for messages, for example "the template".
+
+    Raises:
+        MasformerError: while it is open: it cannot be read, or is damaged or cut short.
+    """
+    path = Path(path)
+    name = f"{what} {path}".lstrip()
+    try:
+        with COMPRESSED.get(path.suffix.lower(), lambda path: path.open("rb"))(path) as file:
+            yield file
+    except OSError as error:
+        raise MasformerError(f"cannot read {name}: {error.strerror or ' '.join(str(error).split())}") from None
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise MasformerError(f"cannot read {name}: {error}; the file is damaged or cut short") from None
+
+
+def decode_text(data: bytes, place: str) -> str:
+    """UTF-8 text as it is, without a byte-order mark; its line ends stay.
+
+    Args:
+        data: the bytes.
+        place: where they were read, for messages.
+
+    Raises:
+        MasformerError: they are no UTF-8 text.
+    """
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise MasformerError(f"{place}, line {line}: not UTF-8 text ({error.reason}); convert it to UTF-8") from None
+
+
+def read_text(path: str | os.PathLike[str], what: str = "") -> str:
+    """The whole of a text file, compressed or not: see `decode_text`.
+
+    Args:
+        path: the file.
+        what: see `open_content`.
+
+    Raises:
+        MasformerError: it cannot be read, is damaged, or no UTF-8 text.
+    """
+    with open_content(path, what) as file:
+        return decode_text(file.read(), str(path))
+
+
+def parse_json(text: str | bytes, place: str) -> Any:
+    """What JSON holds.
+
+    Args:
+        text: one value.
+        place: where it was read, for messages.
+
+    Raises:
+        MasformerError: it is no JSON, nested too deeply, or has a number of thousands of digits.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f", line {error.lineno}, column {error.colno}" if "\n" in error.doc.rstrip() else ""
+        raise MasformerError(f"{place}{where}: not JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:
+        raise MasformerError(f"{place}: not JSON ({' '.join(str(error).split())})") from None
 
 
 class Hash(Protocol):

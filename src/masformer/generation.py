@@ -14,7 +14,8 @@ from transformers import GenerationConfig, PreTrainedModel, TextStreamer
 
 from masformer.cache import SpanCache
 from masformer.cost import ModelShape, bytes_text, cost
-from masformer.errors import MasformerError, check_int
+from masformer.data.tokens import opening_tokens, part_tokens
+from masformer.errors import MasformerError, check_int, check_number, check_seed
 from masformer.models import rotary
 from masformer.models.bridge import cache_name
 from masformer.models.positions import position_limit
@@ -107,10 +108,10 @@ def prompt_tokens(tokenizer: Any, text: str, *, chat: bool | None = None, system
     if not text.strip():
         raise MasformerError("the prompt is empty")
     if not chat:
-        return list(tokenizer(text, verbose=False)["input_ids"])
+        return opening_tokens(tokenizer, text)
     messages = [] if system is None else [{"role": "system", "content": system}]
     chat_prompt = chat_text(tokenizer, [*messages, {"role": "user", "content": text}])
-    return list(tokenizer(chat_prompt, add_special_tokens=False, verbose=False)["input_ids"])
+    return part_tokens(tokenizer, chat_prompt)
 
 
 def uses_chat(tokenizer: Any, chat: bool | None = None) -> bool:
@@ -143,6 +144,18 @@ def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **variables
     except Exception as error:
         raise MasformerError(f"the chat template refuses the messages: {' '.join(str(error).split())}") from error
     return text
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: Any) -> list[int]:
+    """The tokens that end a text: those of the model's generation config, and the tokenizer's, which ends texts in
+    training."""
+    return _ends(model, [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
+
+
+def _ends(model: PreTrainedModel, others: Sequence[int]) -> list[int]:
+    own = model.generation_config.eos_token_id
+    ends = [] if own is None else [own] if isinstance(own, int) else own
+    return list(dict.fromkeys([*ends, *others]))
 
 
 @torch.inference_mode()
@@ -180,10 +193,10 @@ def generate(
     """
     for name, number in {"max_new_tokens": max_new_tokens, "beams": beams, "chunk": chunk}.items():
         check_int(name, number, 1)
-    if temperature < 0:
-        raise MasformerError(f"temperature must be at least 0, got {temperature}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise MasformerError(f"top_p must be above 0 and at most 1, got {top_p}")
+    check_seed(seed)
+    check_number("temperature", temperature, 0)
+    if top_p is not None:
+        check_number("top_p", top_p, 0, 1, above=True)
     if top_k is not None:
         check_int("top_k", top_k, 1)
     if not temperature and (top_p is not None or top_k is not None):
@@ -203,6 +216,7 @@ def generate(
         temperature=temperature or None,
         top_p=top_p if top_p is not None else model.generation_config.top_p if temperature else None,
         top_k=top_k if top_k is not None else model.generation_config.top_k if temperature else None,
+        eos_token_id=end_tokens(model, tokenizer) or None,
         prefill_chunk_size=chunk if chunk < len(prompt) else None,
         return_dict_in_generate=True,
     )
@@ -281,7 +295,7 @@ def generate_batch(
         model: a model with a plan, in evaluation mode.
         prompts: token ids of each.
         max_new_tokens: the most tokens to generate for each.
-        end_tokens: tokens that end a text where the model's generation config names none.
+        end_tokens: tokens that end a text beside those of the model's generation config.
         beams: beam search with so many beams, if above 1.
         chunk: positions of one forward pass over the prompts, all rows together; at least one position of each row.
 
@@ -300,8 +314,7 @@ def generate_batch(
             f"model; shorten one, or extend the model with --max-positions"
         )
     settings = _settings(model, max_new_tokens, beams)
-    ends = settings.eos_token_id
-    ends = list(end_tokens) if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    ends = _ends(model, end_tokens)
     settings.update(
         do_sample=False,
         temperature=None,

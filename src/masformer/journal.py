@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from masformer.errors import MasformerError
+from masformer.files import parse_json
 
 Entry = TypeVar("Entry")
 
@@ -29,10 +30,10 @@ def recover_lines(path: str | os.PathLike[str], read: Callable[[dict[str, Any]],
 
     def entry(number: int, line: bytes) -> Entry:
         try:
-            row = json.loads(line)
+            row = parse_json(line, str(path))
             if isinstance(row, dict):
                 return read(row)
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError):  # a MasformerError is a ValueError
             pass
         raise MasformerError(f"{path}, line {number}: not {what}; name another file, or delete this one")
 
@@ -57,8 +58,8 @@ def recover_lines(path: str | os.PathLike[str], read: Callable[[dict[str, Any]],
 
 def _is_json(line: bytes) -> bool:
     try:
-        json.loads(line)
-    except ValueError:
+        parse_json(line, "a line")
+    except MasformerError:
         return False
     return True
 

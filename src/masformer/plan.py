@@ -21,8 +21,9 @@ from typing import Any
 
 import yaml
 
-from masformer.errors import MasformerError, check_int
+from masformer.errors import MasformerError, check_int, read_int, shown
 from masformer.files import write_whole
+from masformer.settings import read_yaml
 from masformer.spans import FullSpan, Span
 
 PLAN_FORMS = (
@@ -30,6 +31,7 @@ PLAN_FORMS = (
     "full layers and the rest (full@0-3,17; window:512+4), or a .yaml/.json plan file"
 )
 PLAN_SUFFIXES = (".yaml", ".yml", ".json")
+MOST_LAYERS = 1 << 16
 
 PLACEMENTS: dict[str, Callable[[int, int], range | list[int]]] = {
     "bottom": lambda layers, full: range(full),
@@ -46,12 +48,16 @@ to the bottom where the halves differ; `spread` is evenly spaced, each at the ce
 
 def _check_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
     for layer in layers:
-        check_int("layer", layer, 0)
-        if layer >= num_layers:
-            raise MasformerError(f"layer {layer} is out of range: the model has layers 0 to {num_layers - 1}")
+        _check_layer(layer, num_layers)
     if duplicates := [layer for layer, count in Counter(layers).items() if count > 1]:
         raise MasformerError(f"layer {duplicates[0]} is named more than once among the full layers")
     return tuple(sorted(layers))
+
+
+def _check_layer(layer: int, num_layers: int) -> None:
+    check_int("layer", layer, 0)
+    if layer >= num_layers:
+        raise MasformerError(f"layer {layer} is out of range: the model has layers 0 to {num_layers - 1}")
 
 
 def place_full_layers(num_layers: int, full: int | None, placement: str | Sequence[int]) -> tuple[int, ...]:
@@ -65,7 +71,7 @@ def place_full_layers(num_layers: int, full: int | None, placement: str | Sequen
     Raises:
         MasformerError: unknown placement, more full layers than layers, a layer out of range or named twice.
     """
-    check_int("number of layers", num_layers, 1)
+    check_int("number of layers", num_layers, 1, MOST_LAYERS)
     if full is not None:
         check_int("number of full layers", full, 0)
         if full > num_layers:
@@ -77,24 +83,27 @@ def place_full_layers(num_layers: int, full: int | None, placement: str | Sequen
     if isinstance(placement, str):
         if not re.fullmatch(r"[\d\s,-]+", placement):
             allowed = ", ".join(PLACEMENTS)
-            raise MasformerError(f"unknown placement {placement!r}; allowed: {allowed}, or layers like 0-3,17")
-        placement = _parse_layers(placement)
+            raise MasformerError(f"unknown placement {shown(placement)}; allowed: {allowed}, or layers like 0-3,17")
+        placement = _parse_layers(placement, num_layers)
     layers = _check_layers(list(placement), num_layers)
     if full is not None and full != len(layers):
         raise MasformerError(f"{full} full layers asked for, but the placement lists {len(layers)}")
     return layers
 
 
-def _parse_layers(text: str) -> list[int]:
+def _parse_layers(text: str, num_layers: int) -> list[int]:
     """`0-3,17` -> [0, 1, 2, 3, 17]."""
     layers: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+))?\s*", part)
         if not match:
-            raise MasformerError(f"cannot read {part.strip()!r} as a layer; allowed: a layer (17) or a range (0-3)")
-        first, last = int(match[1]), int(match[2] or match[1])
+            raise MasformerError(
+                f"cannot read {shown(part.strip())} as a layer; allowed: a layer (17) or a range (0-3)"
+            )
+        first, last = (read_int("layer", number, 0) for number in (match[1], match[2] or match[1]))
         if last < first:
             raise MasformerError(f"layer range {part.strip()!r} ends before it starts")
+        _check_layer(last, num_layers)
         layers.extend(range(first, last + 1))
     return layers
 
@@ -151,7 +160,7 @@ class AttentionPlan:
     @classmethod
     def uniform(cls, num_layers: int, span: Span) -> AttentionPlan:
         """The same span in every layer."""
-        check_int("number of layers", num_layers, 1)
+        check_int("number of layers", num_layers, 1, MOST_LAYERS)
         return cls((span,) * num_layers)
 
     @classmethod
@@ -214,11 +223,12 @@ class AttentionPlan:
             if not rest.strip():
                 raise MasformerError(f"plan {text!r} does not say what the other layers do; write it as {text}; SPAN")
             if num_layers is None:
-                raise MasformerError(f"plan {text!r} needs the number of layers of the model")
-            layers = _parse_layers(head.removeprefix("full@"))
+                raise MasformerError(f"plan {shown(text)} needs the number of layers of the model")
+            check_int("number of layers", num_layers, 1, MOST_LAYERS)
+            layers = _parse_layers(head.removeprefix("full@"), num_layers)
             return cls.mixed(num_layers, placement=layers, local=Span.parse(rest))
         if ";" in text:
-            raise MasformerError(f"cannot read the plan {text!r}; allowed: {PLAN_FORMS}")
+            raise MasformerError(f"cannot read the plan {shown(text)}; allowed: {PLAN_FORMS}")
         spans = [Span.parse(part) for part in text.split(",")]
         if len(spans) == 1 and num_layers is not None:
             return cls.uniform(num_layers, spans[0])
@@ -234,12 +244,7 @@ class AttentionPlan:
         path = Path(source)
         if path.suffix.lower() not in PLAN_SUFFIXES:
             return cls.parse(os.fspath(source), num_layers)
-        try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise MasformerError(f"plan file {path} does not exist") from None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise MasformerError(f"cannot read the plan file {path}: {' '.join(str(error).split())}") from None
+        data = read_yaml(path, "plan file")
         try:
             if isinstance(data, Mapping) and data.get("num_layers") is None:
                 data = {**data, "num_layers": num_layers}
@@ -274,7 +279,7 @@ class AttentionPlan:
             raise MasformerError("not a plan: it must hold `plan` (text) and `num_layers` (a whole number)")
         num_layers = data.get("num_layers")
         if num_layers is not None:
-            check_int("num_layers", num_layers, 1)
+            check_int("num_layers", num_layers, 1, MOST_LAYERS)
         return cls.parse(data["plan"], num_layers)
 
     def for_layers(self, num_layers: int | None) -> AttentionPlan:

@@ -42,7 +42,7 @@ def pattern(span: Span, length: int, cells: int) -> npt.NDArray[np.bool_]:
 
     Args:
         span: the span.
-        length: tokens; memory and time grow with it, not with its square.
+        length: tokens; time and memory do not grow with it.
         cells: the positions are cut into so many ranges of nearly equal size, or into `length` where that is less.
 
     Returns:
@@ -51,8 +51,9 @@ def pattern(span: Span, length: int, cells: int) -> npt.NDArray[np.bool_]:
     cells = min(cells, length)
     edges = np.arange(cells + 1) * length // cells
     starts, stops = edges[:-1], edges[1:]
-    # Each query sees all keys from the oldest up to its own, so the queries of one range see one unbroken stretch.
-    oldest = np.minimum.reduceat(span.first_visible(torch.arange(length)).numpy(), starts)
+    # Each query sees all keys from the oldest up to its own, so the queries of one range see one unbroken stretch; the
+    # oldest key never moves back from query to query.
+    oldest = span.first_visible(torch.from_numpy(starts)).numpy()
     seen = (stops > oldest[:, None]) | (starts < span.sinks)
     return seen & (starts < stops[:, None])
 

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from masformer.errors import MasformerError
-from masformer.files import write_whole
+from masformer.files import parse_json, read_text, write_whole
 
 SEED = 0
 FORMAT = 1
@@ -125,16 +125,7 @@ def read_record(path: str | os.PathLike[str], name: str | None = None) -> Record
         MasformerError: the file cannot be read, holds no JSON, or was written by a newer masformer.
     """
     path = Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MasformerError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise MasformerError(f"{path} is no UTF-8 text: byte {error.start}") from None
-    except json.JSONDecodeError as error:
-        raise MasformerError(f"{path}, line {error.lineno}, column {error.colno}: no JSON: {error.msg}") from None
-    except RecursionError:
-        raise MasformerError(f"{path}: JSON that is nested too deeply") from None
+    content = parse_json(read_text(path), str(path))
     if not isinstance(content, dict) or not all(isinstance(content.get(key), str) for key in ("command", "masformer")):
         return None
     number = content.get("format", 0)

@@ -6,6 +6,7 @@ A name that does not exist, one that is there twice, a missing one or a value of
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -16,7 +17,38 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from masformer.errors import MasformerError
+from masformer.errors import LARGEST, MasformerError, check_int, check_number, check_text, shown
+from masformer.files import read_text
+
+
+def read_yaml(path: str | os.PathLike[str], what: str) -> Any:
+    """What a YAML or JSON file holds, as plain values.
+
+    Args:
+        path: the file.
+        what: it is, for messages, for example "recipe".
+
+    Raises:
+        MasformerError: the file cannot be read, is no YAML, or says something twice.
+    """
+    if not Path(path).exists():
+        raise MasformerError(f"{what} {path} does not exist")
+    try:
+        return parse_yaml(read_text(path))
+    except MasformerError as error:
+        raise MasformerError(f"cannot read the {what} {path}: {error}") from None
+
+
+def parse_yaml(text: str) -> Any:
+    """What YAML holds, as plain values.
+
+    Raises:
+        MasformerError: it is no YAML, says something twice, or holds a value that is none, for example a day 31 June.
+    """
+    try:
+        return yaml.load(text, StrictLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise MasformerError(" ".join(str(error).split())) from None
 
 
 def read_settings(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
@@ -29,12 +61,7 @@ def read_settings(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
     Raises:
         MasformerError: the file cannot be read, or holds something else.
     """
-    try:
-        data = yaml.load(Path(path).read_text(encoding="utf-8"), StrictLoader)
-    except FileNotFoundError:
-        raise MasformerError(f"{what} {path} does not exist") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise MasformerError(f"cannot read the {what} {path}: {' '.join(str(error).split())}") from None
+    data = read_yaml(path, what)
     if not isinstance(data, dict):
         raise MasformerError(f"{what} {path} must hold settings (output: ..., model: ..., ...)")
     return data
@@ -72,14 +99,14 @@ def build(cls: Any, data: Any, path: str, what: str = "the settings") -> Any:
         MasformerError: a name that does not exist or is missing, a value of the wrong kind, or what the class raises.
     """
     if not isinstance(data, Mapping):
-        raise MasformerError(f"{path or what} must hold settings, got {data!r}")
+        raise MasformerError(f"{path or what} must hold settings, got {shown(data)}")
     hints = get_type_hints(cls)
     here = f"{path}." if path else ""
     for name in data:
         if name not in hints:
             near = difflib.get_close_matches(str(name), hints, 1)
             hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(hints)}"
-            raise MasformerError(f"unknown setting {here}{name}; {hint}")
+            raise MasformerError(f"unknown setting {here}{name if isinstance(name, str) else shown(name)}; {hint}")
     values = {}
     for option in fields(cls):
         if option.name in data:
@@ -104,26 +131,43 @@ def _value(kind: Any, data: Any, path: str) -> Any:
         return build(kind, data, path)
     if origin is list:
         if not isinstance(data, list):
-            raise MasformerError(f"{path} must be a list, got {data!r}")
+            raise MasformerError(f"{path} must be a list, got {shown(data)}")
         return [_value(arguments[0], each, path) for each in data]
     if origin is dict:
         if not isinstance(data, Mapping):
-            raise MasformerError(f"{path} must hold names and values, got {data!r}")
+            raise MasformerError(f"{path} must hold names and values, got {shown(data)}")
         return {str(name): _value(arguments[1], each, f"{path}.{name}") for name, each in data.items()}
     if kind is Any:
+        check_plain(path, data)
         return data
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    if kind is float and isinstance(data, int) and not isinstance(data, bool):
-        return float(data)
-    if not isinstance(data, kind) or (kind is not bool and isinstance(data, bool)):
-        raise MasformerError(f"{path} must be {names[kind]}, got {data!r}")
-    return data
+    if not isinstance(data, (int, float) if kind is float else kind) or (kind is not bool and isinstance(data, bool)):
+        raise MasformerError(f"{path} must be {names[kind]}, got {shown(data)}")
+    check_plain(path, data)
+    return float(data) if kind is float else data
+
+
+def check_plain(name: str, value: Any) -> None:
+    """Raises MasformerError where a plain value, or one inside it, is no number that a machine holds, or no text."""
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            check_plain(f"{name}.{shown(key)}", key)
+            check_plain(f"{name}.{key}", each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            check_plain(name, each)
+    elif isinstance(value, str):
+        check_text(name, value)
+    elif isinstance(value, float):
+        check_number(name, value, -math.inf)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        check_int(name, value, -LARGEST)
 
 
 def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
     """Raises MasformerError unless the value is one of those allowed."""
     if value not in allowed:
-        raise MasformerError(f"{name} {value!r} is not allowed; allowed: {', '.join(allowed)}")
+        raise MasformerError(f"{name} {shown(value)} is not allowed; allowed: {', '.join(allowed)}")
 
 
 def without_none(value: Any) -> Any:

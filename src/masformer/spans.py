@@ -26,8 +26,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from masformer.errors import MasformerError, check_int
+from masformer.errors import MasformerError, check_int, read_int, shown
 
+LARGEST_SIZE = 2**31 - 1
+"""Of a window or a block, in tokens: kernels count positions in 32 bits."""
 SPAN_FORMS = "full, window:SIZE, window:SIZE+SINKS, block:SIZE or block:SIZExBLOCKS (own block included)"
 
 
@@ -54,7 +56,8 @@ class Span(ABC):
     def period(self) -> int | None:
         """The pattern of non-sink keys repeats when query and key both move by this many positions.
 
-        None where every key before the query is visible.
+        None where every key before the query is visible. Queries within a period, counted from position 0, see the same
+        oldest key; so does no query of another one, past `max_visible`, which is a number of whole periods.
         """
 
     @property
@@ -76,13 +79,16 @@ class Span(ABC):
 
     def visible_pairs(self, length: int, start: int = 0) -> int:
         """Number of visible (query, key) pairs for the queries at positions start..length-1."""
-        if self.max_visible is None or self.period is None:
-            return max(0, length - start) * (start + 1 + length) // 2
-        steady = min(length, max(start, self.max_visible))  # from here on the counts repeat with the period
-        periods, rest = divmod(length - steady, self.period)
-        counts = self.visible_counts(torch.arange(start, steady + self.period))
-        head, cycle = counts[: max(0, steady - start)], counts[max(0, steady - start) :]
-        return int(head.sum() + periods * cycle.sum() + cycle[:rest].sum())
+        return max(0, self._pairs(length) - self._pairs(start))
+
+    def _pairs(self, length: int) -> int:
+        """Of the queries below a position; in whole numbers of any size."""
+        if self.max_visible is None or self.period is None or length <= self.max_visible:
+            return length * (length + 1) // 2
+        first = int(self.visible_counts(torch.tensor([self.max_visible])))  # each period starts with so many
+        periods, rest = divmod(length - self.max_visible, self.period)
+        whole, part = (count * first + count * (count - 1) // 2 for count in (self.period, rest))
+        return self._pairs(self.max_visible) + periods * whole + part
 
     def cached_keys(self, length: int) -> int:
         """Keys a cache has to have room for after `length` tokens."""
@@ -99,12 +105,12 @@ class Span(ABC):
         if text == "full":
             return FullSpan()
         if match := re.fullmatch(r"window:(-?\d+)(?:\+(-?\d+))?", text):
-            return WindowSpan(int(match[1]), int(match[2] or 0))
+            size = read_int("window size", match[1], 1, LARGEST_SIZE)
+            return WindowSpan(size, read_int("number of sinks", match[2] or "0", 0, LARGEST_SIZE))
         if match := re.fullmatch(r"block:(-?\d+)(?:x(-?\d+))?", text):
-            blocks = int(match[2] or 1)
-            check_int("number of blocks in a block span", blocks, 1)
-            return BlockSpan(int(match[1]), blocks - 1)
-        raise MasformerError(f"unknown span {text!r}; allowed: {SPAN_FORMS}")
+            size = read_int("block size", match[1], 1, LARGEST_SIZE)
+            return BlockSpan(size, read_int("number of blocks in a block span", match[2] or "1", 1, LARGEST_SIZE) - 1)
+        raise MasformerError(f"unknown span {shown(text)}; allowed: {SPAN_FORMS}")
 
 
 @dataclass(frozen=True)
@@ -142,8 +148,8 @@ class WindowSpan(Span):
     sinks: int = 0
 
     def __post_init__(self) -> None:
-        check_int("window size", self.size, 1)
-        check_int("number of sinks", self.sinks, 0)
+        check_int("window size", self.size, 1, LARGEST_SIZE)
+        check_int("number of sinks", self.sinks, 0, LARGEST_SIZE)
 
     def visible(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         recent = key_positions > query_positions - self.size
@@ -177,8 +183,9 @@ class BlockSpan(Span):
     lookback: int = 0
 
     def __post_init__(self) -> None:
-        check_int("block size", self.size, 1)
-        check_int("block lookback", self.lookback, 0)
+        check_int("block size", self.size, 1, LARGEST_SIZE)
+        check_int("block lookback", self.lookback, 0, LARGEST_SIZE)
+        check_int("keys that a block span shows", self.max_visible, 1, LARGEST_SIZE)
 
     def visible(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         near = key_positions // self.size >= query_positions // self.size - self.lookback

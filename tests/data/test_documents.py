@@ -29,6 +29,64 @@ def test_every_form_is_read_in_order(tmp_path, suffix):
     ]
 
 
+def is_right_or_refused(path, texts):
+    try:
+        return [document.text for document in read_documents([path])] == texts
+    except MasformerError as error:
+        return str(path) in str(error) and "\n" not in str(error)
+
+
+PADDING = {".xz": [b"", b"\0" * 4, b"\0" * 8000], ".gz": [b"", b"\0", b"\0" * 9000], ".bz2": [b""]}
+
+
+@pytest.mark.parametrize("suffix", PADDING)
+def test_every_stream_of_a_compressed_file_is_read(tmp_path, suffix):
+    parts = [
+        b"".join(b'{"text": "%d of %d"}\n' % (line, part) for line in range(1 + 4000 * part)) for part in (0, 1, 2)
+    ]
+    for number, padding in enumerate(PADDING[suffix]):
+        path = tmp_path / f"{number}.jsonl{suffix}"
+        path.write_bytes(b"".join(COMPRESS[suffix](part) + padding for part in (*parts, b"")))
+        assert len(list(read_documents([path]))) == 12003
+
+
+@pytest.mark.parametrize("suffix", PADDING)
+def test_no_byte_after_a_compressed_stream_is_passed_over(tmp_path, suffix):
+    first, second = (COMPRESS[suffix](b'{"text": "%s"}\n' % word) for word in (b"one", b"two"))
+    path = tmp_path / f"a.jsonl{suffix}"
+    left = [second[:cut] for cut in range(1, len(second))]
+    left += [second[:place] + bytes([second[place] ^ 255]) + second[place + 1 :] for place in range(len(second))]
+    left += [b"x", b"garbage after the end", b"\0garbage", second + b"PK"] + [b"\0" * 3] * (suffix != ".gz")
+    silent = []
+    for rest in left:
+        path.write_bytes(first + rest)
+        if not is_right_or_refused(path, ["one", "two"]):
+            silent.append(rest)
+    assert silent == []
+
+
+def test_a_changed_byte_of_a_parquet_file_changes_no_text(tmp_path):
+    path, texts = tmp_path / "a.parquet", [f"text number {row}" for row in range(40)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, write_page_checksum=True)
+    whole = path.read_bytes()
+    silent = []
+    for place in range(0, len(whole), 5):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+        if not is_right_or_refused(path, texts):
+            silent.append(place)
+    assert silent == []
+
+
+def test_a_parquet_value_that_is_no_text_is_an_error(tmp_path):
+    path = tmp_path / "a.parquet"
+    broken = pyarrow.Array.from_buffers(
+        pyarrow.string(), 1, [None, pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"\xff\xfe")]
+    )
+    pyarrow.parquet.write_table(pyarrow.table({"text": broken}), path)
+    with pytest.raises(MasformerError, match=r"cannot read .*a\.parquet"):
+        list(read_documents([path]))
+
+
 @given(st.lists(texts, max_size=6), st.booleans(), st.booleans())
 def test_json_lines_round_trip(tmp_path_factory, rows, escaped, bom):
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
@@ -68,6 +126,7 @@ def test_nothing_is_read_beyond_the_limit(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "a.jsonl, line 2: not UTF-8 text"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "b"', "a.jsonl, line 2: not JSON"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1: not JSON"),
+        ("a.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "a.jsonl, line 1: not JSON (Exceeds the limit"),
         ("a.jsonl", b'["text"]', "a.jsonl, line 1: holds a list; each line must be one object"),
         ("a.jsonl", b'{"id": 1, "body": "x"}', "no field 'text'; the fields there are: id, body"),
         ("a.jsonl", b"{}", "no field 'text'; the fields there are: none at all"),
@@ -77,7 +136,7 @@ def test_nothing_is_read_beyond_the_limit(tmp_path):
         ("a.txt.gz", gzip.compress(b"x" * 99, mtime=0)[:-9], "a.txt.gz: Compressed file ended before"),
         ("a.txt.gz", gzip.compress(b"x", mtime=0)[:10] + b"\xff" * 99, "a.txt.gz: Error -3"),
         ("a.jsonl.xz", lzma.compress(b'{"text": "a"}')[:-9], "the file is damaged or cut short"),
-        ("a.txt.xz", b"plain", "a.txt.xz: Input format not supported"),
+        ("a.txt.xz", b"plain text, not xz", "a.txt.xz: Input format not supported"),
         ("a.txt.bz2", b"plain", "a.txt.bz2: Invalid data stream"),
         ("a.json", b"{}", "a.json is of the kind .json; allowed: text files and JSON lines (.jsonl, .ndjson)"),
         ("a.parquet.gz", b"PAR1", "a.parquet.gz is of the kind .parquet"),

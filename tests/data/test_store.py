@@ -52,8 +52,8 @@ def test_pairs_are_a_template_and_a_target(tmp_path):
 
 def test_what_was_tokenized_is_read_again_until_something_changes(tmp_path, file, monkeypatch):
     calls = []
-    encode = store._encode
-    monkeypatch.setattr(store, "_encode", lambda *arguments: calls.append(1) or encode(*arguments))
+    encode = store.token_rows
+    monkeypatch.setattr(store, "token_rows", lambda *arguments: calls.append(1) or encode(*arguments))
 
     def read(**options):
         return token_store("rows", Source(files=[file], **options), word_tokenizer(), tmp_path / "cache")
@@ -91,6 +91,18 @@ def test_an_interrupted_or_damaged_store_is_made_again(tmp_path, file, monkeypat
     (folder / "store.json").unlink()
     assert read().tokens.tolist() == whole
     assert [path.name for path in cache.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize("damaged", ["tokens.bin", "offsets.npy", "store.json"])
+def test_a_damaged_store_is_made_again(tmp_path, file, damaged):
+    made = [token_store("x", Source(files=[file]), word_tokenizer(), tmp_path / "cache") for _ in range(2)]
+    (folder,) = (tmp_path / "cache").iterdir()
+    tokens = made[0].tokens.tolist()
+    whole = (folder / damaged).read_bytes()
+    (folder / damaged).write_bytes(whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:])
+    again = token_store("x", Source(files=[file]), word_tokenizer(), tmp_path / "cache")
+    assert again.tokens.tolist() == tokens
+    assert again.offsets.tolist() == made[0].offsets.tolist()
 
 
 def test_hub_datasets_are_streamed(tmp_path, monkeypatch):

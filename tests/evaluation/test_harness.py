@@ -11,6 +11,8 @@ import datasets
 import pytest
 import torch
 import yaml
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 from masformer import AttentionPlan, MasformerError, SpanCache, cli, load_model, save_model
 from tiny import PLAN, letter_tokenizer, tiny
@@ -68,6 +70,19 @@ def folder(tmp_path_factory):
 def at_root(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
+def test_a_context_ends_with_no_token_that_ends_texts(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(write_model(tmp_path / "model"))
+    special = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    template = TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+    tokenizer.backend_tokenizer.post_processor = template
+    tokenizer.save_pretrained(tmp_path / "model")
+    for options in ({}, {"add_bos_token": True}, {"tokenizer": str(tmp_path / "model")}):
+        lm = MasformerLM(str(tmp_path / "model"), **options)
+        tokens = [tokenizer.bos_token_id, *tokenizer("one", add_special_tokens=False)["input_ids"]]
+        assert lm.tok_encode("one") == tokens
+        assert lm.tok_batch_encode(["one"])[0].tolist() == [tokens]
 
 
 def asked(lm, kind, arguments):

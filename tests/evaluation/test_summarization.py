@@ -79,7 +79,7 @@ def test_a_batch_gives_what_generate_gives_for_each_prompt(kind, beams):
         assert found.prefill_seconds > 0 < found.decode_seconds
 
 
-def test_a_text_ends_at_the_tokens_of_the_generation_config_or_else_at_those_given(model):
+def test_a_text_ends_at_the_tokens_of_the_generation_config_and_at_those_given(model):
     prompt = list(range(30, 50))
     free = generate_batch(model, [prompt], max_new_tokens=12).rows[0]
     assert (len(free.tokens), free.ended) == (12, False)
@@ -88,8 +88,9 @@ def test_a_text_ends_at_the_tokens_of_the_generation_config_or_else_at_those_giv
     given = generate_batch(model, [prompt], max_new_tokens=12, end_tokens=[end]).rows[0]
     assert (given.tokens, given.ended) == (free.tokens[:stop], True)
     model.generation_config.eos_token_id = [255, end]
-    own = generate_batch(model, [prompt], max_new_tokens=12, end_tokens=[free.tokens[0]]).rows[0]
-    assert own == given
+    assert generate_batch(model, [prompt], max_new_tokens=12).rows[0] == given
+    both = generate_batch(model, [prompt], max_new_tokens=12, end_tokens=[free.tokens[0]]).rows[0]
+    assert (both.tokens, both.ended) == ([], True)
     assert model.generation_config.max_new_tokens is None
 
 

@@ -29,8 +29,10 @@ from masformer.cli import (
     train,
 )
 from masformer.cli.options import LINE, say
-from masformer.cli.parser import Command, Help, add_commands, error_line, grouped
-from masformer.errors import MasformerError
+from masformer.cli.parser import Command, Help, add_commands, error_line, grouped, option_name
+from masformer.errors import MasformerError, beyond_memory, check_text
+from masformer.settings import check_plain
+from masformer.streams import guarded
 
 DESCRIPTION = """\
 Mixed attention spans for pretrained language models (MASFormer, arXiv 2310.12442): full attention at a few
@@ -85,28 +87,36 @@ def parse(words: Sequence[str]) -> tuple[Command, dict[str, Any]]:
 
     Raises:
         jsonargparse.ArgumentError: they name none, or an option is wrong.
+        MasformerError: a word is no text, or a number beyond what a machine holds.
     """
     parser = jsonargparse.ArgumentParser(
         prog="masformer", description=DESCRIPTION, formatter_class=Help, exit_on_error=False
     )
     parser.add_argument("--version", action="version", version=f"masformer {masformer.__version__}")
     add_commands(parser, COMMANDS)
+    for number, word in enumerate(words, start=1):
+        check_text(f"argument {number}", word)
     options = parser.parse_args(train.gathered(list(words))).as_dict()
     command: Any = COMMANDS
     while not callable(command):
         name = options["command"]
         command, options = command[name], options[name]
+    for name, value in options.items():
+        check_plain(option_name(name), value)
     return command, grouped(command, options)
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 2, with one line on standard error, for a wrong value, and 1 for a
-    failed check."""
+    failed check or where nobody reads the output any more."""
+    return guarded(lambda: _run(sys.argv[1:] if words is None else words))
+
+
+def _run(words: Sequence[str]) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     torch.manual_seed(records.SEED)
-    words = sys.argv[1:] if words is None else words
     try:
         command, options = parse(words)
         json = options.pop("json", None)
@@ -121,6 +131,11 @@ def main(words: Sequence[str] | None = None) -> int:
     except (MasformerError, jsonargparse.ArgumentError) as error:
         print(f"masformer: error: {error_line(error, COMMANDS)}", file=sys.stderr)
         return getattr(error, "exit_code", 2)
+    except (MemoryError, RuntimeError) as error:
+        if not beyond_memory(error):
+            raise
+        print(f"masformer: error: not enough memory: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+        return MasformerError.exit_code
     except KeyboardInterrupt:
         print("masformer: interrupted", file=sys.stderr)
         return 130

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from masformer import benchmarks, records
 from masformer.cli.options import LINE, Backend, Figures, ModelOptions, console, lengths_of, say
-from masformer.errors import MasformerError
+from masformer.errors import MasformerError, check_seed
 from masformer.models.checkpoint import load_config
 from masformer.plots import checked_figure, plot_times
 from masformer.progress import progress_bar
@@ -60,6 +60,7 @@ def bench_attention(
     Example:
         masformer bench attention --lengths 4096,16384 --span window:512 --span block:1024x2
     """
+    check_seed(seed)
     torch.manual_seed(seed)
     spans = [Span.parse(text) for text in span or ["window:512"]]
     sizes = lengths_of("--lengths", lengths)
@@ -253,6 +254,7 @@ def _bench(
     plans = options.named(load_config(model)[1])
     if plot is not None:
         checked_figure(plot)
+    check_seed(seed)
     torch.manual_seed(seed)
     if random_weights:
         if options.max_positions is not None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from masformer import generation, records
 from masformer.cli.options import Figures, ModelOptions
 from masformer.errors import MasformerError
+from masformer.files import decode_text, read_text
 from masformer.models.checkpoint import load_config
 
 
@@ -31,7 +31,8 @@ def generate(
 
     Args:
         prompt: the prompt; without it and --file, standard input is read.
-        file: UTF-8 text file with the prompt; with --prompt, it comes before that, as the document a question is about.
+        file: UTF-8 text file with the prompt, also as .gz, .xz, .bz2; with --prompt, it comes before that, as the
+            document a question is about.
         system: system message of the chat.
         raw: take the prompt as it is, without the chat template.
         max_new_tokens: the most tokens to generate.
@@ -69,17 +70,11 @@ def generate(
 def _prompt(prompt: str | None, file: str | None) -> str:
     parts = []
     if file is not None:
-        try:
-            parts.append(Path(file).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise MasformerError(f"cannot read the prompt file {file}: {error}") from None
+        parts.append(read_text(file, "the prompt file"))
     if prompt is not None:
         parts.append(prompt)
     if not parts:
         if sys.stdin.isatty():
             raise MasformerError("no prompt: give --prompt or --file, or pipe text into standard input")
-        try:
-            parts.append(sys.stdin.buffer.read().decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise MasformerError(f"standard input is not UTF-8 text: {error}") from None
+        parts.append(decode_text(sys.stdin.buffer.read(), "standard input"))
     return "\n\n".join(parts)

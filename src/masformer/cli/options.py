@@ -9,7 +9,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from masformer import benchmarks
-from masformer.errors import MasformerError
+from masformer.errors import MasformerError, read_int, shown
 from masformer.models.checkpoint import load_model
 from masformer.models.positions import parse_max_positions
 from masformer.plan import AttentionPlan
@@ -95,5 +95,7 @@ class ModelOptions(PlanOptions):
 def lengths_of(option: str, text: str) -> list[int]:
     """`2048,8192` -> [2048, 8192]."""
     if not re.fullmatch(r"\s*[1-9]\d*\s*(,\s*[1-9]\d*\s*)*", text):
-        raise MasformerError(f"{option} {text!r} is not allowed; allowed: whole numbers from 1, separated by commas")
-    return [int(part) for part in text.split(",")]
+        raise MasformerError(
+            f"{option} {shown(text)} is not allowed; allowed: whole numbers from 1, separated by commas"
+        )
+    return [read_int(option, part, 1) for part in text.split(",")]

@@ -9,21 +9,16 @@
 
 from __future__ import annotations
 
-import bz2
-import gzip
-import json
-import lzma
 import os
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from masformer.errors import MasformerError, check_int
+from masformer.files import COMPRESSED, decode_text, open_content, parse_json
 
-COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 JSON_LINES = (".jsonl", ".ndjson")
 PARQUET = ".parquet"
 NOT_TEXT = (".json", PARQUET, ".arrow", ".csv", ".tsv", ".zip", ".tar", ".zst", ".7z", ".pdf", ".docx", ".gguf")
@@ -149,29 +144,13 @@ def _kind(path: Path) -> str:
 
 
 def _read(path: Path, fields: tuple[str, ...], where: Mapping[str, str]) -> Iterator[Row]:
-    opener: Callable[..., Any] = COMPRESSED.get(path.suffix.lower(), open)
-    try:
+    with open_content(path) as file:
         if _kind(path) == PARQUET:
-            yield from _parquet(path, fields, where)
-            return
-        with opener(path, "rb") as file:
-            if _kind(path) in JSON_LINES:
-                yield from _json_lines(path, file, fields, where)
-            else:
-                yield Row(str(path), {fields[0]: _plain(path, file)})
-    except OSError as error:
-        raise MasformerError(f"cannot read {path}: {error.strerror or error}") from None
-    except (EOFError, zlib.error, lzma.LZMAError) as error:
-        raise MasformerError(f"cannot read {path}: {error}; the file is damaged or cut short") from None
-
-
-def _plain(path: Path, file: BinaryIO) -> str:
-    data = file.read()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise MasformerError(f"{path}, line {line}: not UTF-8 text ({error.reason}); convert it to UTF-8") from None
+            yield from _parquet(path, file, fields, where)
+        elif _kind(path) in JSON_LINES:
+            yield from _json_lines(path, file, fields, where)
+        else:
+            yield Row(str(path), {fields[0]: decode_text(file.read(), str(path))})
 
 
 def _json_lines(path: Path, file: BinaryIO, fields: tuple[str, ...], where: Mapping[str, str]) -> Iterator[Row]:
@@ -181,35 +160,35 @@ def _json_lines(path: Path, file: BinaryIO, fields: tuple[str, ...], where: Mapp
             content = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             if not content:
                 continue
-            row = json.loads(content)
         except UnicodeDecodeError as error:
             raise MasformerError(f"{place}: not UTF-8 text ({error.reason}); convert it to UTF-8") from None
-        except (ValueError, RecursionError) as error:
-            raise MasformerError(
-                f"{place}: not JSON ({getattr(error, 'msg', error)}); each line must be one object"
-            ) from None
+        row = parse_json(content, place)
         if not isinstance(row, dict):
             raise MasformerError(f"{place}: holds a {type(row).__name__}; each line must be one object {{...}}")
         yield from selected_rows(row, fields, where, f"{path}:{number}", place)
 
 
-def _parquet(path: Path, fields: tuple[str, ...], where: Mapping[str, str]) -> Iterator[Row]:
+def _parquet(path: Path, file: BinaryIO, fields: tuple[str, ...], where: Mapping[str, str]) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
+        with pyarrow.parquet.ParquetFile(file, page_checksum_verification=True) as table:
+            names = table.schema_arrow.names
             columns = dict.fromkeys(field if field in names else field.split(".")[0] for field in (*fields, *where))
-            for batch in file.iter_batches(PARQUET_ROWS, columns=[name for name in columns if name in names]):
+            for batch in table.iter_batches(PARQUET_ROWS, columns=[name for name in columns if name in names]):
                 for row in batch.to_pylist():
                     number += 1
                     place = f"{path}, row {number}"
                     if not set(columns) <= set(names):
                         row |= {name: None for name in names if name not in row}
                     yield from selected_rows(row, fields, where, f"{path}:{number}", place)
-    except pyarrow.ArrowException as error:
+            if number != table.metadata.num_rows:
+                raise MasformerError(f"cannot read {path}: it holds {number} of {table.metadata.num_rows} rows")
+    except MasformerError:
+        raise
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # the latter two: a value of a row
         raise MasformerError(f"cannot read {path}: {' '.join(str(error).split())}") from None
 
 

@@ -22,9 +22,11 @@ from numpy.typing import NDArray
 
 from masformer.data.documents import Row
 from masformer.data.sources import Source
+from masformer.data.tokens import token_rows, tokenize_around
 from masformer.errors import MasformerError
+from masformer.files import hash_file, parse_json, read_text
 
-VERSION = 1
+VERSION = 2
 BATCH_CHARACTERS = 1 << 20
 """Characters of text that are tokenized at the same time."""
 PROMPT = "{prompt}"
@@ -138,17 +140,27 @@ def _fingerprint(source: Source, tokenizer: Any, template: str) -> str:
 
 
 def _opened(name: str, folder: Path) -> TokenStore | None:
-    """None where the store is not whole."""
+    """None where the store is not whole, or a byte of it has changed."""
     try:
-        facts = json.loads((folder / FACTS).read_text())
+        facts = parse_json(read_text(folder / FACTS), str(folder / FACTS))
+        if facts["digest"] != _digest(folder, facts["pairs"]):
+            return None
         offsets = np.load(folder / OFFSETS, allow_pickle=False)
         parts = np.load(folder / PARTS, allow_pickle=False) if facts["pairs"] else None
         tokens = np.memmap(folder / TOKENS, dtype=facts["dtype"], mode="r")
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):  # a MasformerError is a ValueError
         return None
     if len(tokens) != offsets[-1] or len(offsets) != facts["documents"] + 1:
         return None
     return TokenStore(name, tokens, offsets, parts, facts["characters"], facts["blank"], facts["end_token"])
+
+
+def _digest(folder: Path, pairs: bool) -> str:
+    """Of all that a store holds beside its facts."""
+    digest = hashlib.sha256()
+    for name in (TOKENS, OFFSETS, PARTS) if pairs else (TOKENS, OFFSETS):
+        hash_file(digest, folder / name)
+    return digest.hexdigest()
 
 
 def _write(
@@ -185,6 +197,7 @@ def _write(
         np.save(folder / PARTS, np.asarray(parts, dtype=np.int64))
     facts = {"documents": len(parts), "characters": characters, "blank": blank, "end_token": end}
     facts |= {"dtype": dtype.name, "pairs": source.is_pairs, "source": source.place}
+    facts["digest"] = _digest(folder, source.is_pairs)
     (folder / FACTS).write_text(json.dumps(facts))
 
 
@@ -201,31 +214,8 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield batch
 
 
-def _encode(tokenizer: Any, pieces: Sequence[str], special: bool) -> list[list[int]]:
-    if not pieces:
-        return []
-    found: list[list[int]] = tokenizer(list(pieces), add_special_tokens=special, verbose=False)["input_ids"]
-    return found
-
-
-def tokenize_around(tokenizer: Any, before: str, after: str, *, special: bool = True) -> tuple[list[int], list[int]]:
-    """Token ids of what stands before and after the part of a prompt that may be cut, each tokenized by itself.
-
-    Args:
-        tokenizer: of transformers.
-        before: the text before.
-        after: the text after.
-        special: whether the tokenizer's own special tokens come before; not so where the text holds them.
-    """
-    head = tokenizer(before, add_special_tokens=special, verbose=False)["input_ids"]
-    if special and head and head[-1] == tokenizer.eos_token_id:
-        head = head[:-1]
-    tail = tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"] if after else []
-    return list(head), list(tail)
-
-
 def _texts(pieces: Sequence[list[str]], tokenizer: Any) -> Iterator[tuple[list[int], tuple[int, ...]]]:
-    for tokens in _encode(tokenizer, [text for (text,) in pieces], True):
+    for tokens in token_rows(tokenizer, [text for (text,) in pieces], True):
         yield tokens, ()
 
 
@@ -235,8 +225,8 @@ def _pairs(
     """Each part is tokenized by itself, so that what is cut is a number of whole tokens."""
     before, after = template.split(PROMPT)
     head, tail = tokenize_around(tokenizer, before, after)
-    prompts = _encode(tokenizer, [prompt for prompt, _ in pieces], False)
-    targets = _encode(tokenizer, [target for _, target in pieces], False)
+    prompts = token_rows(tokenizer, [prompt for prompt, _ in pieces], False)
+    targets = token_rows(tokenizer, [target for _, target in pieces], False)
     for prompt, target in zip(prompts, targets, strict=True):
         start, stop = len(head), len(head) + len(prompt)
         yield [*head, *prompt, *tail, *target], (start, stop, stop + len(tail))

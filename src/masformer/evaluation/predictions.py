@@ -18,11 +18,12 @@ from transformers import PreTrainedModel
 
 from masformer.errors import MasformerError, check_int
 from masformer.evaluation.rouge import LONGBENCH, ROUGE, longbench_rouge_l, repetition, rouge_scores
-from masformer.files import write_whole
+from masformer.files import parse_json, read_text, write_whole
 from masformer.generation import generate_batch
 from masformer.journal import append_lines, recover_lines
 from masformer.models.bridge import apply_plan
 from masformer.plan import AttentionPlan
+from masformer.settings import build
 
 BATCH = 8
 """Prompts that are continued together."""
@@ -105,12 +106,14 @@ class Predictions(Generic[Line]):
         if self.path is None:
             return
         beside = Path(f"{path}.settings.json")
-        self._add(recover_lines(self.path, lambda row: kind(**row), "a prediction"))
+        self._add(recover_lines(self.path, lambda row: build(kind, row, ""), "a prediction"))
         now = json.loads(json.dumps(settings))
         if self._kept:
             try:
-                before = json.loads(beside.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
+                before = parse_json(read_text(beside), str(beside))
+                if not isinstance(before, dict):
+                    raise MasformerError(f"{beside} holds no settings")
+            except MasformerError as error:
                 raise MasformerError(
                     f"{path} holds predictions, but {beside}, which says how they were made, cannot be read ({error}); "
                     f"give another --out"
@@ -196,7 +199,7 @@ def predict(
 
     Args:
         model: a causal language model in evaluation mode.
-        tokenizer: its tokenizer, which ends texts where the model's generation config names no token for it.
+        tokenizer: its tokenizer.
         plans: name -> plan.
         groups: the prompts.
         kept: what is there, and where the rest goes, a batch at a time.

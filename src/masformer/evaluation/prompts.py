@@ -19,8 +19,9 @@ import numpy as np
 
 from masformer.data.documents import read_rows
 from masformer.data.pairs import CUTS, cut_tokens
-from masformer.data.store import tokenize_around
-from masformer.errors import MasformerError, check_int
+from masformer.data.tokens import part_tokens, tokenize_around
+from masformer.errors import MasformerError, check_int, check_seed
+from masformer.files import read_text
 from masformer.generation import chat_text, uses_chat
 
 SUMMARY = """\
@@ -139,11 +140,8 @@ class Template:
         Raises:
             MasformerError: it cannot be read, or is no template.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise MasformerError(f"cannot read the template {path}: {error}") from None
-        return cls(text.removesuffix("\n"), f"template {path}")
+        text = read_text(path, "the template")
+        return cls(text.removesuffix("\n").removesuffix("\r"), f"template {path}")
 
     def __post_init__(self) -> None:
         names = [name for _, name in self._parts if name is not None]
@@ -238,7 +236,7 @@ class Prompter:
         self._document = lru_cache(maxsize=4)(self._tokens)
 
     def _tokens(self, text: str) -> Any:
-        return np.asarray(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+        return np.asarray(part_tokens(self.tokenizer, text), dtype=np.int64)
 
     def _shortened(self, example: Example) -> str:
         tokens = self._tokens(example.document)
@@ -295,6 +293,7 @@ def choose_shots(pool: Sequence[Example], tested: Sequence[Example], count: int,
     Raises:
         MasformerError: too few are left.
     """
+    check_seed(seed)
     documents = {example.document for example in tested}
     left = [example for example in pool if example.document not in documents]
     if len(left) < count:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 
-from masformer.errors import MasformerError, check_int
+from masformer.errors import MasformerError, check_int, read_int, shown
 
 TABLES = {"gpt2": "wpe", "gpt_neo": "wpe", "opt": "decoder.embed_positions"}
 """Model type -> where its base model keeps the table of learned positions."""
@@ -61,14 +61,16 @@ def parse_max_positions(text: str) -> tuple[int, str | None]:
     """
     match = re.fullmatch(r"\s*(-?\d+)\s*(?::\s*(\w+)\s*)?", text)
     if not match:
-        raise MasformerError(f"cannot read {text!r} as a number of positions; allowed: N or N:METHOD, like 8192:yarn")
-    check_int("max_positions", int(match[1]), 1)
+        raise MasformerError(
+            f"cannot read {shown(text)} as a number of positions; allowed: N or N:METHOD, like 8192:yarn"
+        )
+    positions = read_int("max_positions", match[1], 1)
     if match[2] not in (None, *TABLE_METHODS, *ROTARY_METHODS):
         raise MasformerError(
             f"unknown position method {match[2]!r}; allowed: {', '.join(TABLE_METHODS)} (learned positions), "
             f"{', '.join(ROTARY_METHODS)} (rotary positions)"
         )
-    return int(match[1]), match[2]
+    return positions, match[2]
 
 
 def position_limit(config: PretrainedConfig) -> int | None:

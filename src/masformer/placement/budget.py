@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from masformer.cost import ModelShape, bytes_text, cost
-from masformer.errors import MasformerError, check_int
+from masformer.errors import LARGEST, MasformerError, check_int, check_number, read_int, shown
 from masformer.plan import AttentionPlan
 from masformer.spans import FullSpan, Span
 
@@ -56,13 +56,15 @@ class Budget:
         """
         match = re.fullmatch(r"\s*(\d+|\d*\.\d+)\s*(%|B|KiB|MiB|GiB)?\s*(?:@\s*(\d+))?\s*", text)
         if match is None or (match[2] is None and (match[3] or "." in match[1])):
-            raise MasformerError(f"cannot read the budget {text!r}; allowed: {BUDGET_FORMS}")
-        number, unit, length = match[1], match[2], int(match[3]) if match[3] else None
+            raise MasformerError(f"cannot read the budget {shown(text)}; allowed: {BUDGET_FORMS}")
+        number, unit = match[1], match[2]
+        length = read_int("length of the budget", match[3], 1) if match[3] else None
         if unit is None:
-            return cls(full_layers=int(number))
+            return cls(full_layers=read_int("number of full layers", number, 0))
         if unit == "%":
             return cls(flops_share=float(number) / 100, length=length)
         scale = 1024 ** ("B", "KiB", "MiB", "GiB").index(unit)
+        check_number("KV-cache bytes", float(number) * scale, 1, LARGEST)
         return cls(cache_bytes=int(float(number) * scale), length=length)
 
     def __str__(self) -> str:

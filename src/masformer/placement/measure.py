@@ -28,6 +28,7 @@ from masformer.models.bridge import apply_plan, partial_passes
 from masformer.models.fingerprint import model_fingerprint
 from masformer.placement.texts import Window
 from masformer.plan import AttentionPlan
+from masformer.settings import build
 from masformer.spans import FullSpan
 
 
@@ -138,7 +139,7 @@ class Score:
 
 
 def _measurement(row: dict[str, Any]) -> tuple[tuple[str, str], Score]:
-    return (row.pop("window"), row.pop("plan")), Score(**row)
+    return (row.pop("window"), row.pop("plan")), build(Score, row, "")
 
 
 class Journal:

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from masformer.errors import MasformerError, check_int
+from masformer.errors import MasformerError, check_int, check_number, check_seed, shown
 from masformer.evaluation.room import dtype_name
 from masformer.models.bridge import apply_plan
 from masformer.models.positions import position_limit
@@ -35,6 +35,7 @@ from masformer.spans import FullSpan, Span
 
 METHODS = ("sensitivity", "greedy", "joint")
 CRITERIA = ("tail", "kl", "retrieval")
+MOST_RANDOM = 10_000
 DIGITS = 6
 """Losses that agree in so many decimals are taken as equal, so that rounding does not decide."""
 
@@ -53,7 +54,7 @@ def parse_criteria(text: str) -> dict[str, float]:
         try:
             criteria[name] = float(weight or 1)
         except ValueError:
-            raise MasformerError(f"the weight of criterion {name!r} must be a number, got {weight!r}") from None
+            raise MasformerError(f"the weight of criterion {name!r} must be a number, got {shown(weight)}") from None
     return _check_criteria(criteria)
 
 
@@ -62,8 +63,7 @@ def _check_criteria(criteria: Mapping[str, float]) -> dict[str, float]:
         unknown = ", ".join(sorted(set(criteria) - set(CRITERIA))) or "none at all"
         raise MasformerError(f"unknown criterion: {unknown}; allowed: {', '.join(CRITERIA)}, or a mix (tail:1,kl:0.5)")
     for name, weight in criteria.items():
-        if not 0 < weight < math.inf:
-            raise MasformerError(f"the weight of criterion {name!r} must be a positive number, got {weight}")
+        check_number(f"the weight of criterion {name!r}", weight, 0, above=True)
     return dict(criteria)
 
 
@@ -137,7 +137,8 @@ def search_layers(
     counts = {"windows": windows, "held-out windows": held_out_windows, "probes": probes, "length": length}
     for name, number in counts.items():
         check_int(name, number, 2 if name == "length" else 1)
-    check_int("random placements", random_placements, 0)
+    check_int("random placements", random_placements, 0, MOST_RANDOM)
+    check_seed(seed)
     if (limit := position_limit(model.config)) is not None and length > limit:
         raise MasformerError(f"length {length} is beyond the {limit} positions of the model")
     if method not in METHODS:

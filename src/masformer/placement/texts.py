@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 from typing import Any
 
+from masformer.data.tokens import part_tokens
 from masformer.errors import MasformerError
 
 NAMES = ("Alice", "Bruno", "Clara", "David", "Elena", "Felix", "Grace", "Henry", "Irene", "Jonas", "Karen", "Louis")
@@ -104,7 +105,7 @@ def retrieval_probes(tokenizer: Any, fillers: Sequence[Window], count: int, seed
     choose = random.Random(seed)
 
     def encode(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return part_tokens(tokenizer, text)
 
     probes = []
     for index in range(count):

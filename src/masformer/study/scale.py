@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from masformer.data.sources import Source
-from masformer.errors import MasformerError, check_int
+from masformer.errors import LARGEST, LARGEST_SEED, MasformerError, check_int, shown
 from masformer.evaluation.retrieval import TASKS
 from masformer.settings import build, check_choice, read_settings
 from masformer.training.recipe import ModelRecipe
@@ -43,6 +43,20 @@ def check_seeds(name: str, seeds: Sequence[int]) -> None:
     """Raises MasformerError unless there are seeds, each once."""
     if not seeds or len(set(seeds)) != len(seeds):
         raise MasformerError(f"{name}.seeds must be different whole numbers, at least one, got {list(seeds)}")
+    check_each(f"{name}.seeds", seeds, 0, LARGEST_SEED)
+
+
+def check_each(name: str, values: Iterable[int | None], minimum: int = 1, maximum: int = LARGEST) -> None:
+    """Raises MasformerError unless all that are given are whole numbers in the range."""
+    for value in values:
+        if value is not None:
+            check_int(name, value, minimum, maximum)
+
+
+def check_depths(name: str, depths: Sequence[float]) -> None:
+    """Raises MasformerError unless there are depths, all of them in percent."""
+    if not depths or not all(0 <= depth <= 100 for depth in depths):
+        raise MasformerError(f"{name}.depths must be percentages, at least one, got {shown(depths)}")
 
 
 @dataclass(frozen=True)
@@ -81,9 +95,9 @@ class RecallStage:
         check_choice("recall.task", self.task, TASKS)
         if len(self.train_lengths) != 2 or self.train_lengths[0] > self.train_lengths[1]:
             raise MasformerError(f"recall.train_lengths must be the shortest and longest, got {self.train_lengths}")
-        if not self.depths or not all(0 <= depth <= 100 for depth in self.depths):
-            raise MasformerError(f"recall.depths must be percentages, at least one, got {self.depths}")
-        for name in ("examples", "pairs", "length"):
+        check_depths("recall", self.depths)
+        check_each("recall.train_lengths", self.train_lengths)
+        for name in ("examples", "pairs", "length", "room"):
             check_int(f"recall.{name}", getattr(self, name), 1)
 
 
@@ -124,6 +138,8 @@ class LanguageStage:
         check_int("language.max_tokens", self.max_tokens, max(self.lengths, default=1))
         if not self.lengths:
             raise MasformerError("language.lengths needs at least one length")
+        check_each("language.lengths", self.lengths)
+        check_each("language.vocabulary", [self.vocabulary])
         if (self.vocabulary is None) != (self.vocabulary_text is None):
             raise MasformerError("language.vocabulary and vocabulary_text are given together or not at all")
         for name in self.long:
@@ -162,6 +178,7 @@ class WhereStage:
     def __post_init__(self) -> None:
         for name in ("budget", "length", "windows", "random"):
             check_int(f"where.{name}", getattr(self, name), 1)
+        check_int("where.seed", self.seed, 0, LARGEST_SEED)
 
 
 @dataclass(frozen=True)
@@ -214,6 +231,9 @@ class SummarizationPart:
 
     def __post_init__(self) -> None:
         check_plans("generation.summarization", self.plans)
+        check_each("generation.summarization.lengths", self.lengths)
+        check_int("generation.summarization.max_new_tokens", self.max_new_tokens, 1)
+        check_int("generation.summarization.seed", self.seed, 0, LARGEST_SEED)
         if not self.text.is_pairs:
             raise MasformerError("generation.summarization.text needs prompt and target, the fields of its pairs")
 
@@ -244,6 +264,10 @@ class RetrievalPart:
 
     def __post_init__(self) -> None:
         check_plans("generation.retrieval", self.plans)
+        check_each("generation.retrieval.lengths", self.lengths)
+        check_depths("generation.retrieval", self.depths)
+        check_int("generation.retrieval.examples", self.examples, 1)
+        check_each("generation.retrieval.room", [self.room])
         check_choice("generation.retrieval.task", self.task, TASKS)
 
 
@@ -284,8 +308,10 @@ class CostStage:
 
     def __post_init__(self) -> None:
         check_int("cost.repeats", self.repeats, 1)
-        for bench in self.benches:
+        check_each("cost.counted", self.counted)
+        for bench, lengths in self.benches.items():
             check_choice("cost.benches", bench, ("prefill", "decode", "train"))
+            check_each(f"cost.benches.{bench}", lengths)
         if not self.plans or not self.counted:
             raise MasformerError("cost needs at least one plan and one length to count at")
 

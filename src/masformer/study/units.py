@@ -17,7 +17,7 @@ from typing import Any
 
 from masformer.data.sources import Source
 from masformer.errors import MasformerError
-from masformer.files import content_digest, write_whole
+from masformer.files import content_digest, parse_json, read_text, write_whole
 from masformer.records import environment
 from masformer.reports.document import slug
 from masformer.settings import without_none
@@ -152,7 +152,7 @@ class Place:
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:
-            kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            kept: dict[str, Any] = parse_json(read_text(path), str(path))
             if {"result", "settings", "fingerprint", "environment", "seconds"} <= set(kept):
                 return kept
         except (OSError, ValueError, TypeError):

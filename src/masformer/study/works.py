@@ -21,7 +21,7 @@ from masformer.evaluation.perplexity import compare_plans, prefix_token, tokeniz
 from masformer.evaluation.prompts import Example, Prompter, Template
 from masformer.evaluation.retrieval import TASKS, Prober, retrieve, training_pairs, word_tokenizer
 from masformer.evaluation.summarization import summarize
-from masformer.files import write_whole
+from masformer.files import parse_json, read_text, write_whole
 from masformer.placement import search_layers
 from masformer.plan import PLACEMENTS
 from masformer.spans import Span
@@ -199,7 +199,8 @@ class Perplexity(Work):
         text = self.plan
         if text is None:
             assert self.found_by is not None
-            text = json.loads(place.beside(self.found_by, "json").read_text(encoding="utf-8"))["result"]["plan"]
+            found = place.beside(self.found_by, "json")
+            text = parse_json(read_text(found), str(found))["result"]["plan"]
         plan = plan_of(self.model, text)
         loaded, tokenizer = load(self.model, plan)
         tokens, _ = tokenize(tokenizer, documents_of(self.text), max_tokens=self.max_tokens)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from masformer.errors import MasformerError
-from masformer.files import hash_file
+from masformer.files import hash_file, parse_json, read_text
 
 MARKER = "checkpoint.json"
 FORMAT = 1
@@ -124,14 +124,14 @@ def sync(path: Path) -> None:
 
 def _fault(path: Path) -> str | None:
     """Why a checkpoint cannot be used, if so."""
+    if not (path / MARKER).exists():
+        return f"it is incomplete: no {MARKER}"
     try:
-        marker = json.loads((path / MARKER).read_text())
-        files = dict(marker["files"])
+        marker = parse_json(read_text(path / MARKER), MARKER)
+        files = {name: (int(size), str(checksum)) for name, (size, checksum) in marker["files"].items()}
         if marker["format"] != FORMAT:
             return f"it has format {marker['format']}, this version reads {FORMAT}"
-    except FileNotFoundError:
-        return f"it is incomplete: no {MARKER}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # a MasformerError is a ValueError
         return f"its {MARKER} cannot be read: {error}"
     for name, (size, checksum) in files.items():
         file = path / name

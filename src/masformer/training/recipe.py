@@ -19,8 +19,8 @@ from masformer.data.packing import PACKINGS
 from masformer.data.pairs import CUTS
 from masformer.data.sources import Source
 from masformer.data.store import PROMPT
-from masformer.errors import MasformerError, check_int
-from masformer.settings import StrictLoader, build, check_choice, read_settings, without_none
+from masformer.errors import LARGEST_SEED, MasformerError, check_int, check_number
+from masformer.settings import build, check_choice, parse_yaml, read_settings, without_none
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PRECISIONS = ("float32", "bfloat16")
@@ -208,18 +208,18 @@ class TrainingRecipe:
             raise MasformerError("training needs either steps or epochs")
         for name in ("rows", "device_rows", "loss_chunk"):
             check_int(f"training.{name}", getattr(self, name), 1)
-        for name in ("warmup_steps", "seed"):
-            check_int(f"training.{name}", getattr(self, name), 0)
+        check_int("training.warmup_steps", self.warmup_steps, 0)
+        check_int("training.seed", self.seed, 0, LARGEST_SEED)
         if self.steps is not None:
             check_int("training.steps", self.steps, 1)
+            check_int("training.steps times training.rows", self.steps * self.rows, 1)
             if self.warmup_steps > self.steps:
                 raise MasformerError(f"training.warmup_steps {self.warmup_steps} is more than the {self.steps} steps")
         for name in ("epochs", "learning_rate"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
-                raise MasformerError(f"training.{name} must be above 0, got {getattr(self, name)}")
+            if getattr(self, name) is not None:
+                check_number(f"training.{name}", getattr(self, name), 0, above=True)
         for name in ("weight_decay", "clip"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise MasformerError(f"training.{name} must be at least 0, got {getattr(self, name)}")
+            check_number(f"training.{name}", getattr(self, name), 0)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise MasformerError(f"training.betas must be two numbers from 0 to below 1, got {self.betas}")
         if self.rows % self.device_rows:
@@ -251,9 +251,9 @@ class LoraRecipe:
 
     def __post_init__(self) -> None:
         check_int("lora.rank", self.rank, 1)
-        if not self.alpha > 0:
-            raise MasformerError(f"lora.alpha must be above 0, got {self.alpha}")
-        if not 0 <= self.dropout < 1:
+        check_number("lora.alpha", self.alpha, 0, above=True)
+        check_number("lora.dropout", self.dropout, 0)
+        if self.dropout >= 1:
             raise MasformerError(f"lora.dropout must be at least 0 and below 1, got {self.dropout}")
 
 
@@ -375,9 +375,9 @@ def _overrides(words: Sequence[str]) -> list[tuple[list[str], Any]]:
                 raise MasformerError(f"{name} needs a value")
             text = rest.pop(0)
         try:
-            value = yaml.load(text, StrictLoader)
-        except yaml.YAMLError as error:
-            raise MasformerError(f"cannot read the value of {name}: {' '.join(str(error).split())}") from None
+            value = parse_yaml(text)
+        except MasformerError as error:
+            raise MasformerError(f"cannot read the value of {name}: {error}") from None
         found.append((name[2:].replace("-", "_").split("."), value))
     return found
 

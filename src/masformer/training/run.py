@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
 from rich.console import Console
 from transformers import TrainingArguments
@@ -21,11 +20,12 @@ from masformer.data.packing import PackedRows, Schedule, make_rows
 from masformer.data.pairs import PairRows
 from masformer.data.report import report_rows, report_table, report_text
 from masformer.data.store import token_store
-from masformer.errors import MasformerError
+from masformer.errors import LARGEST, MasformerError, check_number
 from masformer.evaluation.room import autocast_on, dtype_name
 from masformer.files import write_whole
 from masformer.models.checkpoint import load_config, model_folder
 from masformer.progress import progress_bar
+from masformer.settings import parse_yaml, read_settings
 from masformer.training import state
 from masformer.training.card import model_card
 from masformer.training.checkpoints import Found, newest, remove_partial, steps_saved
@@ -183,7 +183,9 @@ def _check_model(recipe: Recipe) -> None:
 def step_count(recipe: Recipe, rows: int) -> int:
     """Optimizer steps of `training.epochs` times all rows, the last one filled up."""
     assert recipe.training.epochs is not None
-    steps = max(1, -(-round(rows * recipe.training.epochs) // recipe.training.rows))
+    wanted = rows * recipe.training.epochs
+    check_number("training.epochs times all rows", wanted, 0, LARGEST)
+    steps = max(1, -(-round(wanted) // recipe.training.rows))
     if recipe.training.warmup_steps > steps:
         raise MasformerError(f"training.warmup_steps {recipe.training.warmup_steps} is more than the {steps} steps")
     return steps
@@ -235,8 +237,8 @@ def _start(recipe: Recipe, output: Path, resume: bool, first: bool, console: Con
 
 def _check_same(recipe: Recipe, path: Path, console: Console) -> None:
     """Raises MasformerError where a resumed run would be another one; says what else changed."""
-    before = yaml.safe_load(path.read_text(encoding="utf-8"))
-    now = yaml.safe_load(recipe.to_yaml())
+    before = read_settings(path, "recipe")
+    now = parse_yaml(recipe.to_yaml())
     for name in sorted({*before, *now}):
         was, is_ = _flat(name, before.get(name)), _flat(name, now.get(name))
         for setting in sorted({*was, *is_}):

@@ -20,7 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from masformer.data.packing import Schedule, collate
 from masformer.errors import MasformerError
-from masformer.files import write_whole
+from masformer.files import parse_json, write_whole
 from masformer.training import state
 from masformer.training.checkpoints import write_checkpoint
 from masformer.training.evaluation import Task, evaluate
@@ -338,8 +338,8 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of metrics; none where there is no file, and not one that a killed process wrote half."""
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
-            row = json.loads(line)
-        except ValueError:
+            row = parse_json(line, str(path))
+        except MasformerError:
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             yield row

@@ -9,10 +9,15 @@ import sys
 from importlib.util import find_spec
 
 from masformer.errors import MasformerError
+from masformer.streams import guarded
 
 
 def main() -> int:
     """Runs lm_eval with the words of this command line; returns the exit code: 2, with a line, for a wrong value."""
+    return guarded(_run)
+
+
+def _run() -> int:
     if find_spec("lm_eval") is None:
         print("masformer: error: this needs lm-eval: pip install 'masformer[lm-eval]'", file=sys.stderr)
         return MasformerError.exit_code

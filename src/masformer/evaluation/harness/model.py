@@ -17,7 +17,8 @@ from lm_eval.models.huggingface import HFLM
 
 import masformer
 from masformer.attention import BACKENDS
-from masformer.errors import MasformerError, check_int
+from masformer.data.tokens import open_ended
+from masformer.errors import MasformerError, check_int, shown
 from masformer.models.checkpoint import load_config, load_model
 from masformer.models.positions import parse_max_positions, position_limit
 from masformer.plan import PLAN_FORMS, AttentionPlan
@@ -93,9 +94,9 @@ class MasformerLM(HFLM):  # type: ignore[misc]
             raise MasformerError(f"unknown dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
         if backend not in BACKENDS:
             raise MasformerError(f"unknown backend {backend!r}; allowed: {', '.join(BACKENDS)}")
-        if not re.fullmatch(r"[1-9]\d*|auto(:\d*\.?\d+)?", str(batch_size)):
+        if not re.fullmatch(r"[1-9]\d{0,9}|auto(:\d{0,9}\.?\d{1,9})?", shown(batch_size).strip("'")):
             raise MasformerError(
-                f"batch_size {batch_size!r} is not allowed; allowed: a whole number from 1, auto, auto:N"
+                f"batch_size {shown(batch_size)} is not allowed; allowed: a whole number from 1, auto, auto:N"
             )
         if max_length is not None:
             check_int("max_length", max_length, 1)
@@ -135,6 +136,7 @@ class MasformerLM(HFLM):  # type: ignore[misc]
         if tokenizer is None and options.get("add_bos_token") is not None:
             own.add_bos_token = options["add_bos_token"]
         super()._create_tokenizer(pretrained, own if tokenizer is None else tokenizer, **options)
+        self.tokenizer = open_ended(self.tokenizer)
 
     def _create_model(self, *args: Any, **options: Any) -> None:
         """Puts the loaded model where it runs; its passes keep no cache, but `generate` asks for one."""

@@ -212,8 +212,9 @@ def perplexity(
     found.sort(key=lambda each: len(each[1][0]) - len(each[1][1]))  # together: those that predict from alike positions
     numbers, windows = zip(*found, strict=True)
     sizes = [len(inputs) for inputs, _ in windows]
-    sums = torch.zeros(length, dtype=torch.float64)
-    counts = torch.zeros(length, dtype=torch.int64)
+    places = min(length, max(map(len, documents)) + 1)
+    sums = torch.zeros(places, dtype=torch.float64)
+    counts = torch.zeros(places, dtype=torch.int64)
     half = length // 2
     by_document = torch.zeros(len(documents), 2, dtype=torch.float64)  # all, and the second half
     tokens_of = torch.zeros(len(documents), 2, dtype=torch.int64)

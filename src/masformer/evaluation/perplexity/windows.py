@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from masformer.data import Document
+from masformer.data.tokens import part_tokens
 from masformer.errors import MasformerError, check_int
 
 Window = tuple[list[int], list[int]]
@@ -131,7 +132,7 @@ def tokenize(
         check_int("max_tokens", max_tokens, 1)
     rows, text_bytes = [], 0
     for document in documents:
-        tokens = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens = part_tokens(tokenizer, document.text)
         kept = tokens[:max_tokens]
         rows.append(kept)
         text_bytes += len((document.text if len(kept) == len(tokens) else tokenizer.decode(kept)).encode())

@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from masformer.errors import MasformerError, check_int
+from masformer.errors import MasformerError, check_int, read_int, shown
 from masformer.evaluation.intervals import Interval, bootstrap
 from masformer.evaluation.predictions import (
     BATCH,
@@ -33,6 +33,7 @@ from masformer.plan import AttentionPlan
 
 THRESHOLD = 85.6
 """Percent that the score must exceed for a length to count as effective: Llama-2-7B's at 4k (RULER, section 4)."""
+MOST_DEPTHS = 1001
 ALL = "all"
 """In place of a task: the mean of all tasks."""
 
@@ -264,19 +265,19 @@ def parse_depths(text: str) -> list[float]:
     """`5` -> 0, 25, 50, 75, 100 percent; `0,10,50` -> these.
 
     Raises:
-        MasformerError: it is neither a whole number from 2, nor several numbers from 0 to 100.
+        MasformerError: it is neither a whole number from 2 to `MOST_DEPTHS`, nor several numbers from 0 to 100.
     """
     wrong = MasformerError(
-        f"depths {text!r} are not allowed; allowed: a whole number from 2, how many from 0 to 100%, or several "
-        f"percentages separated by commas, as in 0,10,50"
+        f"depths {shown(text)} are not allowed; allowed: a whole number from 2 to {MOST_DEPTHS}, how many from 0 to "
+        f"100%, or several percentages separated by commas, as in 0,10,50"
     )
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(r"\d+(\.\d+)?", part) for part in parts):
         raise wrong
     if len(parts) == 1:
-        if not parts[0].isdecimal() or int(parts[0]) < 2:
+        if not parts[0].isdecimal() or not 2 <= (number := read_int("number of depths", parts[0], 0)) <= MOST_DEPTHS:
             raise wrong
-        return [100 * index / (int(parts[0]) - 1) for index in range(int(parts[0]))]
+        return [100 * index / (number - 1) for index in range(number)]
     return [float(part) for part in parts]
 
 

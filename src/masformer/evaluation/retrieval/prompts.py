@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from masformer.data.store import tokenize_around
-from masformer.errors import MasformerError, check_int
+from masformer.data.tokens import tokenize_around
+from masformer.errors import MasformerError, check_int, check_seed
 from masformer.evaluation.retrieval.haystack import Haystack, insert
 from masformer.evaluation.retrieval.tasks import Hidden, Task, chain, check_digits
 from masformer.generation import chat_text, uses_chat
 
+LONGEST = 1 << 24
 WORKED_WORDS = 100
 """Words of the haystack in a worked example."""
 WORKED_LETTERS = 3
@@ -70,6 +71,7 @@ class Prober:
     ) -> None:
         if digits is not None:
             check_digits(digits)
+        check_seed(seed)
         if max_new_tokens is not None:
             check_int("max_new_tokens", max_new_tokens, 1)
         self.tokenizer, self.seed, self.digits = tokenizer, seed, digits
@@ -97,6 +99,7 @@ class Prober:
         Raises:
             MasformerError: there is no room for anything but the question and what is hidden.
         """
+        check_int("length", length, 1, LONGEST)
         name = f"{task.name} at {length}, depth {depth:g}, number {index}"
         choose = random.Random(f"{stream} {self.seed} {name}")
         digits = task.digits if self.digits is None else self.digits

@@ -23,6 +23,7 @@ KEYS = VALUES = 4
 """Of the tasks with several: RULER's numbers (`niah_multikey_1`, `niah_multivalue`)."""
 HOPS = 4
 """Of variable tracking: assignments of one variable to the next, as in RULER."""
+MOST_DIGITS = 100
 LETTERS = 5
 """Of a variable's name; of those in the worked example 3, as in RULER."""
 ADJECTIVES = (
@@ -197,8 +198,8 @@ def tasks_of(names: str) -> list[Task]:
 
 
 def check_digits(digits: int) -> None:
-    """Raises MasformerError where numbers of so many digits are too few to be told apart."""
-    check_int("digits", digits, 2)
+    """Raises MasformerError where numbers of so many digits are too few to be told apart, or too long to be drawn."""
+    check_int("digits", digits, 2, MOST_DIGITS)
 
 
 def string_match_all(text: str, references: Sequence[str]) -> float:

@@ -30,6 +30,8 @@ from masformer.models.positions import position_limit
 from masformer.plan import AttentionPlan
 from masformer.spans import FullSpan
 
+TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "replace"}
+"""Of what other programs say, whatever the encoding of this one is."""
 NEW_TOKENS, POSITIONS, SEED = 16, 48, 0
 TOLERANCE = {"transformers": 1e-4, "mlx-lm": 1e-4, "vllm": 1e-3}
 """Target -> the largest difference of logits (vllm: log-probabilities) that is rounding, per largest logit above 1."""
@@ -80,7 +82,7 @@ def check_installed(target: str, python: str | os.PathLike[str] | None = None) -
         "d = m.packages_distributions().get(p); print(m.version(d[0]) if d and u.find_spec(p) else '')"
     )
     try:
-        done = subprocess.run([python, "-I", "-c", code, tool.package], capture_output=True, text=True, check=False)
+        done = subprocess.run([python, "-I", "-c", code, tool.package], capture_output=True, check=False, **TEXT)
     except OSError as error:
         raise MasformerError(f"cannot run {python}: {error.strerror}") from None
     if done.returncode or not done.stdout.strip():
@@ -189,7 +191,7 @@ def _run(
         jobs.write_text(json.dumps([job]), encoding="utf-8")
         command = [_interpreter(python), "-I", str(script), str(jobs)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=temporary, check=False)
+        done = subprocess.run(command, capture_output=True, env=environment, cwd=temporary, check=False, **TEXT)
         if done.returncode or not answer.is_file():
             last = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
             raise MasformerError(f"{tool.name} cannot run {folder}: {last}")
