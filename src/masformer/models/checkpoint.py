@@ -16,9 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from masformer.errors import MasformerError
 from masformer.models import adapters
 from masformer.models.bridge import NAME, apply_plan
+from masformer.models.native import native_plan
 from masformer.models.positions import extend_positions
-from masformer.models.sealing import SEAL, is_sealed, native_plan, unseal
+from masformer.models.sealing import SEAL, is_sealed, unseal
 from masformer.plan import AttentionPlan
+from masformer.spans import FullSpan
 
 
 def load_config(model: str | os.PathLike[str]) -> tuple[PretrainedConfig, AttentionPlan]:
@@ -42,7 +44,11 @@ def load_config(model: str | os.PathLike[str]) -> tuple[PretrainedConfig, Attent
         raise _cannot("read the config of", model, error) from error
     if not getattr(config, "num_hidden_layers", None):
         raise MasformerError(f"{os.fspath(model)} is no decoder-only language model ({config.model_type})")
-    return config, native_plan(config)
+    try:
+        return config, native_plan(config)
+    except MasformerError:
+        check_plan(config, AttentionPlan.uniform(config.num_hidden_layers, FullSpan()))  # the reason, where it has one
+        raise
 
 
 def check_plan(config: PretrainedConfig, plan: AttentionPlan) -> None:
@@ -56,6 +62,8 @@ def check_plan(config: PretrainedConfig, plan: AttentionPlan) -> None:
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     except ValueError as error:
         raise MasformerError(f"{config.model_type} is not a causal language model that transformers knows") from error
+    except Exception as error:  # each class refuses settings in its own way
+        raise _cannot("make", f"a {config.model_type} model", error) from error
     apply_plan(model, plan)
 
 

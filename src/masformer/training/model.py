@@ -19,8 +19,8 @@ from masformer.models import adapters
 from masformer.models.bridge import NAME, apply_plan
 from masformer.models.checkpoint import load_config, load_model, load_tokenizer
 from masformer.models.compiling import compile_layers
+from masformer.models.native import native_plan
 from masformer.models.positions import extend_positions, position_limit
-from masformer.models.sealing import native_plan
 from masformer.plan import AttentionPlan
 from masformer.spans import Span
 from masformer.training.loss import compile_loss, use_chunked_loss
