@@ -231,10 +231,12 @@ def test_methods_that_do_not_fit_are_refused(kind, changes, method, message):
     assert model.config.to_dict() == before
 
 
-@pytest.mark.parametrize("method", ["yarn", "dynamic"])
-def test_a_scaling_is_not_put_on_top_of_another(method):
+@pytest.mark.parametrize(
+    ("method", "allowed"), [("yarn", "cannot take 'yarn'; allowed: none"), ("dynamic", "cannot be extended")]
+)
+def test_a_scaling_is_not_put_on_top_of_another(method, allowed):
     model = extend_positions(short("llama"), LONGER, method)
-    with pytest.raises(MasformerError, match=f"whose rope type is {method} .* cannot be extended$"):
+    with pytest.raises(MasformerError, match=f"whose rope type is {method} .* {allowed}$"):
         extend_positions(model, 2 * LONGER)
     with pytest.raises(MasformerError, match=f"max_positions {LONGER} does nothing: the model has {LONGER} already"):
         extend_positions(model, LONGER)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +20,12 @@ from masformer.models.bridge import NAME, apply_plan
 from masformer.models.native import native_plan
 from masformer.models.positions import extend_positions
 from masformer.models.sealing import SEAL, is_sealed, unseal
+from masformer.models.weights import check_weights
 from masformer.plan import AttentionPlan
 from masformer.spans import FullSpan
+
+TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "*.spm", "tekken.json")
+"""What the files of a tokenizer are called, one of which is in every folder that has one."""
 
 
 def load_config(model: str | os.PathLike[str]) -> tuple[PretrainedConfig, AttentionPlan]:
@@ -32,16 +37,9 @@ def load_config(model: str | os.PathLike[str]) -> tuple[PretrainedConfig, Attent
     Raises:
         MasformerError: there is no such model, or its config cannot be read.
     """
-    source, options = _locate(model)
-    try:
-        data = {} if options else PretrainedConfig.get_config_dict(source)[0]
-        if data.get("model_type") == SEAL:
-            return unseal(data)
-        config = AutoConfig.from_pretrained(source, **options)
-    except MasformerError as error:
-        raise MasformerError(f"{os.fspath(model)}: {error}") from None
-    except Exception as error:
-        raise _cannot("read the config of", model, error) from error
+    config, plan = _read_config(model)
+    if plan is not None:
+        return config, plan
     if not getattr(config, "num_hidden_layers", None):
         raise MasformerError(f"{os.fspath(model)} is no decoder-only language model ({config.model_type})")
     try:
@@ -49,6 +47,20 @@ def load_config(model: str | os.PathLike[str]) -> tuple[PretrainedConfig, Attent
     except MasformerError:
         check_plan(config, AttentionPlan.uniform(config.num_hidden_layers, FullSpan()))  # the reason, where it has one
         raise
+
+
+def _read_config(model: str | os.PathLike[str]) -> tuple[PretrainedConfig, AttentionPlan | None]:
+    """The config, and the plan that it carries, if so."""
+    source, options = _locate(model)
+    try:
+        data = {} if options else PretrainedConfig.get_config_dict(source)[0]
+        if data.get("model_type") == SEAL:
+            return unseal(data)
+        return AutoConfig.from_pretrained(source, **options), None
+    except MasformerError as error:
+        raise MasformerError(f"{os.fspath(model)}: {error}") from None
+    except Exception as error:
+        raise _cannot("read the config of", model, error) from error
 
 
 def check_plan(config: PretrainedConfig, plan: AttentionPlan) -> None:
@@ -102,17 +114,23 @@ def load_model(
         options["attn_implementation"] = NAME
     use_safetensors = None if "gguf_file" in options else True
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, use_safetensors=use_safetensors, **options
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype, use_safetensors=use_safetensors, output_loading_info=True, **options
         )
     except Exception as error:
         raise _cannot("load", model, error) from error
+    if getattr(loaded, "_hf_peft_config_loaded", False):
+        raise _adapter(model)
+    check_weights(os.fspath(model), report["missing_keys"], report["unexpected_keys"])
     if "gguf_file" in options and (quantizer := getattr(loaded, "hf_quantizer", None)) is not None:
         quantizer.remove_quantization_config(loaded)  # its weights are plain again: the model can be trained and saved
     loaded = apply_plan(loaded.eval(), plan or carried, backend)
     if max_positions is not None:
         extend_positions(loaded, max_positions, position_method)
-    return loaded, load_tokenizer(model)
+    tokenizer = load_tokenizer(model)
+    if tokenizer is not None:
+        fit_tokenizer(tokenizer, loaded, max_positions)
+    return loaded, tokenizer
 
 
 def load_tokenizer(model: str | os.PathLike[str]) -> Any:
@@ -122,12 +140,49 @@ def load_tokenizer(model: str | os.PathLike[str]) -> Any:
         MasformerError: it is there, but cannot be read.
     """
     source, options = _locate(model)
-    if Path(source).is_dir() and not options and not any(Path(source).glob("*token*")):
+    folder = Path(source)
+    if folder.is_dir() and not options and not any(any(folder.glob(name)) for name in TOKENIZER_FILES):
         return None
+    return read_tokenizer(source, os.fspath(model), config=_read_config(model)[0], **options)
+
+
+def read_tokenizer(source: str, name: str | None = None, **options: Any) -> Any:
+    """A tokenizer by hub id or folder; `name` is what messages call it, options are transformers' own.
+
+    Raises:
+        MasformerError: it cannot be read, or has no vocabulary, as transformers makes it up where files are missing.
+    """
     try:
-        return AutoTokenizer.from_pretrained(source, config=load_config(model)[0], **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:
-        raise _cannot("read the tokenizer of", model, error) from error
+        raise _cannot("read the tokenizer of", name or source, error) from error
+    if not set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens):
+        raise MasformerError(f"the tokenizer of {name or source} has no vocabulary: its files are missing")
+    return tokenizer
+
+
+def fit_tokenizer(tokenizer: Any, model: PreTrainedModel, max_positions: int | None = None) -> None:
+    """Checks that a tokenizer is for a model, and lets it count as far as the model's positions were extended.
+
+    Args:
+        tokenizer: its `model_max_length` is changed where it is less than `max_positions`.
+        model: the model.
+        max_positions: longest sequence in tokens, where that is new.
+
+    Raises:
+        MasformerError: some token has no row in the model's embedding.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    check_vocabulary(tokenizer, rows)
+    if max_positions is not None:
+        tokenizer.model_max_length = max(tokenizer.model_max_length, max_positions)
+
+
+def check_vocabulary(tokenizer: Any, rows: int, limit: str = "the model has rows for only") -> None:
+    """Raises MasformerError where a tokenizer has tokens beyond the rows of an embedding, and names the last one."""
+    token, index = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if index >= rows:
+        raise MasformerError(f"the tokenizer has {index + 1} tokens, but {limit} {rows}: {token!r} is one too many")
 
 
 def _locate(model: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
@@ -137,11 +192,19 @@ def _locate(model: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
         raise MasformerError(f"model file {source} does not exist")
     if path.is_file() and not source.endswith((".gguf", ".json")):
         raise MasformerError(f"{source} is a file; allowed: a hub id, a folder, a .gguf file, or a config.json")
+    if (part := re.search(r"-\d+-of-(\d+)\.gguf$", source)) and int(part[1]) > 1:
+        raise MasformerError(f"{source} is one part of {int(part[1])}; join them first: llama-gguf-split --merge")
     if source.endswith(".gguf"):
         return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir() and (path / "adapter_config.json").is_file():
+        raise _adapter(model)
     if path.is_dir() and not (path / "config.json").is_file():
         raise MasformerError(f"folder {source} holds no config.json")
     return source, {}
+
+
+def _adapter(model: str | os.PathLike[str]) -> MasformerError:
+    return MasformerError(f"{os.fspath(model)} holds an adapter; merge it into its model first, by merge_and_unload")
 
 
 def _cannot(what: str, model: str | os.PathLike[str], error: Exception) -> MasformerError:

@@ -18,7 +18,7 @@ from lm_eval.models.huggingface import HFLM
 import masformer
 from masformer.attention import BACKENDS
 from masformer.errors import MasformerError, check_int
-from masformer.models.checkpoint import load_config, load_model
+from masformer.models.checkpoint import fit_tokenizer, load_config, load_model
 from masformer.models.positions import parse_max_positions, position_limit
 from masformer.plan import PLAN_FORMS, AttentionPlan
 
@@ -135,6 +135,7 @@ class MasformerLM(HFLM):  # type: ignore[misc]
         if tokenizer is None and options.get("add_bos_token") is not None:
             own.add_bos_token = options["add_bos_token"]
         super()._create_tokenizer(pretrained, own if tokenizer is None else tokenizer, **options)
+        fit_tokenizer(self.tokenizer, self._model)
 
     def _create_model(self, *args: Any, **options: Any) -> None:
         """Puts the loaded model where it runs; its passes keep no cache, but `generate` asks for one."""
