@@ -8,6 +8,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,8 @@ def load_model(
         raise _cannot("load", model, error) from error
     if getattr(loaded, "_hf_peft_config_loaded", False):
         raise _adapter(model)
-    check_weights(os.fspath(model), report["missing_keys"], report["unexpected_keys"])
+    left_over = [*report["unexpected_keys"], *(_unread(loaded, Path(model)) if "gguf_file" in options else ())]
+    check_weights(os.fspath(model), report["missing_keys"], left_over)
     if "gguf_file" in options and (quantizer := getattr(loaded, "hf_quantizer", None)) is not None:
         quantizer.remove_quantization_config(loaded)  # its weights are plain again: the model can be trained and saved
     loaded = apply_plan(loaded.eval(), plan or carried, backend)
@@ -131,6 +133,22 @@ def load_model(
     if tokenizer is not None:
         fit_tokenizer(tokenizer, loaded, max_positions)
     return loaded, tokenizer
+
+
+def _unread(loaded: PreTrainedModel, path: Path) -> list[str]:
+    """Tensors of a .gguf file that transformers' older reader passes over: biases, and scaled rotary frequencies."""
+    import gguf
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    file = gguf.GGUFReader(path)
+    architecture = file.fields["general.architecture"].contents()
+    process = reader.TENSOR_PROCESSORS.get(architecture, reader.TensorProcessor)(config=loaded.config.to_dict())
+    try:
+        known = reader.get_gguf_hf_weights_map(loaded, process)
+    except NotImplementedError:  # the newer reader's, which reports by itself
+        return []
+    names = [tensor.name for tensor in file.tensors]
+    return [name for name in names if name not in known and (name.endswith(".bias") or name.startswith("rope_freqs"))]
 
 
 def load_tokenizer(model: str | os.PathLike[str]) -> Any:
@@ -154,7 +172,9 @@ def read_tokenizer(source: str, name: str | None = None, **options: Any) -> Any:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except Exception as error:
+    except BaseException as error:  # the library behind it panics, which is no Exception, where merges do not fit
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise _cannot("read the tokenizer of", name or source, error) from error
     if not set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens):
         raise MasformerError(f"the tokenizer of {name or source} has no vocabulary: its files are missing")
@@ -162,24 +182,38 @@ def read_tokenizer(source: str, name: str | None = None, **options: Any) -> Any:
 
 
 def fit_tokenizer(tokenizer: Any, model: PreTrainedModel, max_positions: int | None = None) -> None:
-    """Checks that a tokenizer is for a model, and lets it count as far as the model's positions were extended.
+    """Holds a tokenizer to its model, in place: texts give no token that the model lacks.
+
+    Such tokens may be there, as padding or as transformers' defaults of a class; a text that has one is refused with a
+    MasformerError.
 
     Args:
         tokenizer: its `model_max_length` is changed where it is less than `max_positions`.
         model: the model.
         max_positions: longest sequence in tokens, where that is new.
-
-    Raises:
-        MasformerError: some token has no row in the model's embedding.
     """
     rows = model.get_input_embeddings().weight.shape[0]
-    check_vocabulary(tokenizer, rows)
+    if max(tokenizer.get_vocab().values()) >= rows:
+        tokenizer._encode_plus = partial(_encode_within, tokenizer, rows)
     if max_positions is not None:
         tokenizer.model_max_length = max(tokenizer.model_max_length, max_positions)
 
 
+def _encode_within(tokenizer: Any, rows: int, *args: Any, **options: Any) -> Any:
+    """What every way to encode comes to in transformers, for a tokenizer with more tokens than its model has rows."""
+    encoded = type(tokenizer)._encode_plus(tokenizer, *args, **options)
+    ids = encoded["input_ids"]
+    for row in ids if len(ids) and not isinstance(ids[0], int) else [ids]:
+        if (highest := max((int(index) for index in row), default=0)) >= rows:
+            raise MasformerError(
+                f"the text has the token {tokenizer.convert_ids_to_tokens(highest)!r}, number {highest}, but the "
+                f"model has rows for only {rows}"
+            )
+    return encoded
+
+
 def check_vocabulary(tokenizer: Any, rows: int, limit: str = "the model has rows for only") -> None:
-    """Raises MasformerError where a tokenizer has tokens beyond the rows of an embedding, and names the last one."""
+    """For training, which may meet every token: raises MasformerError where one has no row, and names the last one."""
     token, index = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if index >= rows:
         raise MasformerError(f"the tokenizer has {index + 1} tokens, but {limit} {rows}: {token!r} is one too many")

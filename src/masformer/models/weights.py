@@ -12,7 +12,7 @@ from masformer.errors import MasformerError
 
 SHOWN = 3
 _COMPUTED = re.compile(
-    r"(^|\.)(position_ids|inv_freq|cos_cached|sin_cached|masked_bias|rope_freqs\.weight)$"
+    r"(^|\.)(position_ids|inv_freq|cos_cached|sin_cached|masked_bias)$"
     r"|\.(attn|attention|self_attn)\.bias$|\.rotary\w*\.\w+$"
 )
 """Names of what a model computes by itself and older versions saved: position tables and causal masks."""

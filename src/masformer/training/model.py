@@ -169,6 +169,7 @@ def prepare_model(recipe: Recipe, checkpoint: Path | None = None) -> Prepared:
             backend=settings.backend,
         )
     check_lengths(recipe, causal.config)
+    check_vocabulary(tokenizer, causal.get_input_embeddings().weight.shape[0])
     fit_tokenizer(tokenizer, causal, position_limit(causal.config))
     use_chunked_loss(causal, recipe.training.loss_chunk)
     if recipe.training.checkpointing:
