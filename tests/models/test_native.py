@@ -100,7 +100,10 @@ def test_experts_that_read_values_and_scaled_rotary_frequencies_do_not_matter():
 
 
 def test_a_class_that_takes_no_plan_says_why(tmp_path):
-    for kind, message in [("openai-gpt", "does not use the attention interface"), ("mamba", "mamba models cannot take")]:
+    for kind, message in [
+        ("openai-gpt", "does not use the attention interface"),
+        ("mamba", "mamba models cannot take"),
+    ]:
         AutoConfig.for_model(kind, num_hidden_layers=2, vocab_size=64).save_pretrained(tmp_path)
         with pytest.raises(MasformerError, match=message):
             load_config(tmp_path)

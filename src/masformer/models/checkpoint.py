@@ -137,17 +137,23 @@ def load_model(
 
 def _unread(loaded: PreTrainedModel, path: Path) -> list[str]:
     """Tensors of a .gguf file that transformers' older reader passes over: biases, and scaled rotary frequencies."""
-    import gguf
     from transformers import modeling_gguf_pytorch_utils as reader
 
-    file = gguf.GGUFReader(path)
-    architecture = file.fields["general.architecture"].contents()
+    try:
+        from transformers.integrations.gguf import read_gguf_metadata
+
+        metadata, names = read_gguf_metadata(path)
+        architecture = metadata["general.architecture"]
+    except ImportError:  # an older transformers
+        from gguf import GGUFReader
+
+        file = GGUFReader(path)
+        architecture, names = file.fields["general.architecture"].contents(), [each.name for each in file.tensors]
     process = reader.TENSOR_PROCESSORS.get(architecture, reader.TensorProcessor)(config=loaded.config.to_dict())
     try:
         known = reader.get_gguf_hf_weights_map(loaded, process)
     except NotImplementedError:  # the newer reader's, which reports by itself
         return []
-    names = [tensor.name for tensor in file.tensors]
     return [name for name in names if name not in known and (name.endswith(".bias") or name.startswith("rope_freqs"))]
 
 
