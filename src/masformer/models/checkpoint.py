@@ -247,7 +247,7 @@ def _adapter(model: str | os.PathLike[str]) -> MasformerError:
     return MasformerError(f"{os.fspath(model)} holds an adapter; merge it into its model first, by merge_and_unload")
 
 
-def _cannot(what: str, model: str | os.PathLike[str], error: Exception) -> MasformerError:
+def _cannot(what: str, model: str | os.PathLike[str], error: BaseException) -> MasformerError:
     return MasformerError(f"cannot {what} {os.fspath(model)}: {' '.join(str(error).split())}")
 
 

@@ -120,7 +120,7 @@ def _skip_failures(model: nn.Module) -> None:
             if inner:
                 for part in inner:
                     part.register_forward_pre_hook(_note_module, with_kwargs=True)
-                layer.forward = _Tolerant(layer.forward, {part.layer_idx for part in inner})
+                layer.forward = _Tolerant(layer.forward, {int(part.layer_idx) for part in inner})  # type: ignore[arg-type]
 
 
 def _is_attention(module: nn.Module) -> bool:

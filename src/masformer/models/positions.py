@@ -83,8 +83,9 @@ def position_limit(config: PretrainedConfig) -> int | None:
     rope = _ropes(config, getattr(config, "rope_parameters", None) or {}).get(_GLOBAL, {})
     if limit is None or rope.get("rope_type") not in ("yarn", "longrope", "dynamic") or not rope.get("factor"):
         return limit
-    trained = rope.get("original_max_position_embeddings") or limit
-    return max(limit, round((limit if rope["rope_type"] == "dynamic" else trained) * rope["factor"]))
+    trained = limit if rope["rope_type"] == "dynamic" else rope.get("original_max_position_embeddings") or limit
+    scaled: int = round(trained * rope["factor"])
+    return max(limit, scaled)
 
 
 def extend_positions(model: PreTrainedModel, max_positions: int, method: str | None = None) -> PreTrainedModel:
