@@ -23,7 +23,7 @@ from masformer.models.export.forms import FORMS, architecture, period
 from masformer.models.export.stock import check_stock
 from masformer.models.export.targets import KINDS
 from masformer.models.export.verify import check_installed, verify_export
-from masformer.models.sealing import native_plan
+from masformer.models.native import native_plan
 from tiny import ARCHITECTURES, GPTS, VOCABULARY, random_plan, tiny, tiny_config
 
 RUNNERS = Path(package.__file__).parent / "runners"

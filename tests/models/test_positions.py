@@ -6,6 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from masformer import AttentionPlan, FullSpan, MasformerError, apply_plan, load_model, save_model
+from masformer.models.checkpoint import load_tokenizer
 from masformer.models.positions import (
     ROTARY_METHODS,
     TABLE_METHODS,
@@ -13,7 +14,7 @@ from masformer.models.positions import (
     parse_max_positions,
     position_limit,
 )
-from tiny import PLAN, VOCABULARY, tiny
+from tiny import PLAN, VOCABULARY, letter_tokenizer, tiny
 
 TRAINED, LONGER = 32, 80
 FACTOR = LONGER / TRAINED
@@ -231,10 +232,12 @@ def test_methods_that_do_not_fit_are_refused(kind, changes, method, message):
     assert model.config.to_dict() == before
 
 
-@pytest.mark.parametrize("method", ["yarn", "dynamic"])
-def test_a_scaling_is_not_put_on_top_of_another(method):
+@pytest.mark.parametrize(
+    ("method", "allowed"), [("yarn", "cannot take 'yarn'; allowed: none"), ("dynamic", "cannot be extended")]
+)
+def test_a_scaling_is_not_put_on_top_of_another(method, allowed):
     model = extend_positions(short("llama"), LONGER, method)
-    with pytest.raises(MasformerError, match=f"whose rope type is {method} .* cannot be extended$"):
+    with pytest.raises(MasformerError, match=f"whose rope type is {method} .* {allowed}$"):
         extend_positions(model, 2 * LONGER)
     with pytest.raises(MasformerError, match=f"max_positions {LONGER} does nothing: the model has {LONGER} already"):
         extend_positions(model, LONGER)
@@ -279,3 +282,50 @@ def test_the_text_form():
         parse_max_positions("8192:ntk")
     with pytest.raises(MasformerError, match="max_positions must be at least 1, got -1"):
         parse_max_positions("-1")
+
+
+def recipe(**changes):
+    """A YaRN recipe as Qwen's documentation gives it: `max_position_embeddings` stays at the trained length."""
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": TRAINED}
+    return {"rope_parameters": yarn | changes}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("positions", [TRAINED, TRAINED + 8, 4 * TRAINED])
+def test_a_yarn_recipe_allows_its_factor_times_the_trained_length(kind, positions):
+    model = short(kind, max_position_embeddings=positions, **recipe())
+    assert position_limit(model.config) == 4 * TRAINED
+    with pytest.raises(MasformerError, match=f"the model has {4 * TRAINED} already"):
+        extend_positions(model, LONGER)
+    plain = logits(model)
+    assert torch.equal(logits(extend_positions(model, 5 * TRAINED, "none")), plain)
+    assert position_limit(model.config) == 5 * TRAINED
+
+
+def test_the_longest_of_what_a_config_says_is_its_limit():
+    longrope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    phi3 = {"original_max_position_embeddings": TRAINED}
+    nested = short("olmo3").config
+    nested.rope_parameters = {"full_attention": recipe()["rope_parameters"], "sliding_attention": {}}
+    for config, limit in [
+        (short("llama", **recipe(original_max_position_embeddings=TRAINED // 4)).config, TRAINED),
+        (short("llama", rope_parameters=LLAMA3 | {"factor": 32.0}).config, TRAINED),
+        (short("phi3", max_position_embeddings=128, rope_parameters=dict(longrope), **phi3).config, 128),
+        (short("phi3", rope_parameters=longrope | {"factor": 4.0}, **phi3).config, 128),
+        (nested, 4 * TRAINED),
+    ]:
+        assert position_limit(config) == limit, config.rope_parameters
+
+
+@pytest.mark.parametrize("stored", [TRAINED, 5 * LONGER, None])
+def test_the_tokenizer_counts_as_far_as_the_positions(tmp_path, stored):
+    options = {} if stored is None else {"model_max_length": stored}
+    short("llama", vocab_size=256).save_pretrained(tmp_path / "in")
+    letter_tokenizer(**options).save_pretrained(tmp_path / "in")
+    model, tokenizer = load_model(tmp_path / "in", PLAN, max_positions=LONGER)
+    save_model(model, tmp_path / "out", tokenizer)
+    again = load_tokenizer(tmp_path / "out")
+    assert again.model_max_length >= LONGER
+    assert len(again("a" * LONGER, truncation=stored is not None)["input_ids"]) == LONGER
+    as_it_was = load_model(tmp_path / "in")[1].model_max_length
+    assert as_it_was == stored if stored else as_it_was > 10**9

@@ -335,7 +335,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
         ({"model__config__hiden_size": 3}, "llama models have no setting hiden_size; did you mean hidden_size?"),
         ({"model__config__num_attention_heads": 5}, "model.config:"),
         ({"model__config__vocab_size": 100}, "the tokenizer has 257 tokens, but model.config.vocab_size is 100"),
-        ({"model__tokenizer": "nowhere"}, "cannot read the tokenizer nowhere"),
+        ({"model__tokenizer": "nowhere"}, "cannot read the tokenizer of nowhere"),
         ({"model": {"source": "nowhere.gguf"}}, "model file nowhere.gguf does not exist"),
         ({"data__sources": {"a": {"files": ["nowhere.txt"]}}}, "data file nowhere.txt does not exist"),
         ({"lora__targets": ["q_projection"]}, "lora: llama models have no module named q_projection"),

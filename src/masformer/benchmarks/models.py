@@ -19,8 +19,8 @@ from masformer.cost import ModelShape, cost
 from masformer.errors import MasformerError, check_int
 from masformer.models.bridge import apply_plan, cache_name
 from masformer.models.checkpoint import load_config
+from masformer.models.native import native_plan
 from masformer.models.positions import position_limit
-from masformer.models.sealing import native_plan
 from masformer.models.twins import sliding_twin, stock_twin
 from masformer.plan import AttentionPlan
 from masformer.spans import FullSpan, WindowSpan

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from masformer.errors import MasformerError
 from masformer.models import adapters
 from masformer.models.bridge import NAME, apply_plan
+from masformer.models.native import native_plan
 from masformer.models.positions import extend_positions
-from masformer.models.sealing import SEAL, is_sealed, native_plan, unseal
+from masformer.models.sealing import SEAL, is_sealed, unseal
+from masformer.models.weights import check_weights
 from masformer.plan import AttentionPlan
+from masformer.spans import FullSpan
+
+TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "*.spm", "tekken.json")
+"""What the files of a tokenizer are called, one of which is in every folder that has one."""
 
 
 def load_config(model: str | os.PathLike[str]) -> tuple[PretrainedConfig, AttentionPlan]:
@@ -30,19 +38,30 @@ def load_config(model: str | os.PathLike[str]) -> tuple[PretrainedConfig, Attent
     Raises:
         MasformerError: there is no such model, or its config cannot be read.
     """
+    config, plan = _read_config(model)
+    if plan is not None:
+        return config, plan
+    if not getattr(config, "num_hidden_layers", None):
+        raise MasformerError(f"{os.fspath(model)} is no decoder-only language model ({config.model_type})")
+    try:
+        return config, native_plan(config)
+    except MasformerError:
+        check_plan(config, AttentionPlan.uniform(config.num_hidden_layers, FullSpan()))  # the reason, where it has one
+        raise
+
+
+def _read_config(model: str | os.PathLike[str]) -> tuple[PretrainedConfig, AttentionPlan | None]:
+    """The config, and the plan that it carries, if so."""
     source, options = _locate(model)
     try:
         data = {} if options else PretrainedConfig.get_config_dict(source)[0]
         if data.get("model_type") == SEAL:
             return unseal(data)
-        config = AutoConfig.from_pretrained(source, **options)
+        return AutoConfig.from_pretrained(source, **options), None
     except MasformerError as error:
         raise MasformerError(f"{os.fspath(model)}: {error}") from None
     except Exception as error:
         raise _cannot("read the config of", model, error) from error
-    if not getattr(config, "num_hidden_layers", None):
-        raise MasformerError(f"{os.fspath(model)} is no decoder-only language model ({config.model_type})")
-    return config, native_plan(config)
 
 
 def check_plan(config: PretrainedConfig, plan: AttentionPlan) -> None:
@@ -56,6 +75,8 @@ def check_plan(config: PretrainedConfig, plan: AttentionPlan) -> None:
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     except ValueError as error:
         raise MasformerError(f"{config.model_type} is not a causal language model that transformers knows") from error
+    except Exception as error:  # each class refuses settings in its own way
+        raise _cannot("make", f"a {config.model_type} model", error) from error
     apply_plan(model, plan)
 
 
@@ -94,17 +115,46 @@ def load_model(
         options["attn_implementation"] = NAME
     use_safetensors = None if "gguf_file" in options else True
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, use_safetensors=use_safetensors, **options
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype, use_safetensors=use_safetensors, output_loading_info=True, **options
         )
     except Exception as error:
         raise _cannot("load", model, error) from error
+    if getattr(loaded, "_hf_peft_config_loaded", False):
+        raise _adapter(model)
+    left_over = [*report["unexpected_keys"], *(_unread(loaded, Path(model)) if "gguf_file" in options else ())]
+    check_weights(os.fspath(model), report["missing_keys"], left_over)
     if "gguf_file" in options and (quantizer := getattr(loaded, "hf_quantizer", None)) is not None:
         quantizer.remove_quantization_config(loaded)  # its weights are plain again: the model can be trained and saved
     loaded = apply_plan(loaded.eval(), plan or carried, backend)
     if max_positions is not None:
         extend_positions(loaded, max_positions, position_method)
-    return loaded, load_tokenizer(model)
+    tokenizer = load_tokenizer(model)
+    if tokenizer is not None:
+        fit_tokenizer(tokenizer, loaded, max_positions)
+    return loaded, tokenizer
+
+
+def _unread(loaded: PreTrainedModel, path: Path) -> list[str]:
+    """Tensors of a .gguf file that transformers' older reader passes over: biases, and scaled rotary frequencies."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    try:
+        from transformers.integrations.gguf import read_gguf_metadata
+
+        metadata, names = read_gguf_metadata(path)
+        architecture = metadata["general.architecture"]
+    except ImportError:  # an older transformers
+        from gguf import GGUFReader
+
+        file = GGUFReader(path)
+        architecture, names = file.fields["general.architecture"].contents(), [each.name for each in file.tensors]
+    process = reader.TENSOR_PROCESSORS.get(architecture, reader.TensorProcessor)(config=loaded.config.to_dict())
+    try:
+        known = reader.get_gguf_hf_weights_map(loaded, process)
+    except NotImplementedError:  # the newer reader's, which reports by itself
+        return []
+    return [name for name in names if name not in known and (name.endswith(".bias") or name.startswith("rope_freqs"))]
 
 
 def load_tokenizer(model: str | os.PathLike[str]) -> Any:
@@ -114,12 +164,65 @@ def load_tokenizer(model: str | os.PathLike[str]) -> Any:
         MasformerError: it is there, but cannot be read.
     """
     source, options = _locate(model)
-    if Path(source).is_dir() and not options and not any(Path(source).glob("*token*")):
+    folder = Path(source)
+    if folder.is_dir() and not options and not any(any(folder.glob(name)) for name in TOKENIZER_FILES):
         return None
+    return read_tokenizer(source, os.fspath(model), config=_read_config(model)[0], **options)
+
+
+def read_tokenizer(source: str, name: str | None = None, **options: Any) -> Any:
+    """A tokenizer by hub id or folder; `name` is what messages call it, options are transformers' own.
+
+    Raises:
+        MasformerError: it cannot be read, or has no vocabulary, as transformers makes it up where files are missing.
+    """
     try:
-        return AutoTokenizer.from_pretrained(source, config=load_config(model)[0], **options)
-    except Exception as error:
-        raise _cannot("read the tokenizer of", model, error) from error
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except BaseException as error:  # the library behind it panics, which is no Exception, where merges do not fit
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise _cannot("read the tokenizer of", name or source, error) from error
+    if not set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens):
+        raise MasformerError(f"the tokenizer of {name or source} has no vocabulary: its files are missing")
+    return tokenizer
+
+
+def fit_tokenizer(tokenizer: Any, model: PreTrainedModel, max_positions: int | None = None) -> None:
+    """Holds a tokenizer to its model, in place: texts give no token that the model lacks.
+
+    Such tokens may be there, as padding or as transformers' defaults of a class; a text that has one is refused with a
+    MasformerError.
+
+    Args:
+        tokenizer: its `model_max_length` is changed where it is less than `max_positions`.
+        model: the model.
+        max_positions: longest sequence in tokens, where that is new.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if max(tokenizer.get_vocab().values()) >= rows:
+        tokenizer._encode_plus = partial(_encode_within, tokenizer, rows)
+    if max_positions is not None:
+        tokenizer.model_max_length = max(tokenizer.model_max_length, max_positions)
+
+
+def _encode_within(tokenizer: Any, rows: int, *args: Any, **options: Any) -> Any:
+    """What every way to encode comes to in transformers, for a tokenizer with more tokens than its model has rows."""
+    encoded = type(tokenizer)._encode_plus(tokenizer, *args, **options)
+    ids = encoded["input_ids"]
+    for row in ids if len(ids) and not isinstance(ids[0], int) else [ids]:
+        if (highest := max((int(index) for index in row), default=0)) >= rows:
+            raise MasformerError(
+                f"the text has the token {tokenizer.convert_ids_to_tokens(highest)!r}, number {highest}, but the "
+                f"model has rows for only {rows}"
+            )
+    return encoded
+
+
+def check_vocabulary(tokenizer: Any, rows: int, limit: str = "the model has rows for only") -> None:
+    """For training, which may meet every token: raises MasformerError where one has no row, and names the last one."""
+    token, index = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if index >= rows:
+        raise MasformerError(f"the tokenizer has {index + 1} tokens, but {limit} {rows}: {token!r} is one too many")
 
 
 def _locate(model: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
@@ -129,14 +232,22 @@ def _locate(model: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
         raise MasformerError(f"model file {source} does not exist")
     if path.is_file() and not source.endswith((".gguf", ".json")):
         raise MasformerError(f"{source} is a file; allowed: a hub id, a folder, a .gguf file, or a config.json")
+    if (part := re.search(r"-\d+-of-(\d+)\.gguf$", source)) and int(part[1]) > 1:
+        raise MasformerError(f"{source} is one part of {int(part[1])}; join them first: llama-gguf-split --merge")
     if source.endswith(".gguf"):
         return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir() and (path / "adapter_config.json").is_file():
+        raise _adapter(model)
     if path.is_dir() and not (path / "config.json").is_file():
         raise MasformerError(f"folder {source} holds no config.json")
     return source, {}
 
 
-def _cannot(what: str, model: str | os.PathLike[str], error: Exception) -> MasformerError:
+def _adapter(model: str | os.PathLike[str]) -> MasformerError:
+    return MasformerError(f"{os.fspath(model)} holds an adapter; merge it into its model first, by merge_and_unload")
+
+
+def _cannot(what: str, model: str | os.PathLike[str], error: BaseException) -> MasformerError:
     return MasformerError(f"cannot {what} {os.fspath(model)}: {' '.join(str(error).split())}")
 
 

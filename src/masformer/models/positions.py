@@ -34,7 +34,7 @@ ROTARY_METHODS = ("yarn", "linear", "dynamic", "none")
 LOCAL_ROTARY = {"afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe"}
 """Model types whose full layers have no positions at all where they have a `sliding_window`: nothing to scale."""
 _GLOBAL = "full_attention"
-_LENGTH_FREE = {"default", "linear", "llama3"}  # rope types whose frequencies do not read max_position_embeddings
+_LENGTH_FREE = {"default", "linear", "llama3"}
 _BY_LENGTH = {"dynamic", "longrope"}  # rope types whose frequencies change with the length of what is read
 
 
@@ -76,12 +76,18 @@ def parse_max_positions(text: str) -> tuple[int, str | None]:
 def position_limit(config: PretrainedConfig) -> int | None:
     """The longest sequence, in tokens, that a config allows; None where it names none (alibi).
 
-    It is `max_position_embeddings`, except under `dynamic` rotary positions: their formula in transformers reads the
-    trained length from there, and the limit is that times the factor.
+    It is `max_position_embeddings`, except under rotary positions whose settings name a trained length and a factor
+    beside it: `yarn` and `longrope`, where recipes (Qwen's among them) leave `max_position_embeddings` as it was, and
+    `dynamic`, whose formula in transformers reads the trained length from there. Then it is the trained length times
+    the factor, if that is more. Under `linear` no trained length is named, and `llama3` uses its own otherwise.
     """
     limit: int | None = getattr(config, "max_position_embeddings", None)
     rope = _ropes(config, getattr(config, "rope_parameters", None) or {}).get(_GLOBAL, {})
-    return limit if limit is None or rope.get("rope_type") != "dynamic" else round(limit * rope["factor"])
+    if limit is None or rope.get("rope_type") not in ("yarn", "longrope", "dynamic") or not rope.get("factor"):
+        return limit
+    trained = limit if rope["rope_type"] == "dynamic" else rope.get("original_max_position_embeddings") or limit
+    scaled: int = round(trained * rope["factor"])
+    return max(limit, scaled)
 
 
 def extend_positions(model: PreTrainedModel, max_positions: int, method: str | None = None) -> PreTrainedModel:
@@ -182,13 +188,18 @@ def _extend_rotary(model: PreTrainedModel, rotary: dict[str, Any], length: int, 
         model.set_submodule(name, module.to(next(rotary[name].buffers()).device).train(rotary[name].training))
 
 
+def _is_length_free(rope: dict[str, Any]) -> bool:
+    """Whether the frequencies do not read max_position_embeddings; those of `yarn` do where it has no factor."""
+    return rope["rope_type"] in _LENGTH_FREE or (rope["rope_type"] == "yarn" and bool(rope.get("factor")))
+
+
 def _longer(
     config: PretrainedConfig, rotary: dict[str, Any], length: int, method: str
 ) -> tuple[PretrainedConfig, dict[str, Any]] | None:
     """The changed config and its rotary modules; None where the model cannot take the method."""
     parameters, trained = copy.deepcopy(config.rope_parameters), config.max_position_embeddings
     ropes = _ropes(config, parameters)
-    if not {rope["rope_type"] for rope in ropes.values()} <= _LENGTH_FREE:
+    if not all(_is_length_free(rope) for rope in ropes.values()):
         return None
     if method != "none":
         local = config.model_type in LOCAL_ROTARY and config.sliding_window

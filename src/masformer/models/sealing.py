@@ -16,7 +16,6 @@ from transformers import AutoConfig, PretrainedConfig
 
 from masformer.errors import MasformerError
 from masformer.plan import AttentionPlan
-from masformer.spans import FullSpan, Span, WindowSpan
 
 SEAL = "masformer"
 _HIDDEN = ("model_type", "architectures", "layer_types")
@@ -70,18 +69,3 @@ def unseal(data: Mapping[str, Any]) -> tuple[PretrainedConfig, AttentionPlan]:
     data = {key: value for key, value in data.items() if key not in (SEAL, *_HIDDEN)}
     data |= {key: value for key, value in stock.items() if value is not None}
     return AutoConfig.for_model(data.pop("model_type"), **data), plan
-
-
-def native_plan(config: PretrainedConfig) -> AttentionPlan:
-    """The spans a stock model was trained with: its sliding layers as windows, the others full."""
-    layers = config.num_hidden_layers
-    window: Any = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None)
-    if config.model_type == "gpt_neo":
-        window, types = config.window_size, config.attention_layers
-    spans: list[Span]
-    if types is None:
-        spans = [FullSpan() if window is None else WindowSpan(window)] * layers
-    else:
-        spans = [WindowSpan(window) if kind in ("sliding_attention", "local") else FullSpan() for kind in types]
-    return AttentionPlan(tuple(spans))

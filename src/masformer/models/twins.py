@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from masformer.errors import MasformerError
 from masformer.models.export.choose import chosen_entry, write_config
 from masformer.models.sealing import stock_config
+from masformer.models.weights import load_weights
 from masformer.plan import AttentionPlan
 from masformer.spans import WindowSpan
 
@@ -38,7 +39,5 @@ def sliding_twin(model: PreTrainedModel, plan: AttentionPlan) -> PreTrainedModel
 def _twin(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
     with torch.device(model.device):
         twin = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
-    wrong = twin.load_state_dict(model.state_dict(), strict=False, assign=True)
-    assert not wrong.unexpected_keys, wrong.unexpected_keys
-    twin.tie_weights()
+    load_weights(twin, model.state_dict(), "the model")
     return twin.eval()  # type: ignore[no-any-return]

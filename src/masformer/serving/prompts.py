@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.cli.serving.utils import build_response_parser, get_response_template
 
+from masformer.data.tokens import part_tokens
 from masformer.generation import chat_text, prompt_tokens, uses_chat
 from masformer.serving.bodies import Asked, AskedChat, AskedCompletion, RequestError
 from masformer.serving.messages import Message
@@ -32,7 +33,7 @@ def tokens_of(asked: Asked, model: PreTrainedModel, tokenizer: Any) -> list[int]
         raise RequestError("tools is not supported: this model has no form of its own to call them", param="tools")
     messages = [_message(message, index, template) for index, message in enumerate(asked.messages)]
     text = chat_text(tokenizer, messages, **_variables(asked, template, tokenizer), tools=tools)
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return part_tokens(tokenizer, text)
 
 
 def parser_of(asked: Asked, model: PreTrainedModel, tokenizer: Any, prompt: list[int]) -> Any:

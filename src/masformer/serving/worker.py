@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.cli.serving.utils import ReasoningText, ToolCall, response_events_to_chunks
 
 from masformer.errors import MasformerError
-from masformer.generation import CHUNK
+from masformer.generation import CHUNK, end_tokens
 from masformer.models.positions import position_limit
 from masformer.serving.bodies import Asked, RequestError
 from masformer.serving.prompts import parser_of, tokens_of
@@ -152,7 +152,7 @@ class Worker:
         job.check()
         model, tokenizer = self.model, self.tokenizer
         prompt = tokens_of(asked, model, tokenizer)
-        settings = _settings(model, asked, prompt)
+        settings = _settings(model, tokenizer, asked, prompt)
         parser = parser_of(asked, model, tokenizer, prompt)
         job.give(Began(len(prompt)))
         text = _Text(tokenizer, parser, Stops(asked.stops), job.give)
@@ -170,7 +170,7 @@ class Worker:
         return Ended(reason, len(text.tokens))
 
 
-def _settings(model: PreTrainedModel, asked: Asked, prompt: list[int]) -> GenerationConfig:
+def _settings(model: PreTrainedModel, tokenizer: Any, asked: Asked, prompt: list[int]) -> GenerationConfig:
     """The model's own settings with those of the request, within the model's positions."""
     limit, size = position_limit(model.config), len(prompt)
     if not prompt:
@@ -191,6 +191,7 @@ def _settings(model: PreTrainedModel, asked: Asked, prompt: list[int]) -> Genera
     settings.update(
         max_new_tokens=asked.length if limit is None else min(asked.length, limit - size),
         max_length=None,
+        eos_token_id=end_tokens(model, tokenizer) or None,
         num_beams=1,
         num_return_sequences=1,
         do_sample=samples,

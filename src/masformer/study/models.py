@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from masformer import benchmarks
 from masformer.cost import ModelShape, cost, prefill_bytes
 from masformer.errors import MasformerError
-from masformer.models.checkpoint import load_config, load_model
+from masformer.models.checkpoint import fit_tokenizer, load_config, load_model
 from masformer.plan import AttentionPlan
 from masformer.reports.document import slug
 from masformer.spans import Span
@@ -42,6 +42,7 @@ def load(model: ModelRecipe, plan: AttentionPlan | None = None) -> tuple[Any, An
         dtype=dtype_of(model.dtype),
         backend=model.backend,
     )
+    fit_tokenizer(tokenizer, loaded)
     return loaded.to(benchmarks.default_device()), tokenizer
 
 

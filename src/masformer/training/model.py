@@ -12,15 +12,23 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
 from masformer.errors import MasformerError
 from masformer.models import adapters
 from masformer.models.bridge import NAME, apply_plan
-from masformer.models.checkpoint import load_config, load_model, load_tokenizer
+from masformer.models.checkpoint import (
+    check_vocabulary,
+    fit_tokenizer,
+    load_config,
+    load_model,
+    load_tokenizer,
+    read_tokenizer,
+)
 from masformer.models.compiling import compile_layers
+from masformer.models.native import native_plan
 from masformer.models.positions import extend_positions, position_limit
-from masformer.models.sealing import native_plan
+from masformer.models.weights import load_trained
 from masformer.plan import AttentionPlan
 from masformer.spans import Span
 from masformer.training.loss import compile_loss, use_chunked_loss
@@ -53,11 +61,7 @@ def recipe_tokenizer(recipe: ModelRecipe) -> Any:
     if recipe.tokenizer == BYTES:
         return byte_tokenizer()
     if recipe.tokenizer is not None:
-        try:
-            return AutoTokenizer.from_pretrained(recipe.tokenizer)
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            raise MasformerError(f"cannot read the tokenizer {recipe.tokenizer}: {reason}") from error
+        return read_tokenizer(recipe.tokenizer)
     assert recipe.source is not None
     tokenizer = load_tokenizer(recipe.source)
     if tokenizer is None:
@@ -92,8 +96,7 @@ def recipe_config(recipe: ModelRecipe, tokenizer: Any = None) -> tuple[Pretraine
             raise MasformerError(f"model.config: {kind} models have no setting {name}; {hint}")
     if tokenizer is not None:
         settings.setdefault("vocab_size", len(tokenizer))
-        if (rows := settings["vocab_size"]) < len(tokenizer):
-            raise MasformerError(f"the tokenizer has {len(tokenizer)} tokens, but model.config.vocab_size is {rows}")
+        check_vocabulary(tokenizer, settings["vocab_size"], "model.config.vocab_size is")
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
         settings.setdefault(token, getattr(tokenizer, token, None))
     try:
@@ -166,8 +169,8 @@ def prepare_model(recipe: Recipe, checkpoint: Path | None = None) -> Prepared:
             backend=settings.backend,
         )
     check_lengths(recipe, causal.config)
-    if len(tokenizer) > (rows := causal.get_input_embeddings().weight.shape[0]):
-        raise MasformerError(f"the tokenizer has {len(tokenizer)} tokens, but the model only {rows}")
+    check_vocabulary(tokenizer, causal.get_input_embeddings().weight.shape[0])
+    fit_tokenizer(tokenizer, causal, position_limit(causal.config))
     use_chunked_loss(causal, recipe.training.loss_chunk)
     if recipe.training.checkpointing:
         _checkpoint_activations(causal)
@@ -175,9 +178,9 @@ def prepare_model(recipe: Recipe, checkpoint: Path | None = None) -> Prepared:
     if recipe.training.compile:
         compile_layers(causal)
         compile_loss(causal)
-    if recipe.lora is not None and checkpoint is not None:
-        model.load_state_dict(load_file(checkpoint / ADAPTER), strict=False)
     trainable = tuple(name for name, weight in model.named_parameters() if weight.requires_grad)
+    if recipe.lora is not None and checkpoint is not None:
+        load_trained(model, load_file(checkpoint / ADAPTER), trainable, checkpoint / ADAPTER)
     return Prepared(model, causal, tokenizer, plan, trainable)
 
 

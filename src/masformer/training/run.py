@@ -24,6 +24,7 @@ from masformer.errors import LARGEST, MasformerError, check_number
 from masformer.evaluation.room import autocast_on, dtype_name
 from masformer.files import write_whole
 from masformer.models.checkpoint import load_config, model_folder
+from masformer.models.weights import load_trained
 from masformer.progress import progress_bar
 from masformer.settings import parse_yaml, read_settings
 from masformer.training import state
@@ -316,8 +317,9 @@ def _write_model(recipe: Recipe, prepared: Prepared, weights: Any, folder: Path,
     else:
         adapted = prepared.model
         if state.is_sharded(adapted):
-            adapted = prepare_model(recipe).model
-            adapted.load_state_dict(weights, strict=False)
+            again = prepare_model(recipe)
+            adapted = again.model
+            load_trained(adapted, weights, again.trainable, "the gathered state")
         model = adapted.merge_and_unload()
     with model_folder(folder, overwrite=True) as whole:
         model.save_pretrained(whole)

@@ -26,6 +26,7 @@ from masformer.errors import MasformerError
 from masformer.models import adapters
 from masformer.models.bridge import NAME, apply_plan
 from masformer.models.checkpoint import save_model
+from masformer.models.weights import load_weights
 from masformer.training.model import ADAPTER, Prepared
 
 OPTIMIZER, SCHEDULE, RANDOM = "optimizer.safetensors", "schedule.json", "random.safetensors"
@@ -69,11 +70,7 @@ def whole_model(prepared: Prepared, weights: dict[str, Tensor]) -> Any:
     options = {"attn_implementation": NAME} if config.model_type == adapters.GPT_NEO else {}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=next(iter(weights.values())).dtype, **options)
-    wrong = model.load_state_dict(weights, strict=False, assign=True)
-    model.tie_weights()
-    missing = [name for name, weight in model.named_parameters() if weight.is_meta]
-    if missing or wrong.unexpected_keys:
-        raise MasformerError(f"cannot put the weights together again: {(missing or wrong.unexpected_keys)[0]}")
+    load_weights(model, weights, "the gathered state")
     return apply_plan(model, prepared.plan)
 
 

@@ -19,7 +19,7 @@ import masformer
 from masformer.attention import BACKENDS
 from masformer.data.tokens import open_ended
 from masformer.errors import MasformerError, check_int, shown
-from masformer.models.checkpoint import load_config, load_model
+from masformer.models.checkpoint import fit_tokenizer, load_config, load_model
 from masformer.models.positions import parse_max_positions, position_limit
 from masformer.plan import PLAN_FORMS, AttentionPlan
 
@@ -137,6 +137,7 @@ class MasformerLM(HFLM):  # type: ignore[misc]
             own.add_bos_token = options["add_bos_token"]
         super()._create_tokenizer(pretrained, own if tokenizer is None else tokenizer, **options)
         self.tokenizer = open_ended(self.tokenizer)
+        fit_tokenizer(self.tokenizer, self._model)
 
     def _create_model(self, *args: Any, **options: Any) -> None:
         """Puts the loaded model where it runs; its passes keep no cache, but `generate` asks for one."""

@@ -21,7 +21,7 @@ from masformer.models.export.forms import (
     period,
 )
 from masformer.models.export.targets import KINDS, TARGETS, Entry, Target
-from masformer.models.sealing import native_plan
+from masformer.models.native import native_plan
 from masformer.plan import AttentionPlan
 from masformer.spans import BlockSpan, FullSpan, Span, WindowSpan
 
