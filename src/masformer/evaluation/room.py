@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from masformer.errors import MasformerError, check_int
-from masformer.models.positions import depends_on_length
+from masformer.models.rotary import depends_on_length
 from masformer.settings import check_choice
 
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -179,7 +179,7 @@ def free_memory(device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + unused
+    return int(torch.cuda.mem_get_info(device)[0] + unused)
 
 
 def fitting(model: PreTrainedModel, free: int | None, kept: int = 0) -> Room:
@@ -213,4 +213,4 @@ def _widest(model: PreTrainedModel) -> int:
         for weight in module.parameters(recurse=False)
         if weight.ndim >= 2
     ]
-    return max((max(weight.shape[-2:]) for weight in maps), default=model.config.hidden_size)
+    return max((max(weight.shape[-2:]) for weight in maps), default=int(model.config.hidden_size))

@@ -35,7 +35,6 @@ LOCAL_ROTARY = {"afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe"}
 """Model types whose full layers have no positions at all where they have a `sliding_window`: nothing to scale."""
 _GLOBAL = "full_attention"
 _LENGTH_FREE = {"default", "linear", "llama3"}
-_BY_LENGTH = {"dynamic", "longrope"}  # rope types whose frequencies change with the length of what is read
 
 
 def _repeat(rows: Tensor, length: int) -> Tensor:
@@ -146,12 +145,6 @@ def _extend_table(table: Any, length: int, method: str) -> None:
     rows = torch.cat([old.detach()[:offset], TABLE_METHODS[method](old.detach()[offset:], length)])
     table.weight = nn.Parameter(rows, requires_grad=old.requires_grad)
     table.num_embeddings = len(rows)
-
-
-def depends_on_length(config: PretrainedConfig) -> bool:
-    """Whether a token's rotary position changes with the length of what is read, padding after it included."""
-    ropes = _ropes(config, getattr(config, "rope_parameters", None) or {}).values()
-    return any(rope.get("rope_type") in _BY_LENGTH for rope in ropes)
 
 
 def _ropes(config: PretrainedConfig, parameters: dict[str, Any]) -> dict[str, dict[str, Any]]:
