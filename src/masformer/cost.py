@@ -73,6 +73,9 @@ class ModelShape:
         except ValueError as error:
             message = f"{config.model_type} is not a causal language model that transformers knows"
             raise MasformerError(message) from error
+        except Exception as error:  # each architecture refuses numbers that it cannot have in its own way
+            message = f"no {config.model_type} model can be made of this config: {' '.join(str(error).split())}"
+            raise MasformerError(message) from error
         if reason := _odd_config(config):
             raise _unknown_cost(config, reason)
         heads = config.num_attention_heads

@@ -20,6 +20,8 @@ import yaml
 from masformer.errors import LARGEST, MasformerError, check_int, check_number, check_text, shown
 from masformer.files import read_text
 
+MOST_VALUES = 1_000_000
+
 
 def read_yaml(path: str | os.PathLike[str], what: str) -> Any:
     """What a YAML or JSON file holds, as plain values.
@@ -46,9 +48,23 @@ def parse_yaml(text: str) -> Any:
         MasformerError: it is no YAML, says something twice, or holds a value that is none, for example a day 31 June.
     """
     try:
-        return yaml.load(text, StrictLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise MasformerError(" ".join(str(error).split())) from None
+        data = yaml.load(text, StrictLoader)
+        if _values(data, {}) > MOST_VALUES:
+            raise MasformerError(f"it holds more than {MOST_VALUES} values, by names for parts of it")
+    except RecursionError:
+        raise MasformerError("it is nested too deeply, or holds itself") from None
+    except Exception as error:  # what stands for a number or a day and is none makes PyYAML raise errors of all kinds
+        raise MasformerError(" ".join(str(error).split()) or f"no YAML: {type(error).__name__}") from None
+    return data
+
+
+def _values(data: Any, known: dict[int, int]) -> int:
+    """How many values there are; a part that stands at several places counts as often."""
+    if not isinstance(data, (dict, list)):
+        return 1
+    if id(data) not in known:
+        known[id(data)] = sum(_values(each, known) for each in (data.values() if isinstance(data, dict) else data))
+    return known[id(data)]
 
 
 def read_settings(path: str | os.PathLike[str], what: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from masformer.errors import MasformerError, check_int, check_number, check_seed, shown
+from masformer.errors import MasformerError, check_int, check_seed, shown
 from masformer.evaluation.room import dtype_name
 from masformer.models.bridge import apply_plan
 from masformer.models.positions import position_limit
@@ -63,7 +63,8 @@ def _check_criteria(criteria: Mapping[str, float]) -> dict[str, float]:
         unknown = ", ".join(sorted(set(criteria) - set(CRITERIA))) or "none at all"
         raise MasformerError(f"unknown criterion: {unknown}; allowed: {', '.join(CRITERIA)}, or a mix (tail:1,kl:0.5)")
     for name, weight in criteria.items():
-        check_number(f"the weight of criterion {name!r}", weight, 0, above=True)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+            raise MasformerError(f"the weight of criterion {name!r} must be a positive number, got {shown(weight)}")
     return dict(criteria)
 
 

@@ -77,7 +77,7 @@ class RecallStage:
         examples: prompts for each depth.
     """
 
-    recipe: dict[str, Any]
+    recipe: dict[str, dict[str, Any]]
     plans: dict[str, str]
     seeds: list[int]
     train_lengths: list[int]
@@ -120,13 +120,13 @@ class LanguageStage:
         equal: pairs of names of plans of equal cost, the first with blocks and the second with windows.
     """
 
-    recipe: dict[str, Any]
+    recipe: dict[str, dict[str, Any]]
     plans: dict[str, str]
     seeds: list[int]
     text: Source
     lengths: list[int]
     max_tokens: int
-    start: dict[str, Any] | None = None
+    start: dict[str, dict[str, Any]] | None = None
     vocabulary: int | None = None
     vocabulary_text: Source | None = None
     long: list[str] = field(default_factory=list)
@@ -221,7 +221,7 @@ class SummarizationPart:
         seed: of the training run.
     """
 
-    recipe: dict[str, Any]
+    recipe: dict[str, dict[str, Any]]
     plans: dict[str, str]
     text: Source
     template: str
@@ -362,7 +362,14 @@ def _settings(name: str) -> dict[str, Any]:
 
 def data_names(name: str) -> list[str]:
     """Names of the texts that a scale asks for; errors as `load_scale`."""
-    return list(_settings(name).get("data") or {})
+    return list(_data(name, _settings(name)))
+
+
+def _data(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    wanted = settings.get("data") or {}
+    if not isinstance(wanted, dict):
+        raise MasformerError(f"scale {name}: data must hold names and what they are, got {shown(wanted)}")
+    return wanted
 
 
 def needs_model(name: str) -> bool:
@@ -392,7 +399,7 @@ def load_scale(
         MasformerError: there is no such scale, a setting is wrong, or texts or a model are missing or not asked for.
     """
     settings = _settings(name)
-    wanted, given = settings.get("data") or {}, dict(data or {})
+    wanted, given = _data(name, settings), dict(data or {})
     for each in given:
         if each not in wanted:
             raise MasformerError(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
-from masformer.errors import MasformerError
+from masformer.errors import MasformerError, check_int
 from masformer.models import adapters
 from masformer.models.bridge import NAME, apply_plan
 from masformer.models.checkpoint import (
@@ -96,6 +96,7 @@ def recipe_config(recipe: ModelRecipe, tokenizer: Any = None) -> tuple[Pretraine
             raise MasformerError(f"model.config: {kind} models have no setting {name}; {hint}")
     if tokenizer is not None:
         settings.setdefault("vocab_size", len(tokenizer))
+        check_int("model.config.vocab_size", settings["vocab_size"], 1)
         check_vocabulary(tokenizer, settings["vocab_size"], "model.config.vocab_size is")
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
         settings.setdefault(token, getattr(tokenizer, token, None))
