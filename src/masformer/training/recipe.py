@@ -198,7 +198,7 @@ class TrainingRecipe:
     clip: float = 1.0
     precision: str = "float32"
     checkpointing: bool = False
-    compile: bool = False
+    compile: bool | None = None
     loss_chunk: int = 512
     sharding: str = "none"
     seed: int = 0
