@@ -85,7 +85,7 @@ def _bz2(path: Path) -> BinaryIO:
 
 
 def _gz(path: Path) -> BinaryIO:
-    return gzip.open(path, "rb")  # it refuses what follows a stream and is neither another one nor padding
+    return gzip.open(path, "rb")  # type: ignore[return-value]  # it refuses what follows a stream and is neither another one nor padding
 
 
 COMPRESSED: dict[str, Callable[[Path], BinaryIO]] = {".gz": _gz, ".xz": _xz, ".bz2": _bz2}

@@ -61,7 +61,7 @@ PAIRS = {"pairs": {"files": ["p.jsonl"], "prompt": "p", "target": "t"}}
         ({"model__plan": None, "model__local": "window:4"}, "local needs full or placement"),
         ({"model__position_method": "yarn"}, "model.position_method does nothing without max_positions"),
         ({"model__max_positions": 256}, "model.max_positions does nothing from scratch"),
-        ({"model__backend": "flash"}, "model.backend 'flash' is not allowed"),
+        ({"model__backend": "fast"}, "model.backend 'fast' is not allowed"),
         ({"data__sources": {}}, "data.sources needs at least one source"),
         ({"data__sources": {"a": {}}}, "data.sources.a: a source needs one of files, hub and builtin, got none"),
         ({"data__sources": {"a": {"files": "a.txt"}}}, "data.sources.a.files must be a list, got 'a.txt'"),

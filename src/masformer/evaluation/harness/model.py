@@ -136,7 +136,7 @@ class MasformerLM(HFLM):  # type: ignore[misc]
         if tokenizer is None and options.get("add_bos_token") is not None:
             own.add_bos_token = options["add_bos_token"]
         super()._create_tokenizer(pretrained, own if tokenizer is None else tokenizer, **options)
-        self.tokenizer = open_ended(self.tokenizer)
+        self.tokenizer: Any = open_ended(self.tokenizer)
         fit_tokenizer(self.tokenizer, self._model)
 
     def _create_model(self, *args: Any, **options: Any) -> None:

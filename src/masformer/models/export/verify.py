@@ -90,7 +90,8 @@ def check_installed(target: str, python: str | os.PathLike[str] | None = None) -
             f"{target} is not installed in {python}, so the export cannot be verified; install it there, or name the "
             "Python that has it"
         )
-    return done.stdout.strip()
+    found: str = done.stdout.strip()
+    return found
 
 
 def verify_export(
