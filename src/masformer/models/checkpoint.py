@@ -22,6 +22,7 @@ from masformer.models.native import native_plan
 from masformer.models.positions import extend_positions
 from masformer.models.sealing import SEAL, is_sealed, unseal
 from masformer.models.weights import check_weights
+from masformer.models.wrappers import bare_model
 from masformer.plan import AttentionPlan
 from masformer.spans import FullSpan
 
@@ -257,20 +258,60 @@ def save_model(
     """Writes safetensors and a sealed config.json (and the tokenizer) into a folder, whole or not at all.
 
     Args:
-        model: a model with a plan.
+        model: a model with a plan, also inside DDP or `torch.compile`. Adapters must have been merged.
         path: the folder to write.
         tokenizer: saved beside it, if given.
         overwrite: replace a model folder that is already there.
 
     Raises:
-        MasformerError: the model has no plan, the folder exists (unless `overwrite`), or it cannot be written.
+        MasformerError: the model has no plan, its weights are not those of its config (adapters, parts of a sharded
+            model), the folder exists (unless `overwrite`), or it cannot be written.
     """
+    model = bare_model(model)
     if not is_sealed(model.config):
         raise MasformerError("the model has no plan; call apply_plan first, or save it with save_pretrained")
+    check_folder(path, overwrite=overwrite)
+    weights = whole_weights(model)
     with model_folder(path, overwrite=overwrite) as folder:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+
+
+def whole_weights(model: PreTrainedModel) -> dict[str, Any] | None:
+    """Name -> weight, as the model that its config describes has them; None: they are transformers' to write."""
+    weights = {name.replace("_orig_mod.", ""): weight for name, weight in model.state_dict().items()}
+    if any(part in name for name in weights for part in (".base_layer.", ".modules_to_save.")):
+        raise MasformerError(
+            "the model holds adapters; merge them first (peft's merge_and_unload), or write them alone with "
+            "save_pretrained"
+        )
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "hf_device_map", None) is not None:
+        return None  # it knows how to write what is packed, or elsewhere
+    if any(hasattr(weight, "full_tensor") for weight in weights.values()):
+        raise MasformerError("the model is sharded over processes; gather its weights into a model of its own first")
+    with torch.device("meta"):
+        expected = type(model)(copy.deepcopy(model.config)).state_dict()
+    wrong = [name for name in weights | expected if _shape(weights, name) != _shape(expected, name)]
+    if wrong:
+        name = wrong[0]
+        raise MasformerError(
+            f"the weights are not those of the model's config: {name} has {_shape(weights, name)}, and by the config "
+            f"{_shape(expected, name)}"
+        )
+    for name, weight in weights.items():
+        if weight.is_meta:
+            raise MasformerError(f"the model has no values in {name} (device meta)")
+        source = (model.all_tied_weights_keys or {}).get(name)
+        if source in weights and not torch.equal(weight, weights[source]):
+            raise MasformerError(
+                f"the config ties {name} to {source}, but they differ: set tie_word_embeddings to False"
+            )
+    return weights
+
+
+def _shape(weights: dict[str, Any], name: str) -> str:
+    return f"the shape {list(getattr(weights[name], 'shape', ()))}" if name in weights else "no such weight"
 
 
 @contextmanager
