@@ -291,7 +291,8 @@ def whole_weights(model: PreTrainedModel) -> dict[str, Any] | None:
     if any(hasattr(weight, "full_tensor") for weight in weights.values()):
         raise MasformerError("the model is sharded over processes; gather its weights into a model of its own first")
     with torch.device("meta"):
-        expected = type(model)(copy.deepcopy(model.config)).state_dict()
+        fresh = type(model)(copy.deepcopy(model.config))
+    expected, tied = fresh.state_dict(), getattr(fresh, "all_tied_weights_keys", None) or {}
     wrong = [name for name in weights | expected if _shape(weights, name) != _shape(expected, name)]
     if wrong:
         name = wrong[0]
@@ -302,7 +303,7 @@ def whole_weights(model: PreTrainedModel) -> dict[str, Any] | None:
     for name, weight in weights.items():
         if weight.is_meta:
             raise MasformerError(f"the model has no values in {name} (device meta)")
-        source = (model.all_tied_weights_keys or {}).get(name)
+        source = tied.get(name)
         if source in weights and not torch.equal(weight, weights[source]):
             raise MasformerError(
                 f"the config ties {name} to {source}, but they differ: set tie_word_embeddings to False"
