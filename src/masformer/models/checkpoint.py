@@ -286,8 +286,8 @@ def whole_weights(model: PreTrainedModel) -> dict[str, Any] | None:
             "the model holds adapters; merge them first (peft's merge_and_unload), or write them alone with "
             "save_pretrained"
         )
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "hf_device_map", None) is not None:
-        return None  # it knows how to write what is packed, or elsewhere
+    if getattr(model, "hf_quantizer", None) is not None:
+        return None  # it knows how to write what is packed
     if any(hasattr(weight, "full_tensor") for weight in weights.values()):
         raise MasformerError("the model is sharded over processes; gather its weights into a model of its own first")
     with torch.device("meta"):
@@ -302,9 +302,11 @@ def whole_weights(model: PreTrainedModel) -> dict[str, Any] | None:
         )
     for name, weight in weights.items():
         if weight.is_meta:
+            if getattr(model, "hf_device_map", None) is not None:
+                continue  # accelerate keeps it elsewhere, and transformers fetches it
             raise MasformerError(f"the model has no values in {name} (device meta)")
         source = tied.get(name)
-        if source in weights and not torch.equal(weight, weights[source]):
+        if source in weights and not torch.equal(weight, weights[source].to(weight.device)):
             raise MasformerError(
                 f"the config ties {name} to {source}, but they differ: set tie_word_embeddings to False"
             )
