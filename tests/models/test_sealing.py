@@ -224,7 +224,7 @@ def test_folders_of_earlier_versions_load(tmp_path, kind):
     ("damage", "message"),
     [
         (lambda data: data["masformer"].pop("stock_model_type"), "lacks stock_model_type"),
-        (lambda data: data["masformer"].update(stock_model_type="nothing"), "nothing"),
+        (lambda data: data["masformer"].update(stock_model_type="nothing"), "knows no model type 'nothing'"),
         (lambda data: data.pop("masformer"), "not a plan"),
         (lambda data: data["masformer"].pop("stock_num_hidden_layers"), "num_hidden_layers"),
         (lambda data: data["masformer"].update(num_layers=3), "the plan has 4 layers, but the model has 3"),

@@ -207,5 +207,9 @@ def _unsealed(data: Mapping[str, Any]) -> tuple[dict[str, Any], AttentionPlan]:
     stock = {key.removeprefix(_STOCK): value for key, value in seal.items() if key.startswith(_STOCK)}
     if not isinstance(stock.get("model_type"), str):
         raise MasformerError(f"the sealed config.json lacks stock_model_type under {SEAL!r}")
+    if stock["model_type"] not in CONFIG_MAPPING:
+        raise MasformerError(
+            f"transformers knows no model type {stock['model_type']!r} (stock_model_type under {SEAL!r})"
+        )
     data = {key: value for key, value in data.items() if key not in (SEAL, *_HIDDEN, *stock)}
     return data | {key: value for key, value in stock.items() if value is not None}, plan
