@@ -293,14 +293,11 @@ def whole_weights(model: PreTrainedModel) -> dict[str, Any] | None:
     with torch.device("meta"):
         fresh = type(model)(copy.deepcopy(model.config))
     expected, tied = fresh.state_dict(), getattr(fresh, "all_tied_weights_keys", None) or {}
-    wrong = [name for name in weights | expected if _shape(weights, name) != _shape(expected, name)]
-    if wrong:
-        name = wrong[0]
-        raise MasformerError(
-            f"the weights are not those of the model's config: {name} has {_shape(weights, name)}, and by the config "
-            f"{_shape(expected, name)}"
-        )
+    check_weights("what would be written", expected.keys() - weights.keys(), weights.keys() - expected.keys())
     for name, weight in weights.items():
+        if name in expected and weight.shape != expected[name].shape:
+            shapes = list(weight.shape), list(expected[name].shape)
+            raise MasformerError(f"{name} has the shape {shapes[0]}, and by the model's config {shapes[1]}")
         if weight.is_meta:
             if getattr(model, "hf_device_map", None) is not None:
                 continue  # accelerate keeps it elsewhere, and transformers fetches it
@@ -311,10 +308,6 @@ def whole_weights(model: PreTrainedModel) -> dict[str, Any] | None:
                 f"the config ties {name} to {source}, but they differ: set tie_word_embeddings to False"
             )
     return weights
-
-
-def _shape(weights: dict[str, Any], name: str) -> str:
-    return f"the shape {list(getattr(weights[name], 'shape', ()))}" if name in weights else "no such weight"
 
 
 @contextmanager
