@@ -67,9 +67,10 @@ class ModelShape:
         Raises:
             MasformerError: not a causal language model of like attention layers, or one that compresses its cache.
         """
+        attention = {} if hasattr(config, "masformer") else {"attn_implementation": "eager"}
         try:
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager")
+                model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **attention)
         except ValueError as error:
             message = f"{config.model_type} is not a causal language model that transformers knows"
             raise MasformerError(message) from error

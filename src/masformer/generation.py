@@ -19,6 +19,7 @@ from masformer.errors import MasformerError, check_int, check_number, check_seed
 from masformer.models import rotary
 from masformer.models.bridge import cache_name
 from masformer.models.positions import position_limit
+from masformer.models.wrappers import bare_model
 from masformer.plan import AttentionPlan
 from masformer.spans import FullSpan
 
@@ -191,6 +192,7 @@ def generate(
     Raises:
         MasformerError: a value out of range, an option that would do nothing, or a prompt beyond the model's positions.
     """
+    model = bare_model(model)
     for name, number in {"max_new_tokens": max_new_tokens, "beams": beams, "chunk": chunk}.items():
         check_int(name, number, 1)
     check_seed(seed)
@@ -303,6 +305,7 @@ def generate_batch(
         MasformerError: a value out of range, no prompt, an empty one, or prompt and new tokens together are beyond the
             model's positions.
     """
+    model = bare_model(model)
     for name, number in {"max_new_tokens": max_new_tokens, "beams": beams, "chunk": chunk}.items():
         check_int(name, number, 1)
     if not prompts or not all(prompts):

@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from masformer import AttentionPlan, MasformerError, apply_plan, load_model, save_model
 from masformer.models.checkpoint import load_config
@@ -32,16 +31,6 @@ def test_wrong_values_are_named(tmp_path):
         save_model(apply_plan(tiny("llama"), PLAN), tmp_path)
     with pytest.raises(MasformerError, match=r"model file missing\.gguf does not exist"):
         load_model("missing.gguf")
-
-
-def test_stock_transformers_refuses_a_checkpoint_with_a_plan(tmp_path):
-    save_model(apply_plan(tiny("llama"), PLAN), tmp_path / "out")
-    with pytest.raises(ValueError, match="masformer"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    with pytest.raises(ValueError, match="masformer"):
-        AutoConfig.from_pretrained(tmp_path / "out")
-    with pytest.raises(Exception, match="layer_types"):
-        LlamaForCausalLM.from_pretrained(tmp_path / "out")
 
 
 def test_overwriting_replaces_a_model_folder_and_nothing_else(tmp_path, monkeypatch):

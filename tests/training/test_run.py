@@ -57,7 +57,7 @@ def test_a_run_learns_and_leaves_a_checkpoint_with_its_card_and_recipe(whole):
     assert load_recipe(whole / "out" / "model" / "recipe.yaml") == recipe(whole)
     card = (whole / "out" / "model" / "README.md").read_text()
     assert "`full@1; window:16+2`" in card
-    assert "stock transformers refuses it" in card
+    assert "transformers refuses it" in card
     report = json.loads((whole / "out" / "data.json").read_text())
     assert report["sources"][0]["documents"] == 3
     assert [step for step, _ in steps_saved(whole / "out")] == [4, 2]

@@ -27,6 +27,7 @@ from masformer.benchmarks.rows import Row, with_exponents
 from masformer.benchmarks.timing import compare_times, peak_memory
 from masformer.cache import SpanCache
 from masformer.errors import check_int
+from masformer.models.wrappers import bare_model
 from masformer.plan import AttentionPlan
 
 
@@ -71,6 +72,7 @@ def bench_prefill(
     Raises:
         MasformerError: a value out of range, or a length beyond the model's positions.
     """
+    model = bare_model(model)
     check_sizes(model, plans, lengths, repeats, batch, cap)
     found, rates, measured = [], [], variants(model, plans, peers=peers)
     probe, base = Probe(model.dtype, model.device), baseline(measured)
@@ -139,6 +141,7 @@ def bench_decode(
     Raises:
         MasformerError: a value out of range, or a length beyond the model's positions.
     """
+    model = bare_model(model)
     check_int("new tokens", new, 1)
     check_sizes(model, plans, lengths, repeats, batch, cap, new * (repeats + 1))
     found: list[Row] = []

@@ -27,6 +27,7 @@ from masformer.benchmarks.timing import compare_times, peak_memory
 from masformer.errors import MasformerError
 from masformer.evaluation.room import CHUNK
 from masformer.models.compiling import compile_layers
+from masformer.models.wrappers import bare_model
 from masformer.plan import AttentionPlan
 from masformer.training.loss import compile_loss, use_chunked_loss
 from masformer.training.recipe import PRECISIONS
@@ -76,6 +77,7 @@ def bench_train(
     Raises:
         MasformerError: a value out of range, or a length beyond the model's positions.
     """
+    model = bare_model(model)
     check_sizes(model, plans, lengths, repeats, batch, cap)
     if precision not in PRECISIONS:
         raise MasformerError(f"unknown precision {precision!r}; allowed: {', '.join(PRECISIONS)}")

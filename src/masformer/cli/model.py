@@ -78,4 +78,4 @@ def convert(
     loaded, tokenizer = options.load(model, chosen)
     save_model(loaded, out, tokenizer, overwrite=overwrite)
     say(f"{out}: {chosen}")
-    say(f"load it with masformer.load_model({out!r}); stock transformers refuses it")
+    say(f"load it with masformer.load_model({out!r}), or with AutoModelForCausalLM after `import masformer`")

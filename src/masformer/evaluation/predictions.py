@@ -22,6 +22,7 @@ from masformer.files import parse_json, read_text, write_whole
 from masformer.generation import generate_batch
 from masformer.journal import append_lines, recover_lines
 from masformer.models.bridge import apply_plan
+from masformer.models.wrappers import bare_model
 from masformer.plan import AttentionPlan
 from masformer.settings import build
 
@@ -215,6 +216,7 @@ def predict(
     Raises:
         MasformerError: what is kept was made in another way, before anything is generated.
     """
+    model = bare_model(model)
     for plan in plans.values():
         for group in groups:
             for each in group.requests:

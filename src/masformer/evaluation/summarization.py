@@ -33,6 +33,7 @@ from masformer.evaluation.prompts import Example, Prompter
 from masformer.evaluation.rouge import LONGBENCH, ROUGE
 from masformer.models.fingerprint import model_fingerprint
 from masformer.models.positions import position_limit
+from masformer.models.wrappers import bare_model
 from masformer.plan import AttentionPlan
 
 COLUMNS = ("prompt", "R-1", "R-2", "R-L", "R-Lsum", "R-L*")
@@ -134,6 +135,7 @@ def summarize(
         MasformerError: a value out of range, nothing to do, a prompt without room for its document, prompt and new
             tokens beyond the model's positions, or predictions in `out` that were made in another way.
     """
+    model = bare_model(model)
     _check(model, examples, plans, lengths, max_new_tokens, beams, batch)
     common = _settings(model, prompter, max_new_tokens, beams, backend) | dict(settings or {})
     kept = Predictions(out, common, Prediction)

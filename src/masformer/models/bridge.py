@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache
-from types import MethodType
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -36,6 +35,7 @@ from masformer.cache import SpanCache
 from masformer.errors import MasformerError
 from masformer.models import adapters, rotary
 from masformer.models.sealing import seal_config
+from masformer.models.wrappers import bare_model
 from masformer.plan import AttentionPlan
 
 NAME = "masformer"
@@ -82,16 +82,17 @@ def apply_plan(model: PreTrainedModel, plan: AttentionPlan, backend: str = "auto
     May be called again with another plan.
 
     Args:
-        model: a causal language model of transformers.
+        model: a causal language model of transformers, also inside `PeftModel`, `torch.compile` or DDP.
         plan: one span per layer of the model.
         backend: see `masformer.attend`.
 
     Returns:
-        The same model.
+        The same model, with what is around it.
 
     Raises:
         MasformerError: the plan has another number of layers, or the architecture cannot be done right.
     """
+    outer, model = model, bare_model(model)
     config = model.config
     if backend not in BACKENDS:
         raise MasformerError(f"unknown backend {backend!r}; allowed: {', '.join(BACKENDS)}")
@@ -108,9 +109,9 @@ def apply_plan(model: PreTrainedModel, plan: AttentionPlan, backend: str = "auto
         owner, _ = _layers(model.base_model)
         owner.register_forward_pre_hook(_before_forward, with_kwargs=True)
         owner.register_forward_hook(_after_forward, always_call=True)
-        model._prepare_cache_for_generation = MethodType(_prepare_cache_for_generation, model)
+        model._prepare_cache_for_generation = partial(_prepare_cache_for_generation, model)
         model._masformer_hooked = True
-    return model
+    return outer
 
 
 def _check_architecture(model: PreTrainedModel) -> None:
@@ -211,6 +212,8 @@ def _attention(
             raise MasformerError(f"{type(module).__name__} passes {name}, which spans do not support")
     if isinstance(attention_mask, Tensor):
         raise MasformerError("an explicit attention mask is not supported; pass a 2-D padding mask or position_ids")
+    if not hasattr(module, "masformer_span"):
+        raise MasformerError("the model was made of a config with a plan, but has none at work; call apply_plan first")
     # What torch traces sees neither the pass nor a cache; there the operator counts its calls.
     current = None if torch.compiler.is_compiling() else _pass.get()
     span, backend = module.masformer_span, module.masformer_backend

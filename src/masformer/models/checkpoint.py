@@ -22,6 +22,7 @@ from masformer.models.native import native_plan
 from masformer.models.positions import extend_positions
 from masformer.models.sealing import SEAL, is_sealed, unseal
 from masformer.models.weights import check_weights
+from masformer.models.wrappers import bare_model
 from masformer.plan import AttentionPlan
 from masformer.spans import FullSpan
 
@@ -257,20 +258,56 @@ def save_model(
     """Writes safetensors and a sealed config.json (and the tokenizer) into a folder, whole or not at all.
 
     Args:
-        model: a model with a plan.
+        model: a model with a plan, also inside DDP or `torch.compile`. Adapters must have been merged.
         path: the folder to write.
         tokenizer: saved beside it, if given.
         overwrite: replace a model folder that is already there.
 
     Raises:
-        MasformerError: the model has no plan, the folder exists (unless `overwrite`), or it cannot be written.
+        MasformerError: the model has no plan, its weights are not those of its config (adapters, parts of a sharded
+            model), the folder exists (unless `overwrite`), or it cannot be written.
     """
+    model = bare_model(model)
     if not is_sealed(model.config):
         raise MasformerError("the model has no plan; call apply_plan first, or save it with save_pretrained")
+    check_folder(path, overwrite=overwrite)
+    weights = whole_weights(model)
     with model_folder(path, overwrite=overwrite) as folder:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+
+
+def whole_weights(model: PreTrainedModel) -> dict[str, Any] | None:
+    """Name -> weight, as the model that its config describes has them; None: they are transformers' to write."""
+    weights = {name.replace("_orig_mod.", ""): weight for name, weight in model.state_dict().items()}
+    if any(part in name for name in weights for part in (".base_layer.", ".modules_to_save.")):
+        raise MasformerError(
+            "the model holds adapters; merge them first (peft's merge_and_unload), or write them alone with "
+            "save_pretrained"
+        )
+    if getattr(model, "hf_quantizer", None) is not None:
+        return None  # it knows how to write what is packed
+    if any(hasattr(weight, "full_tensor") for weight in weights.values()):
+        raise MasformerError("the model is sharded over processes; gather its weights into a model of its own first")
+    with torch.device("meta"):
+        fresh = type(model)(copy.deepcopy(model.config))
+    expected, tied = fresh.state_dict(), getattr(fresh, "all_tied_weights_keys", None) or {}
+    check_weights("what would be written", expected.keys() - weights.keys(), weights.keys() - expected.keys())
+    for name, weight in weights.items():
+        if name in expected and weight.shape != expected[name].shape:
+            shapes = list(weight.shape), list(expected[name].shape)
+            raise MasformerError(f"{name} has the shape {shapes[0]}, and by the model's config {shapes[1]}")
+        if weight.is_meta:
+            if getattr(model, "hf_device_map", None) is not None:
+                continue  # accelerate keeps it elsewhere, and transformers fetches it
+            raise MasformerError(f"the model has no values in {name} (device meta)")
+        source = tied.get(name)
+        if source in weights and not torch.equal(weight, weights[source].to(weight.device)):
+            raise MasformerError(
+                f"the config ties {name} to {source}, but they differ: set tie_word_embeddings to False"
+            )
+    return weights
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from masformer.errors import MasformerError
 from masformer.models.bridge import CACHE_NAMES, decoder_layers
+from masformer.models.wrappers import bare_model
 
 GRAPHS = 64
 """Graphs of one kind of layer: for each span, shape that is no symbol, dtype, gradient mode, ..."""
@@ -35,6 +36,7 @@ def compile_layers(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         MasformerError: the model has no plan, or drops attention weights in training.
     """
+    outer, model = model, bare_model(model)
     layers = decoder_layers(model)
     for name in ("attention_dropout", "attn_pdrop"):
         if rate := getattr(model.config, name, 0):
@@ -45,7 +47,7 @@ def compile_layers(model: PreTrainedModel) -> PreTrainedModel:
     for layer in layers:
         if layer._compiled_call_impl is None:
             layer._compiled_call_impl = _Compiled(layer)
-    return model
+    return outer
 
 
 def is_compiled(model: nn.Module) -> bool:

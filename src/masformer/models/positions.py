@@ -26,6 +26,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 
 from masformer.errors import MasformerError, check_int, read_int, shown
+from masformer.models.wrappers import bare_model
 
 TABLES = {"gpt2": "wpe", "gpt_neo": "wpe", "opt": "decoder.embed_positions"}
 """Model type -> where its base model keeps the table of learned positions."""
@@ -112,6 +113,7 @@ def extend_positions(model: PreTrainedModel, max_positions: int, method: str | N
         MasformerError: the model has no positions that can be extended, or allows that many already, or the method is
             not one for its kind of positions, or would come on top of another scaling.
     """
+    outer, model = model, bare_model(model)
     config, kind = model.config, model.config.model_type
     table = model.base_model.get_submodule(TABLES[kind]) if kind in TABLES else None
     rotary = _rotary_modules(model)
@@ -136,7 +138,7 @@ def extend_positions(model: PreTrainedModel, max_positions: int, method: str | N
     else:
         _extend_table(table, max_positions, method)
         config.max_position_embeddings = max_positions
-    return model
+    return outer
 
 
 def _extend_table(table: Any, length: int, method: str) -> None:

@@ -1,24 +1,55 @@
-"""The seal on a config: stock transformers refuses a checkpoint with a plan instead of running full attention.
+"""The seal on a config: no checkpoint with a plan runs without its plan, and whatever runs no model reads it.
 
-A sealed config.json has the `model_type` `masformer`, which AutoConfig does not know, and its `layer_types` are
-spans, which the validation of every config class refuses. `unseal` takes the seal off. The true values stay under
-names of their own: given a nested `model_type` of its own, a config class would take that part for the whole.
+A sealed config.json has the `model_type` `masformer`, which transformers alone does not know, and in place of the
+number of layers a sentence, which the config class of no model takes; the true values stay under names of their own
+(given a nested `model_type`, a config class would take that part for the whole). Tokenizers, and trainers that look
+at a checkpoint's version, ask for neither. Once masformer is imported, or through the module beside config.json where
+remote code is trusted, `AutoConfig` takes the seal off and the `AutoModel` classes put the plan to work.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PretrainedConfig,
+)
 
 from masformer.errors import MasformerError
 from masformer.plan import AttentionPlan
 
 SEAL = "masformer"
-_HIDDEN = ("model_type", "architectures", "layer_types")
+CODE_FILE = "masformer_checkpoint.py"
+"""The module beside a sealed config.json."""
+_SENTENCE = "needs its attention plan: import masformer, then AutoModelForCausalLM or masformer.load_model reads it"
+_CODE = f'''"""This checkpoint {_SENTENCE}.
+
+Where masformer is installed, `trust_remote_code=True` does the same through this file.
+"""
+
+from masformer.models.sealing import SealedConfig  # noqa: F401
+'''
+_HIDDEN = ("model_type", "architectures", "layer_types", "auto_map")
+_STOCK = "stock_"
+_AUTO_CLASSES: tuple[Any, ...] = (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 
 def seal_config(config: PretrainedConfig, plan: AttentionPlan) -> None:
@@ -29,30 +60,135 @@ def seal_config(config: PretrainedConfig, plan: AttentionPlan) -> None:
 
 def is_sealed(config: PretrainedConfig) -> bool:
     """Whether the config carries a plan."""
-    return getattr(type(config), "seals", False)
+    return isinstance(config, _Sealing) and getattr(config, SEAL, None) is not None
 
 
 def stock_config(config: PretrainedConfig) -> PretrainedConfig:
     """The config without a plan: what transformers itself would have read, positions added since included."""
-    stock: Any = type(config).__mro__[1] if is_sealed(config) else type(config)
+    stock: Any = config.stock if isinstance(config, _Sealing) else type(config)
     return stock.from_dict({key: value for key, value in config.to_dict().items() if key != SEAL})  # type: ignore[no-any-return]
+
+
+class _Sealing:
+    """What a config class becomes in front of itself: it writes sealed files, and reads sealed and stock ones."""
+
+    stock: Any
+
+    def __reduce__(self) -> Any:  # the class is made at run time, so no pickle finds it by name
+        return _unpickled, (self.stock,), dict(self.__dict__)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {super().to_json_string()}"  # type: ignore[misc]
+
+    def to_json_string(self, *args: Any, **kwargs: Any) -> str:
+        text: str = super().to_json_string(*args, **kwargs)  # type: ignore[misc]
+        if not is_sealed(self):  # type: ignore[arg-type]
+            return text
+        data = json.loads(text)
+        layers = self.stock.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+        hidden = {f"{_STOCK}{key}": data.pop(key) for key in (*_HIDDEN, layers) if key in data}
+        data[SEAL] = AttentionPlan.from_dict(data[SEAL]).to_dict() | hidden
+        data |= {"model_type": SEAL, "architectures": [SEAL], layers: f"this checkpoint {_SENTENCE}"}
+        data["auto_map"] = {"AutoConfig": f"{Path(CODE_FILE).stem}.{SealedConfig.__name__}"}
+        return json.dumps(data, indent=2, sort_keys=True) + "\n"
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        if is_sealed(self):  # type: ignore[arg-type]
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            (Path(save_directory) / CODE_FILE).write_text(_CODE, encoding="utf-8")
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
+        if config_dict.get("model_type") == SEAL:
+            return SealedConfig.from_dict(config_dict, **kwargs)
+        if SEAL not in config_dict:
+            return cls.stock.from_dict(config_dict, **kwargs)
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike[str]) -> Any:
+        return cls.from_dict(cls.stock._dict_from_json_file(json_file))
 
 
 @cache
 def _sealing_class(config_class: Any) -> Any:
-    if getattr(config_class, "seals", False):
+    if issubclass(config_class, _Sealing):
         return config_class
+    sealing = type(config_class.__name__, (_Sealing, config_class), {"stock": config_class})
+    for auto in _AUTO_CLASSES:
+        if config_class in auto._model_mapping:
+            names = {"auto": auto, "stock": config_class}
+            auto.register(sealing, type(_PlannedModel.__name__, (_PlannedModel,), names), exist_ok=True)
+    return sealing
 
-    def to_json_string(self: Any, *args: Any, **kwargs: Any) -> str:
-        data = json.loads(config_class.to_json_string(self, *args, **kwargs))
-        plan = AttentionPlan.from_dict(data[SEAL])
-        data[SEAL] = plan.to_dict() | {f"stock_{key}": data.get(key) for key in _HIDDEN}
-        data["model_type"] = SEAL
-        data["architectures"] = [f"{SEAL}: load with masformer.load_model"]
-        data["layer_types"] = [f"{SEAL}:{span}" for span in plan]
-        return json.dumps(data, indent=2, sort_keys=True) + "\n"
 
-    return type(config_class.__name__, (config_class,), {"to_json_string": to_json_string, "seals": True})
+def _unpickled(config_class: Any) -> Any:
+    sealing = _sealing_class(config_class)
+    return sealing.__new__(sealing)
+
+
+class _PlannedModel:
+    """What an Auto class finds for a sealed config: the class it has for the stock config, with the plan at work."""
+
+    auto: Any
+    stock: Any
+
+    @classmethod
+    def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
+        return cls._build("from_pretrained", source, *args, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        return cls._build("_from_config", config, **kwargs)
+
+    @classmethod
+    def _build(cls, how: str, *args: Any, **kwargs: Any) -> Any:
+        from masformer.models.bridge import apply_plan  # here, for the bridge imports this module
+
+        _check_attention(kwargs)
+        made = getattr(cls.auto._model_mapping[cls.stock], how)(*args, **kwargs)
+        model, *others = made if isinstance(made, tuple) else (made,)
+        model.config.architectures = [type(model).__name__]
+        apply_plan(model, AttentionPlan.from_dict(model.config.masformer))
+        return (model, *others) if others else model
+
+
+def _check_attention(options: Mapping[str, Any]) -> None:
+    asked = options.get("attn_implementation")
+    if asked not in (None, SEAL):
+        raise MasformerError(
+            f"a checkpoint with a plan has an attention of its own; attn_implementation={asked!r} must go"
+        )
+
+
+class SealedConfig(PretrainedConfig):
+    """What `AutoConfig` knows as `masformer`; reading one gives the model's own config, with the plan."""
+
+    model_type = SEAL
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
+        """The config of the model, sealed in memory, and what is left of the options if those are asked for.
+
+        Raises:
+            MasformerError: the seal is damaged, or another attention is asked for.
+        """
+        _check_attention(kwargs)
+        data, plan = _unsealed(config_dict)
+        read = CONFIG_MAPPING[data["model_type"]].from_dict(data, **kwargs)
+        config: Any = read[0] if isinstance(read, tuple) else read
+        seal_config(config, plan)
+        config._attn_implementation = SEAL
+        config.architectures = [SEAL]  # other programs choose by it what to run; a model made of the config has its own
+        return read
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing: a copy of this module beside a checkpoint is not wanted."""
+
+
+AutoConfig.register(SEAL, SealedConfig, exist_ok=True)
 
 
 def unseal(data: Mapping[str, Any]) -> tuple[PretrainedConfig, AttentionPlan]:
@@ -61,11 +197,19 @@ def unseal(data: Mapping[str, Any]) -> tuple[PretrainedConfig, AttentionPlan]:
     Raises:
         MasformerError: the seal is damaged.
     """
+    data, plan = _unsealed(data)
+    return AutoConfig.for_model(data.pop("model_type"), **data), plan
+
+
+def _unsealed(data: Mapping[str, Any]) -> tuple[dict[str, Any], AttentionPlan]:
     seal = data[SEAL] if isinstance(data.get(SEAL), Mapping) else {}
     plan = AttentionPlan.from_dict(seal)
-    stock = {key: seal.get(f"stock_{key}") for key in _HIDDEN}
-    if not isinstance(stock["model_type"], str):
+    stock = {key.removeprefix(_STOCK): value for key, value in seal.items() if key.startswith(_STOCK)}
+    if not isinstance(stock.get("model_type"), str):
         raise MasformerError(f"the sealed config.json lacks stock_model_type under {SEAL!r}")
-    data = {key: value for key, value in data.items() if key not in (SEAL, *_HIDDEN)}
-    data |= {key: value for key, value in stock.items() if value is not None}
-    return AutoConfig.for_model(data.pop("model_type"), **data), plan
+    if stock["model_type"] not in CONFIG_MAPPING:
+        raise MasformerError(
+            f"transformers knows no model type {stock['model_type']!r} (stock_model_type under {SEAL!r})"
+        )
+    data = {key: value for key, value in data.items() if key not in (SEAL, *_HIDDEN, *stock)}
+    return data | {key: value for key, value in stock.items() if value is not None}, plan

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from masformer.errors import MasformerError
+from masformer.models.checkpoint import whole_weights
 from masformer.models.export.choose import chosen_entry, write_config
 from masformer.models.sealing import stock_config
 from masformer.models.weights import load_weights
@@ -39,5 +40,5 @@ def sliding_twin(model: PreTrainedModel, plan: AttentionPlan) -> PreTrainedModel
 def _twin(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
     with torch.device(model.device):
         twin = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
-    load_weights(twin, model.state_dict(), "the model")
+    load_weights(twin, whole_weights(model) or model.state_dict(), "the model")
     return twin.eval()  # type: ignore[no-any-return]

@@ -16,6 +16,7 @@ from masformer.errors import MasformerError, check_int, check_seed, shown
 from masformer.evaluation.room import dtype_name
 from masformer.models.bridge import apply_plan
 from masformer.models.positions import position_limit
+from masformer.models.wrappers import bare_model
 from masformer.placement.budget import Budget, Purse
 from masformer.placement.measure import Measurer, Score
 from masformer.placement.result import (
@@ -131,6 +132,7 @@ def search_layers(
         MasformerError: a value out of range or unknown, too little text, a budget that allows nothing to choose, a
             model that cannot take a plan or whose layers cannot run one by one, or a loss that is not finite.
     """
+    model = bare_model(model)
     began = time.perf_counter()
     layers: int = model.config.num_hidden_layers
     criteria = parse_criteria(criteria) if isinstance(criteria, str) else _check_criteria(criteria)

@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from masformer.errors import MasformerError, check_int
+from masformer.models.wrappers import bare_model
 from masformer.serving.answers import Answer, ChatAnswer, error_body
 from masformer.serving.bodies import Asked, AskedChat, AskedCompletion, RequestError, parse
 from masformer.serving.worker import Gone, Job, Worker
@@ -55,6 +56,7 @@ def build_app(
     Raises:
         MasformerError: there is no tokenizer, or no fast one, or a value is out of range.
     """
+    model = bare_model(model)
     if tokenizer is None:
         raise MasformerError(f"{name} has no tokenizer")
     if not tokenizer.is_fast:

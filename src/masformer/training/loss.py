@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from masformer.data.pairs import IGNORED
 from masformer.errors import check_int
 from masformer.evaluation.perplexity import prepared_base
 from masformer.evaluation.room import CHUNK
+from masformer.models.wrappers import bare_model
 
 LINEAR_CROSS_ENTROPY = getattr(nn.functional, "linear_cross_entropy", None)
 
@@ -49,6 +50,7 @@ def use_chunked_loss(model: PreTrainedModel, chunk: int = CHUNK) -> PreTrainedMo
         The same model.
     """
     check_int("loss chunk", chunk, 1)
+    outer, model = model, bare_model(model)
     model.masformer_loss = _Loss(chunk)  # type: ignore[assignment]
     if getattr(model.config, "output_router_logits", False):
         model.masformer_loss.give_up("it adds a term that balances experts")
@@ -57,8 +59,8 @@ def use_chunked_loss(model: PreTrainedModel, chunk: int = CHUNK) -> PreTrainedMo
     else:
         model.masformer_loss.choose(model)
     model.accepts_loss_kwargs = True  # type: ignore[assignment]
-    model.forward = MethodType(_forward, model)  # type: ignore[method-assign]
-    return model
+    model.forward = partial(_forward, model)  # type: ignore[method-assign]
+    return outer
 
 
 def compile_loss(model: PreTrainedModel) -> None:

@@ -14,6 +14,7 @@ from masformer.evaluation.intervals import Interval
 from masformer.evaluation.perplexity.measure import PerplexityResult, check, exp_interval, perplexity
 from masformer.evaluation.perplexity.windows import FixedTargets, predicted_tokens
 from masformer.models.bridge import apply_plan
+from masformer.models.wrappers import bare_model
 from masformer.plan import AttentionPlan
 
 
@@ -97,6 +98,7 @@ def compare_plans(
     Raises:
         MasformerError: as `perplexity` and `apply_plan`; wrong lengths and plans are named before anything is run.
     """
+    model = bare_model(model)
     if not plans or not lengths:
         raise MasformerError("nothing to compare: at least one plan and one length are needed")
     for plan in plans.values():

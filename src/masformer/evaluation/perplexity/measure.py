@@ -23,6 +23,7 @@ from masformer.evaluation.perplexity.windows import (
 )
 from masformer.evaluation.room import autocast, autocast_on, dtype_name, room_of
 from masformer.models.positions import position_limit
+from masformer.models.wrappers import bare_model
 
 FIRST_BUCKET = 256
 """Positions in the first bucket; the following buckets each end at twice the position where they start."""
@@ -202,6 +203,7 @@ def perplexity(
         MasformerError: a value out of range, a length beyond the model's positions, nothing to predict, a model in
             training mode, or a loss that is not finite.
     """
+    model = bare_model(model)
     check(model, documents, [length], prefix, context, targets, chunk, batch_size, precision, text_bytes)
     dtype, room = autocast_on(model.device, model.dtype, precision), room_of(model, rows=batch_size, positions=chunk)
     found = [

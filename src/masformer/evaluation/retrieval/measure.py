@@ -29,6 +29,7 @@ from masformer.evaluation.retrieval.prompts import Prober
 from masformer.evaluation.retrieval.tasks import Task, string_match_all
 from masformer.models.fingerprint import model_fingerprint
 from masformer.models.positions import position_limit
+from masformer.models.wrappers import bare_model
 from masformer.plan import AttentionPlan
 
 THRESHOLD = 85.6
@@ -184,6 +185,7 @@ def retrieve(
         MasformerError: a value out of range, nothing to do, a length beyond the model's positions or too short for what
             is hidden, or predictions in `out` that were made in another way.
     """
+    model = bare_model(model)
     _check(model, tasks, plans, lengths, depths, examples, batch)
     common = _settings(model, prober, backend) | dict(settings or {})
     kept = Predictions(out, common, Retrieved)

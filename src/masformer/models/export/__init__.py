@@ -19,13 +19,14 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from masformer.errors import MasformerError
 from masformer.files import write_whole
-from masformer.models.checkpoint import model_folder
+from masformer.models.checkpoint import model_folder, whole_weights
 from masformer.models.export.choose import check_export, chosen_entry, form_for, write_config
 from masformer.models.export.forms import extra_weights
 from masformer.models.export.readme import folder_readme
 from masformer.models.export.stock import check_stock
 from masformer.models.export.targets import TARGETS
-from masformer.models.sealing import is_sealed, unseal
+from masformer.models.sealing import CODE_FILE, is_sealed, unseal
+from masformer.models.wrappers import bare_model
 
 __all__ = ["TARGETS", "check_export", "export_model", "support_tables"]
 
@@ -53,18 +54,20 @@ def export_model(
         MasformerError: the model has no plan, the tool cannot run the plan on it (with the nearest plan that it can),
             the folder exists (unless `overwrite`), or it cannot be written.
     """
+    model = bare_model(model)
     if not is_sealed(model.config):
         raise MasformerError("the model has no plan; call apply_plan first")
     config, plan = unseal(json.loads(model.config.to_json_string()))
     tool, plan, entry = chosen_entry(config, plan, target)
     config.dtype = model.dtype
+    weights = whole_weights(model) or model.state_dict()
     with model_folder(path, overwrite=overwrite) as folder:
-        weights = model.state_dict()
         model.save_pretrained(
             folder, state_dict=weights | extra_weights(config, form_for(config, plan, entry), weights)
         )
         data = write_config(config, plan, tool, entry)
-        (folder / "config.json").unlink()
+        for file in ("config.json", CODE_FILE):
+            (folder / file).unlink()
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         config_file = json.dumps(data, indent=2, sort_keys=True) + "\n"

@@ -27,6 +27,7 @@ from masformer.models.bridge import apply_plan
 from masformer.models.export.choose import find_target
 from masformer.models.export.targets import TARGETS, Target
 from masformer.models.positions import position_limit
+from masformer.models.wrappers import bare_model
 from masformer.plan import AttentionPlan
 from masformer.spans import FullSpan
 
@@ -111,6 +112,7 @@ def verify_export(
     Raises:
         MasformerError: the tool is not installed, cannot load the export, or computes something else.
     """
+    model = bare_model(model)
     version, tool = check_installed(target, python), find_target(target)
     plan = AttentionPlan.from_dict(model.config.masformer)
     window = max((span.max_visible or 0) for span in plan)
