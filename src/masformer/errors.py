@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 LARGEST = 2**53 - 1
 """Of whole numbers, unless something else is said: floats hold it exactly, and sums of many stay within a tensor."""
@@ -62,7 +63,7 @@ def check_number(name: str, value: object, minimum: float, maximum: float = math
     """Raises MasformerError unless `value` is a finite number from `minimum` (`above`: beyond it) to `maximum`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise MasformerError(f"{name} must be a number, got {shown(value)}")
-    if not minimum <= value <= maximum or (above and value == minimum) or not abs(value) < math.inf:
+    if not minimum <= value <= maximum or (above and value == minimum) or not abs(value) <= sys.float_info.max:
         bound = f"{'above' if above else 'at least'} {minimum:g}"
         bound += "" if maximum == math.inf else f" and at most {maximum:g}"
         raise MasformerError(f"{name} must be {bound}, got {shown(value)}")
