@@ -14,6 +14,7 @@ from masformer.evaluation.perplexity import (
     tokenize,
 )
 from masformer.models.checkpoint import load_config
+from masformer.models.compiling import compile_layers
 from masformer.progress import plan_progress
 
 
@@ -30,6 +31,7 @@ def eval_perplexity(
     against: str | None = None,
     batch_size: int | None = None,
     backend: Backend = "auto",
+    compile: bool = False,
 ) -> Figures:
     """Perplexity by context length and by position, in rolling windows as in lm-eval; plans share one load.
 
@@ -44,6 +46,7 @@ def eval_perplexity(
         against: the plan that the others are compared with, document by document, as it was given to --plan (default:
             the first).
         batch_size: windows that run together (default: as many as fit on CUDA, else 1).
+        compile: compile the decoder layers, which pays on a GPU where there is much to measure.
 
     Example:
         masformer eval perplexity MODEL --data books.jsonl.xz --lengths 1024,4096 \\
@@ -60,6 +63,8 @@ def eval_perplexity(
     texts = list(read_documents(data, field=field, limit=documents))
     loaded, tokenizer = options.load_both(model, next(iter(plans.values())))
     tokens, text_bytes = tokenize(tokenizer, texts, max_tokens=max_tokens)
+    if compile:
+        compile_layers(loaded)
     with plan_progress() as progress:
         results = compare_plans(
             loaded,
@@ -91,6 +96,7 @@ def eval_perplexity(
             "target_tokens": target_tokens,
             "batch_size": batch_size,
             "backend": backend,
+            "compile": compile,
         },
         "results": [result.to_dict() for result in results],
         "differences": [each.to_dict() for each in differences],

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from masformer.errors import MasformerError
+from masformer.models.native import native_plan as native_plan  # it stood here, and may be imported from here
 from masformer.plan import AttentionPlan
 
 SEAL = "masformer"
