@@ -10,7 +10,7 @@ import yaml
 from masformer import AttentionPlan, BlockSpan, MasformerError, WindowSpan, cli
 from masformer.cli.parser import all_commands, is_positional, option_name, option_parameters
 from masformer.errors import LARGEST, check_int, check_number, check_seed, check_text, read_int, shown
-from masformer.evaluation.retrieval import Prober, parse_depths
+from masformer.evaluation.retrieval import TASKS, Prober, parse_depths
 from masformer.generation import generate
 from masformer.models.positions import parse_max_positions
 from masformer.placement import Budget
@@ -178,6 +178,8 @@ def test_the_functions_below_the_command_line():
             generate(model, tokenizer, [5, 6], **options)
     with pytest.raises(MasformerError, match="digits must be at most"):
         Prober(tokenizer, digits=10**9)
+    with pytest.raises(MasformerError, match="length must be at most"):
+        Prober(tokenizer).probe(TASKS["passkey"], 2**31, 50, 0)
 
 
 RECIPE = {
