@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import aten_flash
 from masformer import BlockSpan, FullSpan, SpanCache, WindowSpan, attend
-from masformer.attention import flash, sinks
+from masformer.attention import flash, parts, sinks
 from masformer.attention.call import Call
 from masformer.attention.flash import Flash
 from masformer.attention.layout import Layout
@@ -105,36 +105,36 @@ def test_tensors_with_gaps_between_rows_and_heads(span):
 
 
 def test_how_a_span_is_cut():
-    def parts(span, batch, length, layout=None, past=0):
+    def cut(span, batch, length, layout=None, past=0):
         inputs = tensors(batch, 1, 1, length - past, length)
-        return flash.parts_of(Call(*inputs, span, 1.0, layout))
+        return parts.parts_of(Call(*inputs, span, 1.0, layout))
 
-    window = parts(WindowSpan(8), 3, 50)
+    window = cut(WindowSpan(8), 3, 50)
     assert [(part.alike, part.left, part.causal) for part in window.parts] == [((3, 50, 50), 7, True)]
-    assert parts(WindowSpan(8), 3, 50, past=10).parts[0].alike == (3, 40, 50)
-    assert parts(BlockSpan(10), 3, 50).parts[0].alike == (15, 10, 10)
-    back = parts(BlockSpan(10, 1), 3, 50).parts
+    assert cut(WindowSpan(8), 3, 50, past=10).parts[0].alike == (3, 40, 50)
+    assert cut(BlockSpan(10), 3, 50).parts[0].alike == (15, 10, 10)
+    back = cut(BlockSpan(10, 1), 3, 50).parts
     assert [part.alike for part in back] == [(15, 10, 10), (14, 10, 10)]
     assert back[1].alive.view(14, 10)[:, 0].tolist() == [number % 5 > 0 for number in range(1, 15)]
-    assert parts(BlockSpan(10, 1), 1, 50).parts[1].alive is None
-    ragged = parts(BlockSpan(20), 1, 50).parts[0]
+    assert cut(BlockSpan(10, 1), 1, 50).parts[1].alive is None
+    ragged = cut(BlockSpan(20), 1, 50).parts[0]
     assert ragged.alike is None
     assert ragged.ends[0].tolist() == [0, 20, 40, 50]
     packed = Layout.of(torch.tensor([[0] * 5 + [1] * 45]), torch.tensor([[0] * 30 + [1] * 20]))
-    assert parts(FullSpan(), 1, 50, packed).parts[0].ends[0].tolist() == [0, 5, 30, 50]
-    assert parts(WindowSpan(8, 2), 1, 50, packed).sinks.keys.tolist() == [5, 30]
-    assert parts(WindowSpan(60, 2), 1, 50).sinks is None
+    assert cut(FullSpan(), 1, 50, packed).parts[0].ends[0].tolist() == [0, 5, 30, 50]
+    assert cut(WindowSpan(8, 2), 1, 50, packed).sinks.keys.tolist() == [5, 30]
+    assert cut(WindowSpan(60, 2), 1, 50).sinks is None
 
 
 def test_parts_are_made_once_for_all_layers():
     layout = Layout.of(torch.tensor([[0, 1, 1, 1]]), None)
     call = Call(*tensors(1, 1, 1, 4, 4), WindowSpan(2), 1.0, layout)
-    made = flash.parts_of(call)
+    made = parts.parts_of(call)
     again = Layout.known(layout.documents)
-    assert flash.parts_of(Call(*tensors(1, 1, 1, 4, 4), WindowSpan(2), 1.0, again)) is made
-    before = len(flash._known)
+    assert parts.parts_of(Call(*tensors(1, 1, 1, 4, 4), WindowSpan(2), 1.0, again)) is made
+    before = len(parts._known)
     del layout, again, call
-    assert len(flash._known) == before - 1
+    assert len(parts._known) == before - 1
 
 
 def test_a_kernel_that_is_wrong_is_found_out_and_named(monkeypatch):
@@ -206,7 +206,7 @@ def test_the_kernels_of_sinks_against_torch():
         query, key, value = tensors(2, 2, 3, 513, 513, 64, "cpu", torch.float32)
         call = Call(query, key, value, WindowSpan(33, 5), 0.2, given_layout)
         flat = [x.detach().transpose(1, 2) for x in (query, key, value)]
-        table = flash.parts_of(call).sinks
+        table = parts.parts_of(call).sinks
         there = dataclasses.replace(
             table, **{name: x.cuda() for name, x in vars(table).items() if isinstance(x, torch.Tensor)}
         )
