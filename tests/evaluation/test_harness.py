@@ -228,7 +228,7 @@ def test_a_plan_comes_through_the_command_line(folder, model_args, plan, monkeyp
         ({"plan": "full@0", "2-3; window:5": ""}, "cut at the commas, and '2-3; window:5' is no option"),
         ({"plan": "full", "full": 2}, "give either plan or full/placement/local"),
         ({"full": 2}, "full and placement need local SPAN"),
-        ({"plan": 8}, "plan 8 is no text"),
+        ({"plan": 8}, "8 is no plan; allowed: an AttentionPlan"),
         ({"plan": "full@9; window:5"}, "layer 9 is out of range"),
         ({"plan": "missing.yaml"}, "plan file missing.yaml does not exist"),
         ({"dtype": "float8"}, "unknown dtype 'float8'; allowed: auto, float32"),
