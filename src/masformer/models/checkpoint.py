@@ -129,13 +129,13 @@ def load_model(
     """
     if position_method is not None and max_positions is None:
         raise MasformerError("a position method does nothing without max_positions")
-    config, carried = load_config(model, revision=revision, token=token)
-    source, options = _locate(model, revision, token)
+    hub = _given(revision=revision, token=token)
+    config, carried = load_config(model, **hub)
+    source, options = _locate(model, **hub)
     if source.endswith(".json"):
         raise MasformerError(f"{source} is a config alone; loading a model needs its folder, with the weights")
     chosen = AttentionPlan.from_options(len(carried), full, placement, local, plan=plan, default=carried)
-    given = {"device_map": device_map, "quantization_config": quantization_config}
-    options |= {name: value for name, value in given.items() if value is not None}
+    options |= _given(device_map=device_map, quantization_config=quantization_config)
     if config.model_type == adapters.GPT_NEO:
         options["attn_implementation"] = NAME
     use_safetensors = None if "gguf_file" in options else True
@@ -154,7 +154,7 @@ def load_model(
     loaded = apply_plan(loaded.eval(), chosen, backend)
     if max_positions is not None:
         extend_positions(loaded, max_positions, position_method)
-    tokenizer = load_tokenizer(model, revision=revision, token=token)
+    tokenizer = load_tokenizer(model, **hub)
     if tokenizer is not None:
         fit_tokenizer(tokenizer, loaded, max_positions)
     return loaded, tokenizer
@@ -271,8 +271,11 @@ def _locate(
         raise _adapter(model)
     if path.is_dir() and not (path / "config.json").is_file():
         raise MasformerError(f"folder {source} holds no config.json")
-    hub = {"revision": revision, "token": token}
-    return source, {name: value for name, value in hub.items() if value is not None}
+    return source, _given(revision=revision, token=token)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _adapter(model: str | os.PathLike[str]) -> MasformerError:
