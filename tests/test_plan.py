@@ -41,6 +41,7 @@ def test_every_placement_names_that_many_different_layers(placement, num_layers,
 @given(plans)
 def test_text_and_dict_round_trip(plan):
     assert AttentionPlan.parse(str(plan), len(plan)) == plan
+    assert eval(repr(plan)) == plan
     assert AttentionPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
@@ -59,6 +60,12 @@ def test_the_text_names_full_layers_in_ranges(local, num_layers, data):
     plan = AttentionPlan.mixed(num_layers, placement=sorted(layers), local=local)
     assert str(plan).startswith("full@")
     assert AttentionPlan.load(str(plan), num_layers) == plan
+
+
+def test_a_plan_shows_itself_as_its_text():
+    plan = AttentionPlan.mixed(6, 2, local="window:64")
+    assert repr(plan) == "AttentionPlan.parse('full@2-3; window:64', num_layers=6)"
+    assert repr([AttentionPlan.uniform(30, "full")]) == "[AttentionPlan.parse('full', num_layers=30)]"
 
 
 def test_a_span_alone_means_every_layer():

@@ -9,7 +9,6 @@ import pytest
 
 from masformer import cli
 from masformer.cli.options import console
-from masformer.evaluation.harness.__main__ import main as harness
 from masformer.streams import READER_GONE
 from tiny import letter_tokenizer, tiny
 
@@ -121,8 +120,8 @@ def test_the_harness_has_the_same_care(monkeypatch):
     words.cli_evaluate = lambda: print("日本")
     monkeypatch.setitem(sys.modules, "lm_eval.__main__", words)
     monkeypatch.setitem(sys.modules, "masformer.evaluation.harness.model", types.ModuleType("model"))
-    monkeypatch.setattr("masformer.evaluation.harness.__main__.find_spec", lambda name: words)
+    monkeypatch.setattr("masformer.evaluation.harness.find_spec", lambda name: words)
     stdout = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr(sys, "stdout", stdout)
-    assert harness() == 0
+    assert cli.main(["lm-eval"]) == 0
     assert stdout.buffer.getvalue() == b"\\u65e5\\u672c\n"

@@ -1,4 +1,12 @@
-"""Mixed attention spans for pretrained language models (MASFormer, arXiv 2310.12442)."""
+"""Mixed attention spans for pretrained language models (MASFormer, arXiv 2310.12442).
+
+Load a model with a plan (`load_model`, `apply_plan`), keep it (`save_model`, `export_model`), find its plan
+(`search_layers`), measure it (`perplexity`, `compare_plans`, `retrieve`, `summarize`), train it (`load_recipe`,
+`train`) and use it (`generate`).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from masformer.attention import attend
 from masformer.cache import SpanCache
@@ -7,6 +15,16 @@ from masformer.models.bridge import apply_plan
 from masformer.models.checkpoint import load_model, save_model
 from masformer.plan import AttentionPlan
 from masformer.spans import BlockSpan, FullSpan, WindowSpan
+
+if TYPE_CHECKING:
+    from masformer.evaluation.perplexity import compare_plans, perplexity, prefix_token, tokenize
+    from masformer.evaluation.retrieval import retrieve
+    from masformer.evaluation.summarization import summarize
+    from masformer.generation import generate, prompt_tokens
+    from masformer.models.export import check_export, export_model
+    from masformer.placement import search_layers
+    from masformer.training import load_recipe
+    from masformer.training.run import train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -18,6 +36,45 @@ __all__ = [
     "WindowSpan",
     "apply_plan",
     "attend",
+    "check_export",
+    "compare_plans",
+    "export_model",
+    "generate",
     "load_model",
+    "load_recipe",
+    "perplexity",
+    "prefix_token",
+    "prompt_tokens",
+    "retrieve",
     "save_model",
+    "search_layers",
+    "summarize",
+    "tokenize",
+    "train",
 ]
+_LATER = {
+    "check_export": "masformer.models.export",
+    "compare_plans": "masformer.evaluation.perplexity",
+    "export_model": "masformer.models.export",
+    "generate": "masformer.generation",
+    "load_recipe": "masformer.training",
+    "perplexity": "masformer.evaluation.perplexity",
+    "prefix_token": "masformer.evaluation.perplexity",
+    "prompt_tokens": "masformer.generation",
+    "retrieve": "masformer.evaluation.retrieval",
+    "search_layers": "masformer.placement",
+    "summarize": "masformer.evaluation.summarization",
+    "tokenize": "masformer.evaluation.perplexity",
+    "train": "masformer.training.run",
+}
+"""Name -> the module that has it, which is imported when somebody asks for the name."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LATER[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

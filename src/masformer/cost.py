@@ -24,7 +24,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from masformer.errors import MasformerError, check_int
-from masformer.plan import AttentionPlan
+from masformer.plan import AttentionPlan, PlanSource
 from masformer.spans import FullSpan, Span
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -198,7 +198,7 @@ def stored_keys(span: Span, length: int, reserve: int = 0, past: int = 0) -> int
 
 def cost(
     shape: ModelShape,
-    plan: AttentionPlan,
+    plan: PlanSource,
     length: int,
     *,
     cache_bytes_per_value: int = 2,
@@ -208,7 +208,7 @@ def cost(
 
     Args:
         shape: the model.
-        plan: one span per layer of it.
+        plan: one span per layer of it, or its text or file.
         length: tokens; at least 1.
         cache_bytes_per_value: 2 for bfloat16 and float16, 4 for float32.
         cache_reserve: `reserve` of the `SpanCache`.
@@ -219,7 +219,7 @@ def cost(
     check_int("length", length, 1)
     check_int("cache bytes per value", cache_bytes_per_value, 1)
     check_int("cache reserve", cache_reserve, 0)
-    layers = Counter(plan.for_layers(shape.num_layers))
+    layers = Counter(AttentionPlan.load(plan, shape.num_layers))
     pairs = sum(count * span.visible_pairs(length) for span, count in layers.items())
     keys = sum(count * span.cached_keys(length) for span, count in layers.items())
     slots = sum(count * stored_keys(span, length, cache_reserve) for span, count in layers.items())
@@ -235,7 +235,7 @@ def cost(
 
 
 def prefill_bytes(
-    shape: ModelShape, plan: AttentionPlan, length: int, chunk: int, *, bytes_per_value: int = 2, reserve: int = 0
+    shape: ModelShape, plan: PlanSource, length: int, chunk: int, *, bytes_per_value: int = 2, reserve: int = 0
 ) -> int:
     """Memory that a prompt takes beside the weights, when it is read in chunks (`masformer.generation`).
 
@@ -309,10 +309,10 @@ class Comparison:
 
 
 def compare(
-    shape: ModelShape, plan: AttentionPlan, lengths: Iterable[int], *, cache_bytes_per_value: int = 2
+    shape: ModelShape, plan: PlanSource, lengths: Iterable[int], *, cache_bytes_per_value: int = 2
 ) -> list[Comparison]:
     """Cost of the plan against full attention at each length; arguments and errors as in `cost`."""
-    full = AttentionPlan.uniform(len(plan), FullSpan())
+    full = AttentionPlan.uniform(shape.num_layers, FullSpan())
     return [
         Comparison(*(cost(shape, each, length, cache_bytes_per_value=cache_bytes_per_value) for each in (plan, full)))
         for length in lengths

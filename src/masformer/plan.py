@@ -14,10 +14,10 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 
@@ -26,6 +26,8 @@ from masformer.files import write_whole
 from masformer.settings import read_yaml
 from masformer.spans import FullSpan, Span
 
+PlanSource: TypeAlias = "AttentionPlan | str | os.PathLike[str]"
+"""A plan, its text form, or a plan file."""
 PLAN_FORMS = (
     "one span for all layers (window:512+4), one per layer separated by commas (full,window:512), "
     "full layers and the rest (full@0-3,17; window:512+4), or a .yaml/.json plan file"
@@ -60,13 +62,14 @@ def _check_layer(layer: int, num_layers: int) -> None:
         raise MasformerError(f"layer {layer} is out of range: the model has layers 0 to {num_layers - 1}")
 
 
-def place_full_layers(num_layers: int, full: int | None, placement: str | Sequence[int]) -> tuple[int, ...]:
+def place_full_layers(num_layers: int, full: int | None, placement: str | int | Sequence[int]) -> tuple[int, ...]:
     """Indices of the full layers, ascending.
 
     Args:
         num_layers: layers of the model; at least 1.
         full: how many are full; may be None (or must agree) when `placement` lists them.
-        placement: `bottom`, `top`, `middle`, `spread`, or the layers themselves (a list, or text like "0-3,17").
+        placement: `bottom`, `top`, `middle`, `spread`, or the layers themselves (a list, one number, or text like
+            "0-3,17").
 
     Raises:
         MasformerError: unknown placement, more full layers than layers, a layer out of range or named twice.
@@ -85,6 +88,12 @@ def place_full_layers(num_layers: int, full: int | None, placement: str | Sequen
             allowed = ", ".join(PLACEMENTS)
             raise MasformerError(f"unknown placement {shown(placement)}; allowed: {allowed}, or layers like 0-3,17")
         placement = _parse_layers(placement, num_layers)
+    if isinstance(placement, int):
+        placement = [placement]
+    if not isinstance(placement, Iterable):
+        raise MasformerError(
+            f"placement {shown(placement)} is not allowed; allowed: {', '.join(PLACEMENTS)}, or layers"
+        )
     layers = _check_layers(list(placement), num_layers)
     if full is not None and full != len(layers):
         raise MasformerError(f"{full} full layers asked for, but the placement lists {len(layers)}")
@@ -158,14 +167,19 @@ class AttentionPlan:
         return len(self.full_layers) == len(self)
 
     @classmethod
-    def uniform(cls, num_layers: int, span: Span) -> AttentionPlan:
-        """The same span in every layer."""
+    def uniform(cls, num_layers: int, span: Span | str) -> AttentionPlan:
+        """The same span, which may be its text, in every layer."""
         check_int("number of layers", num_layers, 1, MOST_LAYERS)
-        return cls((span,) * num_layers)
+        return cls((Span.parse(span),) * num_layers)
 
     @classmethod
     def mixed(
-        cls, num_layers: int, full: int | None = None, placement: str | Sequence[int] = "middle", *, local: Span
+        cls,
+        num_layers: int,
+        full: int | None = None,
+        placement: str | int | Sequence[int] = "middle",
+        *,
+        local: Span | str,
     ) -> AttentionPlan:
         """Full attention at the layers the placement names, `local` at all the others (MASFormer, section 3).
 
@@ -173,27 +187,44 @@ class AttentionPlan:
             num_layers: layers of the model.
             full: number of full layers; not needed when `placement` lists the layers.
             placement: see `place_full_layers`.
-            local: span of the other layers.
+            local: span of the other layers, or its text: window:512+4.
         """
         full_layers = set(place_full_layers(num_layers, full, placement))
-        return cls(tuple(FullSpan() if layer in full_layers else local for layer in range(num_layers)))
+        span = Span.parse(local)
+        return cls(tuple(FullSpan() if layer in full_layers else span for layer in range(num_layers)))
 
     @classmethod
     def from_options(
-        cls, num_layers: int, full: int | None, placement: Any, local: str | None, *, dashes: str = ""
+        cls,
+        num_layers: int,
+        full: int | None = None,
+        placement: str | int | Sequence[int] | None = None,
+        local: Span | str | None = None,
+        *,
+        plan: PlanSource | None = None,
+        default: AttentionPlan | None = None,
+        dashes: str = "",
     ) -> AttentionPlan:
-        """A mixed plan as options of a command line name it, where `middle` is the default placement.
+        """The plan that options name: itself, or the rule of a mixed one, where `middle` is the default placement.
 
         Args:
             num_layers: layers of the model.
             full: number of full layers.
             placement: see `place_full_layers`.
-            local: span of the other layers, as text.
+            local: span of the other layers, or its text.
+            plan: a plan, text or file, in place of the rule.
+            default: the plan where nothing is named.
             dashes: what stands before the names of the options in messages.
 
         Raises:
             MasformerError: the options do not name a plan.
         """
+        if full is None and placement is None and local is None:
+            if plan is None and default is None:
+                raise MasformerError(f"no plan is named; give {dashes}plan, or {dashes}full and {dashes}local")
+            return cls.load(default if plan is None else plan, num_layers)  # type: ignore[arg-type]
+        if plan is not None:
+            raise MasformerError(f"give either {dashes}plan or {dashes}full/{dashes}placement/{dashes}local")
         if local is None:
             raise MasformerError(
                 f"{dashes}full and {dashes}placement need {dashes}local SPAN, the span of the other layers"
@@ -202,7 +233,7 @@ class AttentionPlan:
             raise MasformerError(
                 f"{dashes}local needs {dashes}full N or {dashes}placement LAYERS, the layers that stay full"
             )
-        return cls.mixed(num_layers, full, "middle" if placement is None else placement, local=Span.parse(local))
+        return cls.mixed(num_layers, full, "middle" if placement is None else placement, local=local)
 
     @classmethod
     def parse(cls, text: str, num_layers: int | None = None) -> AttentionPlan:
@@ -226,7 +257,7 @@ class AttentionPlan:
                 raise MasformerError(f"plan {shown(text)} needs the number of layers of the model")
             check_int("number of layers", num_layers, 1, MOST_LAYERS)
             layers = _parse_layers(head.removeprefix("full@"), num_layers)
-            return cls.mixed(num_layers, placement=layers, local=Span.parse(rest))
+            return cls.mixed(num_layers, placement=layers, local=rest)
         if ";" in text:
             raise MasformerError(f"cannot read the plan {shown(text)}; allowed: {PLAN_FORMS}")
         spans = [Span.parse(part) for part in text.split(",")]
@@ -235,12 +266,17 @@ class AttentionPlan:
         return cls(tuple(spans)).for_layers(num_layers)
 
     @classmethod
-    def load(cls, source: str | os.PathLike[str], num_layers: int | None = None) -> AttentionPlan:
-        """Reads a plan from its text form or from a .yaml/.json file (what `save` wrote).
+    def load(cls, source: PlanSource, num_layers: int | None = None) -> AttentionPlan:
+        """The plan that a text or a .yaml/.json file (what `save` wrote) says; a plan stays as it is.
 
         Raises:
-            MasformerError: the file is missing or is no plan, or the text cannot be read.
+            MasformerError: the file is missing or is no plan, the text cannot be read, or the plan has another number
+                of layers.
         """
+        if isinstance(source, AttentionPlan):
+            return source.for_layers(num_layers)
+        if not isinstance(source, str | os.PathLike):
+            raise MasformerError(f"{shown(source)} is no plan; allowed: an AttentionPlan, or as text {PLAN_FORMS}")
         path = Path(source)
         if path.suffix.lower() not in PLAN_SUFFIXES:
             return cls.parse(os.fspath(source), num_layers)
@@ -292,6 +328,9 @@ class AttentionPlan:
             raise MasformerError(f"the plan has {len(self)} layers, but the model has {num_layers}")
         return self
 
+    def __repr__(self) -> str:
+        return f"AttentionPlan.parse({str(self)!r}, num_layers={len(self)})"
+
     def __str__(self) -> str:
         kinds = list(dict.fromkeys(self.spans))
         if len(kinds) == 1 and len(self) > 1:
@@ -300,3 +339,27 @@ class AttentionPlan:
         if full and len(local) == 1:
             return f"full@{_format_layers(full)}; {local[0]}"
         return ",".join(str(span) for span in self.spans)
+
+
+def read_plans(
+    plans: Mapping[str, PlanSource] | Iterable[PlanSource], num_layers: int, *, what: str = "plan"
+) -> dict[str, AttentionPlan]:
+    """Several plans of one model by name: those of a mapping, or each by its text or the name of its file.
+
+    Args:
+        plans: name -> plan, or the plans alone.
+        num_layers: layers of the model.
+        what: what messages call one.
+
+    Raises:
+        MasformerError: one cannot be read, has another number of layers, or is given twice.
+    """
+    if isinstance(plans, Mapping):
+        return {name: AttentionPlan.load(plan, num_layers) for name, plan in plans.items()}
+    found: dict[str, AttentionPlan] = {}
+    for plan in [plans] if isinstance(plans, str | os.PathLike | AttentionPlan) else plans:
+        name = os.fspath(plan) if isinstance(plan, os.PathLike) else str(plan)
+        if name in found:
+            raise MasformerError(f"{what} {shown(name)} is given twice")
+        found[name] = AttentionPlan.load(plan, num_layers)
+    return found

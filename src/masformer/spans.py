@@ -95,12 +95,16 @@ class Span(ABC):
         return length if self.max_visible is None else min(length, self.max_visible)
 
     @staticmethod
-    def parse(text: str) -> Span:
-        """Reads the text form, for example `full`, `window:512+4` or `block:1024x2`.
+    def parse(text: Span | str) -> Span:
+        """Reads the text form, for example `full`, `window:512+4` or `block:1024x2`; a span stays as it is.
 
         Raises:
             MasformerError: the text is none of the forms, or a number is out of range.
         """
+        if isinstance(text, Span):
+            return text
+        if not isinstance(text, str):
+            raise MasformerError(f"{shown(text)} is no span; allowed: {SPAN_FORMS}")
         text = text.strip()
         if text == "full":
             return FullSpan()

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, distributions
 from pathlib import Path
 
 import datasets
@@ -27,7 +27,6 @@ from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from masformer.evaluation.harness.__main__ import main
 from masformer.evaluation.harness.model import MasformerLM
 
 ROOT = Path(__file__).parent.parent.parent
@@ -228,7 +227,7 @@ def test_a_plan_comes_through_the_command_line(folder, model_args, plan, monkeyp
         ({"plan": "full@0", "2-3; window:5": ""}, "cut at the commas, and '2-3; window:5' is no option"),
         ({"plan": "full", "full": 2}, "give either plan or full/placement/local"),
         ({"full": 2}, "full and placement need local SPAN"),
-        ({"plan": 8}, "plan 8 is no text"),
+        ({"plan": 8}, "8 is no plan; allowed: an AttentionPlan"),
         ({"plan": "full@9; window:5"}, "layer 9 is out of range"),
         ({"plan": "missing.yaml"}, "plan file missing.yaml does not exist"),
         ({"dtype": "float8"}, "unknown dtype 'float8'; allowed: auto, float32"),
@@ -268,11 +267,15 @@ def test_a_model_without_a_tokenizer_takes_another(folder, tmp_path):
         MasformerLM(tiny("llama"))
 
 
+def project():
+    """What pyproject.toml declares."""
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
 def declared():
     """The entry point of pyproject.toml."""
-    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
-    groups = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["entry-points"]
-    ((name, value),) = groups["lm_eval.models"].items()
+    ((name, value),) = project()["entry-points"]["lm_eval.models"].items()
     return EntryPoint(name, value, "lm_eval.models")
 
 
@@ -282,19 +285,43 @@ def test_the_entry_point_is_the_model():
     assert models.get("masformer") is MasformerLM
 
 
+def test_no_script_of_another_package_is_declared():
+    own = {**project()["scripts"], **project().get("gui-scripts", {})}
+    others = [each for each in distributions() if each.name.lower() != "masformer"]
+    taken = {
+        point.name: each.name
+        for each in others
+        for point in each.entry_points
+        if point.group in ("console_scripts", "gui_scripts")
+    }
+    assert {"lm_eval", "lm-eval"} & taken.keys(), "lm-eval has a script, or nothing is seen here"
+    assert own == {"masformer": "masformer.cli:main"}
+    assert not own.keys() & taken.keys()
+
+
+def test_every_word_goes_to_lm_eval_as_it_is(monkeypatch, capsys):
+    words = ["run", "--model_args", "a='b c',d=", "--training.steps", "60", "--json", "--", "-x", "--plan", "full; x"]
+    heard, before = [], list(sys.argv)
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: heard.append(sys.argv[1:]))
+    assert cli.main(["lm-eval", *words]) == 0
+    assert cli.main(["lm-eval", "--help"]) == 0
+    assert cli.main(["lm-eval"]) == 0
+    assert heard == [words, ["--help"], []]
+    assert sys.argv == before
+    assert registry.get_model("masformer") is MasformerLM
+    monkeypatch.undo()
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["lm-eval", "run", "--help"])
+    assert exit_.value.code == 0
+    assert "--model_args" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert "lm-evaluation-harness with masformer among its models" in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_command_line(folder, tmp_path):
-    script = Path(sys.executable).with_name("lm_eval")
-    if "masformer" not in script.read_text(encoding="utf-8"):
-        pytest.skip("lm-eval was installed after masformer, whose command it replaced")
-    command = [
-        str(script),
-        "--model",
-        "masformer",
-        "--include_path",
-        EXAMPLES,
-        "--tasks",
-        ",".join(TASKS),
-    ]
+    command = [sys.executable, "-m", "masformer", "lm-eval", "--model", "masformer"]
+    command += ["--include_path", EXAMPLES, "--tasks", ",".join(TASKS)]
     command += ["--device", "cpu", "--limit", "2", "--output_path", str(tmp_path / "out"), "--model_args"]
     environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
@@ -314,8 +341,9 @@ def test_the_command_line(folder, tmp_path):
 
 def test_the_command_line_says_what_is_wrong_in_a_line(folder, monkeypatch, capsys):
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: registry.get_model("masformer")(folder, plan="wide"))
-    assert main() == 2
+    assert cli.main(["lm-eval", "--tasks", "x"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("masformer: error: unknown span 'wide'; allowed: full")
-    monkeypatch.setattr("masformer.evaluation.harness.__main__.find_spec", lambda name: None)
-    assert main() == 2
-    assert "pip install 'masformer[lm-eval]'" in capsys.readouterr().err
+    monkeypatch.setattr("masformer.evaluation.harness.find_spec", lambda name: None)
+    for words in (["--help"], ["ls", "tasks"], []):
+        assert cli.main(["lm-eval", *words]) == 2
+        assert capsys.readouterr().err == "masformer: error: this needs lm-eval: pip install 'masformer[lm-eval]'\n"

@@ -19,7 +19,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    span: Span,
+    span: Span | str,
     *,
     scale: float | None = None,
     padding_mask: Tensor | None = None,
@@ -35,7 +35,7 @@ def attend(
         query: [batch, query_heads, query_len, head_dim]; the queries are the last `query_len` positions.
         key: [batch, kv_heads, key_len, head_dim]; `query_heads` is a multiple of `kv_heads`.
         value: [batch, kv_heads, key_len, value_dim].
-        span: which keys are visible.
+        span: which keys are visible: a span, or its text (window:512+4).
         scale: factor on the scores; head_dim ** -0.5 by default.
         padding_mask: [batch, key_len], 1 = real. Padding sees nothing, is seen by nobody, and its output is zero.
         document_ids: [batch, key_len] integers; each document sees only itself, and positions start again in it.
@@ -56,6 +56,7 @@ def attend(
     """
     if backend not in BACKENDS:
         raise MasformerError(f"unknown backend {backend!r}; allowed: {', '.join(BACKENDS)}")
+    span = Span.parse(span)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.ndim != 4:
             raise MasformerError(f"{name} must be [batch, heads, length, head_dim], got {list(tensor.shape)}")

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from masformer.attention import Layout
 from masformer.cache.layer import SpanLayer, Step, View
 from masformer.errors import MasformerError, check_int
-from masformer.plan import AttentionPlan
+from masformer.plan import AttentionPlan, PlanSource
 
 
 class SpanCache(Cache):  # type: ignore[misc]
@@ -21,19 +21,21 @@ class SpanCache(Cache):  # type: ignore[misc]
     What it holds are constants: no gradient flows through it into earlier forward passes.
 
     Args:
-        plan: the model's plan.
+        plan: the model's plan, its text or its file.
+        num_layers: layers of the model. Needed where `plan` is a text that does not name each layer.
         reserve: tokens of each row that full layers make room for at once; room for more is made by doubling.
         prompt: positions of the text that is to be read in several passes. Only models whose rotary positions depend on
             the length of the whole text (LongRoPE, dynamic NTK) need to know it before the first pass; `generate` says
             it by itself. `reset` forgets it.
 
     Raises:
-        MasformerError: `reserve` or `prompt` is below 0.
+        MasformerError: `reserve` or `prompt` is below 0, or the plan cannot be read.
     """
 
-    def __init__(self, plan: AttentionPlan, *, reserve: int = 0, prompt: int = 0) -> None:
+    def __init__(self, plan: PlanSource, *, num_layers: int | None = None, reserve: int = 0, prompt: int = 0) -> None:
         check_int("reserve", reserve, 0)
         check_int("prompt", prompt, 0)
+        plan = AttentionPlan.load(plan, num_layers)
         self.plan, self.text = plan, str(plan)
         self.prompt = prompt
         self._empty()

@@ -18,6 +18,7 @@ from masformer.cli import (
     evaluate,
     export,
     generate,
+    harness,
     model,
     report,
     reproduce,
@@ -50,6 +51,7 @@ block:SIZE, block:SIZExBLOCKS.
   masformer eval perplexity OUT --data FILE --lengths 1024,4096
   masformer eval summarization OUT --data FILE ...         summaries of long documents, by ROUGE
   masformer eval retrieval OUT --lengths 1024,4096         pass keys and needles, by length and depth
+  masformer lm-eval --model masformer --tasks TASK ...     the tasks of lm-evaluation-harness
   masformer reproduce --scale tiny --out DIR               the experiments of the paper as one report
   masformer report FOLDER                                  tables and drawings of what --json recorded
   masformer generate OUT --file report.txt                 from long prompts
@@ -80,6 +82,8 @@ COMMANDS: dict[str, Any] = {
     "report": report.report,
     "reproduce": reproduce.reproduce,
 }
+PASSED_ON: dict[str, Any] = {"lm-eval": harness.lm_eval}
+"""Commands of other packages, which read their words themselves."""
 
 
 def parse(words: Sequence[str]) -> tuple[Command, dict[str, Any]]:
@@ -93,9 +97,11 @@ def parse(words: Sequence[str]) -> tuple[Command, dict[str, Any]]:
         prog="masformer", description=DESCRIPTION, formatter_class=Help, exit_on_error=False
     )
     parser.add_argument("--version", action="version", version=f"masformer {masformer.__version__}")
-    add_commands(parser, COMMANDS)
+    add_commands(parser, COMMANDS, PASSED_ON)
     for number, word in enumerate(words, start=1):
         check_text(f"argument {number}", word)
+    if words and words[0] in PASSED_ON:
+        return PASSED_ON[words[0]], {"words": list(words[1:])}
     options = parser.parse_args(train.gathered(list(words))).as_dict()
     command: Any = COMMANDS
     while not callable(command):

@@ -12,7 +12,7 @@ from masformer import benchmarks
 from masformer.errors import MasformerError, read_int, shown
 from masformer.models.checkpoint import load_model
 from masformer.models.positions import parse_max_positions
-from masformer.plan import AttentionPlan
+from masformer.plan import AttentionPlan, read_plans
 
 Figures = dict[str, Any]
 """What a command measured, as plain values: such a command takes --json FILE."""
@@ -49,12 +49,7 @@ class PlanOptions:
                 raise MasformerError("give either --plan or --full/--placement/--local")
             mixed = AttentionPlan.from_options(len(own), self.full, self.placement, self.local, dashes="--")
             return {str(mixed): mixed}
-        found: dict[str, AttentionPlan] = {}
-        for text in self.plan or ():
-            if text in found:
-                raise MasformerError(f"--plan {text!r} is given twice")
-            found[text] = AttentionPlan.load(text, len(own))
-        return found or {str(own): own}
+        return read_plans(self.plan or [own], len(own), what="--plan")
 
     def one(self, own: AttentionPlan, what: str) -> AttentionPlan:
         """The same where there can be one only; `what` says of what, as in "a server"."""

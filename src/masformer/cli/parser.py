@@ -137,8 +137,10 @@ def option_name(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def add_commands(parser: jsonargparse.ArgumentParser, commands: Commands) -> None:
-    """Adds a tree of commands below a parser."""
+def add_commands(
+    parser: jsonargparse.ArgumentParser, commands: Commands, passed_on: Mapping[str, Command] | None = None
+) -> None:
+    """Adds a tree of commands below a parser; those passed on are listed, but read their words themselves."""
     choices = parser.add_subcommands(dest="command", required=True)
     for name, command in commands.items():
         if callable(command):
@@ -148,6 +150,9 @@ def add_commands(parser: jsonargparse.ArgumentParser, commands: Commands) -> Non
             below = jsonargparse.ArgumentParser(exit_on_error=False)
             choices.add_subcommand(name, below, help=f"one of: {', '.join(command)}")
             add_commands(below, command)
+    for name, command in (passed_on or {}).items():
+        about = parse_docstring(command.__doc__ or "").short_description
+        choices.add_subcommand(name, jsonargparse.ArgumentParser(exit_on_error=False), help=about)
 
 
 def all_commands(commands: Commands) -> Iterator[Command]:

@@ -286,20 +286,17 @@ def fingerprint(weights: str, settings: Mapping[str, Any], tokens: Sequence[int]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def check_run(model: PreTrainedModel, plans: Mapping[str, AttentionPlan], lengths: Sequence[int], batch: int) -> None:
+def check_run(model: PreTrainedModel, lengths: Sequence[int], batch: int) -> None:
     """What can be known before prompts are made.
 
     Raises:
-        MasformerError: a number out of range, a length given twice, a plan of another number of layers, or a model in
-            training mode.
+        MasformerError: a number out of range, a length given twice, or a model in training mode.
     """
     check_int("batch", batch, 1)
     for length in lengths:
         check_int("length", length, 1)
     if len(set(lengths)) != len(lengths):
         raise MasformerError(f"a length is given twice: {', '.join(map(str, lengths))}")
-    for plan in plans.values():
-        plan.for_layers(model.config.num_hidden_layers)
     if model.training:
         raise MasformerError("the model is in training mode; call model.eval() first")
 

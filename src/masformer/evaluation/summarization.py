@@ -7,7 +7,7 @@ length, so that most batches need no padding.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from statistics import fmean
 from typing import Any
@@ -34,7 +34,7 @@ from masformer.evaluation.rouge import LONGBENCH, ROUGE
 from masformer.models.fingerprint import model_fingerprint
 from masformer.models.positions import position_limit
 from masformer.models.wrappers import bare_model
-from masformer.plan import AttentionPlan
+from masformer.plan import AttentionPlan, PlanSource, read_plans
 
 COLUMNS = ("prompt", "R-1", "R-2", "R-L", "R-Lsum", "R-L*")
 
@@ -99,7 +99,7 @@ def summarize(
     model: PreTrainedModel,
     prompter: Prompter,
     examples: Sequence[Example],
-    plans: Mapping[str, AttentionPlan],
+    plans: Mapping[str, PlanSource] | Iterable[PlanSource],
     lengths: Sequence[int],
     out: str | os.PathLike[str],
     *,
@@ -116,7 +116,8 @@ def summarize(
         model: a causal language model in evaluation mode.
         prompter: makes the prompts.
         examples: what is asked, each with its reference.
-        plans: name -> plan; the others are compared with the first.
+        plans: name -> plan, or plans alone, each named by its text; a plan may be given as text or file. The others are
+            compared with the first.
         lengths: the most tokens of a prompt, everything included; the generated ones come on top.
         out: the file of predictions, see `Predictions`.
         max_new_tokens: the most tokens to generate.
@@ -136,6 +137,7 @@ def summarize(
             tokens beyond the model's positions, or predictions in `out` that were made in another way.
     """
     model = bare_model(model)
+    plans = read_plans(plans, model.config.num_hidden_layers)
     _check(model, examples, plans, lengths, max_new_tokens, beams, batch)
     common = _settings(model, prompter, max_new_tokens, beams, backend) | dict(settings or {})
     kept = Predictions(out, common, Prediction)
@@ -269,7 +271,7 @@ def _check(
         raise MasformerError("nothing to summarize: at least one example, one plan and one length are needed")
     if len({example.name for example in examples}) != len(examples):
         raise MasformerError("two examples have the same name")
-    check_run(model, plans, lengths, batch)
+    check_run(model, lengths, batch)
     limit = position_limit(model.config)
     for length in lengths:
         if limit is not None and length + max_new_tokens > limit:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -36,7 +36,8 @@ from masformer.errors import MasformerError
 from masformer.models import adapters, rotary
 from masformer.models.sealing import seal_config
 from masformer.models.wrappers import bare_model
-from masformer.plan import AttentionPlan
+from masformer.plan import AttentionPlan, PlanSource
+from masformer.spans import Span
 
 NAME = "masformer"
 REFUSED = {
@@ -76,28 +77,40 @@ _pass: ContextVar[_Pass | None] = ContextVar("forward_pass", default=None)
 _whole: ContextVar[bool] = ContextVar("whole_passes", default=True)
 
 
-def apply_plan(model: PreTrainedModel, plan: AttentionPlan, backend: str = "auto") -> PreTrainedModel:
+def apply_plan(
+    model: PreTrainedModel,
+    plan: PlanSource | None = None,
+    backend: str = "auto",
+    *,
+    full: int | None = None,
+    placement: str | int | Sequence[int] | None = None,
+    local: Span | str | None = None,
+) -> PreTrainedModel:
     """Changes the spans of a decoder-only model in place; its weights stay as they are.
 
     May be called again with another plan.
 
     Args:
         model: a causal language model of transformers, also inside `PeftModel`, `torch.compile` or DDP.
-        plan: one span per layer of the model.
+        plan: one span per layer of the model: an `AttentionPlan`, its text (full@11-18; window:512+4) or a plan file.
         backend: see `masformer.attend`.
+        full: number of full layers, in place of `plan`.
+        placement: which layers are full, see `place_full_layers`; `middle` by default.
+        local: span of the other layers, or its text.
 
     Returns:
         The same model, with what is around it.
 
     Raises:
-        MasformerError: the plan has another number of layers, or the architecture cannot be done right.
+        MasformerError: no plan is named, it cannot be read or has another number of layers, or the architecture cannot
+            be done right.
     """
     outer, model = model, bare_model(model)
     config = model.config
     if backend not in BACKENDS:
         raise MasformerError(f"unknown backend {backend!r}; allowed: {', '.join(BACKENDS)}")
     _check_architecture(model)
-    plan.for_layers(config.num_hidden_layers)
+    plan = AttentionPlan.from_options(config.num_hidden_layers, full, placement, local, plan=plan)
     if config.model_type == adapters.GPT_NEO:
         adapters.adapt(model)
     layers = _attention_modules(model, config)
@@ -385,6 +398,8 @@ def _check_cache(cache: Any, config: PretrainedConfig) -> None:
     if type(cache) is SpanCache:
         if cache.text != config.masformer["plan"]:
             raise MasformerError(f"the cache is of the plan {cache.text}, the model of {config.masformer['plan']}")
+        if len(cache.plan) != config.num_hidden_layers:
+            raise MasformerError(f"the cache is of {len(cache.plan)} layers, the model of {config.num_hidden_layers}")
         return
     if type(cache) is not DynamicCache or cache.offloading:
         raise MasformerError(f"{_kind(cache)} is not supported with a plan; use SpanCache or DynamicCache")

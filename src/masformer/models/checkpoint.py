@@ -6,7 +6,7 @@ import copy
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from masformer.errors import MasformerError
+from masformer.errors import MasformerError, shown
 from masformer.models import adapters
 from masformer.models.bridge import NAME, apply_plan
 from masformer.models.native import native_plan
@@ -23,23 +23,27 @@ from masformer.models.positions import extend_positions
 from masformer.models.sealing import SEAL, is_sealed, unseal
 from masformer.models.weights import check_weights
 from masformer.models.wrappers import bare_model
-from masformer.plan import AttentionPlan
-from masformer.spans import FullSpan
+from masformer.plan import AttentionPlan, PlanSource
+from masformer.spans import FullSpan, Span
 
 TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "*.spm", "tekken.json")
 """What the files of a tokenizer are called, one of which is in every folder that has one."""
 
 
-def load_config(model: str | os.PathLike[str]) -> tuple[PretrainedConfig, AttentionPlan]:
+def load_config(
+    model: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None
+) -> tuple[PretrainedConfig, AttentionPlan]:
     """Reads a model's config and its plan: the one it carries, or the spans it was trained with. No weights are read.
 
     Args:
         model: hub id, folder, .gguf file, or a config.json file.
+        revision: see `load_model`.
+        token: see `load_model`.
 
     Raises:
         MasformerError: there is no such model, or its config cannot be read.
     """
-    config, plan = _read_config(model)
+    config, plan = _read_config(model, *_locate(model, revision, token))
     if plan is not None:
         return config, plan
     if not getattr(config, "num_hidden_layers", None):
@@ -51,11 +55,12 @@ def load_config(model: str | os.PathLike[str]) -> tuple[PretrainedConfig, Attent
         raise
 
 
-def _read_config(model: str | os.PathLike[str]) -> tuple[PretrainedConfig, AttentionPlan | None]:
+def _read_config(
+    model: str | os.PathLike[str], source: str, options: Mapping[str, Any]
+) -> tuple[PretrainedConfig, AttentionPlan | None]:
     """The config, and the plan that it carries, if so."""
-    source, options = _locate(model)
     try:
-        data = {} if options else PretrainedConfig.get_config_dict(source)[0]
+        data = {} if "gguf_file" in options else PretrainedConfig.get_config_dict(source, **options)[0]
         if data.get("model_type") == SEAL:
             return unseal(data)
         return AutoConfig.from_pretrained(source, **options), None
@@ -83,22 +88,38 @@ def check_plan(config: PretrainedConfig, plan: AttentionPlan) -> None:
 
 def load_model(
     model: str | os.PathLike[str],
-    plan: AttentionPlan | None = None,
+    plan: PlanSource | None = None,
     *,
+    full: int | None = None,
+    placement: str | int | Sequence[int] | None = None,
+    local: Span | str | None = None,
     max_positions: int | None = None,
     position_method: str | None = None,
     dtype: Any = "auto",
     backend: str = "auto",
+    device_map: Any = None,
+    quantization_config: Any = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """Loads a causal language model and its tokenizer, with mixed spans. Pickled weights are never loaded.
 
     Args:
         model: hub id, folder (stock, or written by `save_model`) or .gguf file.
-        plan: one span per layer; by default the plan the checkpoint carries, or the spans it was trained with.
+        plan: one span per layer: an `AttentionPlan`, its text (full@11-18; window:512+4) or a plan file; by default the
+            plan the checkpoint carries, or the spans it was trained with.
+        full: number of full layers, in place of `plan`.
+        placement: which layers are full, see `place_full_layers`; `middle` by default.
+        local: span of the other layers, or its text.
         max_positions: longest sequence in tokens, beyond the trained length; see `extend_positions`.
         position_method: how the positions are extended; by default what suits the model.
         dtype: torch dtype of the weights, or "auto" for the stored one.
         backend: see `masformer.attend`.
+        device_map: where the weights go, as transformers takes it: "auto", a device, or module -> device.
+        quantization_config: how the weights are packed while they are loaded, as transformers takes it
+            (`BitsAndBytesConfig(load_in_4bit=True)` for QLoRA); needs the package that packs them.
+        revision: branch, tag or commit of a model on the hub.
+        token: for private and gated models on the hub; True for the stored one. Files here need none.
 
     Returns:
         The model in evaluation mode, and its tokenizer (None where the folder has none).
@@ -108,10 +129,13 @@ def load_model(
     """
     if position_method is not None and max_positions is None:
         raise MasformerError("a position method does nothing without max_positions")
-    config, carried = load_config(model)
-    source, options = _locate(model)
+    hub = _given(revision=revision, token=token)
+    config, carried = load_config(model, **hub)
+    source, options = _locate(model, **hub)
     if source.endswith(".json"):
         raise MasformerError(f"{source} is a config alone; loading a model needs its folder, with the weights")
+    chosen = AttentionPlan.from_options(len(carried), full, placement, local, plan=plan, default=carried)
+    options |= _given(device_map=device_map, quantization_config=quantization_config)
     if config.model_type == adapters.GPT_NEO:
         options["attn_implementation"] = NAME
     use_safetensors = None if "gguf_file" in options else True
@@ -127,10 +151,10 @@ def load_model(
     check_weights(os.fspath(model), report["missing_keys"], left_over)
     if "gguf_file" in options and (quantizer := getattr(loaded, "hf_quantizer", None)) is not None:
         quantizer.remove_quantization_config(loaded)  # its weights are plain again: the model can be trained and saved
-    loaded = apply_plan(loaded.eval(), plan or carried, backend)
+    loaded = apply_plan(loaded.eval(), chosen, backend)
     if max_positions is not None:
         extend_positions(loaded, max_positions, position_method)
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, **hub)
     if tokenizer is not None:
         fit_tokenizer(tokenizer, loaded, max_positions)
     return loaded, tokenizer
@@ -158,17 +182,19 @@ def _unread(loaded: PreTrainedModel, path: Path) -> list[str]:
     return [name for name in names if name not in known and (name.endswith(".bias") or name.startswith("rope_freqs"))]
 
 
-def load_tokenizer(model: str | os.PathLike[str]) -> Any:
-    """The tokenizer beside a model; None where a folder has none.
+def load_tokenizer(
+    model: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None
+) -> Any:
+    """The tokenizer beside a model, see `load_model`; None where a folder has none.
 
     Raises:
         MasformerError: it is there, but cannot be read.
     """
-    source, options = _locate(model)
+    source, options = _locate(model, revision, token)
     folder = Path(source)
-    if folder.is_dir() and not options and not any(any(folder.glob(name)) for name in TOKENIZER_FILES):
+    if folder.is_dir() and "gguf_file" not in options and not any(any(folder.glob(name)) for name in TOKENIZER_FILES):
         return None
-    return read_tokenizer(source, os.fspath(model), config=_read_config(model)[0], **options)
+    return read_tokenizer(source, os.fspath(model), config=_read_config(model, source, options)[0], **options)
 
 
 def read_tokenizer(source: str, name: str | None = None, **options: Any) -> Any:
@@ -226,13 +252,17 @@ def check_vocabulary(tokenizer: Any, rows: int, limit: str = "the model has rows
         raise MasformerError(f"the tokenizer has {index + 1} tokens, but {limit} {rows}: {token!r} is one too many")
 
 
-def _locate(model: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
+def _locate(
+    model: str | os.PathLike[str], revision: str | None = None, token: str | bool | None = None
+) -> tuple[str, dict[str, Any]]:
     """What transformers is to be asked for."""
     source, path = os.fspath(model), Path(model)
     if source.endswith((".gguf", ".json")) and not path.is_file():
         raise MasformerError(f"model file {source} does not exist")
     if path.is_file() and not source.endswith((".gguf", ".json")):
         raise MasformerError(f"{source} is a file; allowed: a hub id, a folder, a .gguf file, or a config.json")
+    if revision is not None and path.exists():
+        raise MasformerError(f"revision {shown(revision)} is for models on the hub; {source} is here")
     if (part := re.search(r"-\d+-of-(\d+)\.gguf$", source)) and int(part[1]) > 1:
         raise MasformerError(f"{source} is one part of {int(part[1])}; join them first: llama-gguf-split --merge")
     if source.endswith(".gguf"):
@@ -241,7 +271,11 @@ def _locate(model: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
         raise _adapter(model)
     if path.is_dir() and not (path / "config.json").is_file():
         raise MasformerError(f"folder {source} holds no config.json")
-    return source, {}
+    return source, _given(revision=revision, token=token)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _adapter(model: str | os.PathLike[str]) -> MasformerError:

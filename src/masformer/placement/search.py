@@ -73,13 +73,13 @@ def search_layers(
     model: PreTrainedModel,
     documents: Sequence[Sequence[int]],
     budget: Budget | str | int,
-    local: Span,
+    local: Span | str,
     *,
     length: int,
     prefix: int | None,
     method: str = "sensitivity",
     criteria: Mapping[str, float] | str = "tail",
-    spans: Sequence[Span] = (),
+    spans: Sequence[Span | str] = (),
     windows: int = 8,
     held_out_windows: int = 8,
     other_texts: Mapping[str, Sequence[Sequence[int]]] | None = None,
@@ -107,13 +107,13 @@ def search_layers(
         model: a causal language model in evaluation mode; it keeps the plan that is found.
         documents: token ids of each document (`masformer.evaluation.perplexity.tokenize`).
         budget: a `Budget`, its text form, or a number of full layers.
-        local: the span of layers that are not full.
+        local: the span of layers that are not full, or its text.
         length: input tokens of a window.
         prefix: put before each document (`prefix_token`); None: nothing is.
         method: one of `METHODS`.
         criteria: criterion -> weight, or its text form (`parse_criteria`). `tail`: loss of the second half of the
             windows. `kl`: KL(all-full || plan) there. `retrieval`: loss of the answers to `retrieval_probes`.
-        spans: of `joint`: the spans to choose from; by default full and `local`.
+        spans: of `joint`: the spans to choose from, or their texts; by default full and `local`.
         windows: text windows to choose by; also what the probes are made of.
         held_out_windows: text windows to report on.
         other_texts: name -> token ids of documents to report on as well.
@@ -153,7 +153,8 @@ def search_layers(
     other_texts = dict(other_texts or {})
     if HELD_OUT in other_texts:
         raise MasformerError(f"a text cannot be named {HELD_OUT!r}: that is the part of the documents not chosen by")
-    choices = list(dict.fromkeys(spans or (FullSpan(), local)))
+    local = Span.parse(local)
+    choices = list(dict.fromkeys(map(Span.parse, spans or (FullSpan(), local))))
     purse = Purse(budget, model, local, length)
     purse.check(min(choices, key=purse.price))
     full_layers = purse.full_layers(local)

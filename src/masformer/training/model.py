@@ -30,7 +30,6 @@ from masformer.models.native import native_plan
 from masformer.models.positions import extend_positions, position_limit
 from masformer.models.weights import load_trained
 from masformer.plan import AttentionPlan
-from masformer.spans import Span
 from masformer.training.loss import compile_loss, use_chunked_loss
 from masformer.training.recipe import BYTES, LoraRecipe, ModelRecipe, Recipe
 
@@ -109,12 +108,9 @@ def recipe_config(recipe: ModelRecipe, tokenizer: Any = None) -> tuple[Pretraine
 
 def recipe_plan(recipe: ModelRecipe, own: AttentionPlan) -> AttentionPlan:
     """The plan that a recipe names, or the model's own."""
-    if recipe.plan is not None:
-        return AttentionPlan.load(recipe.plan, len(own))
-    if recipe.local is not None:
-        placement = recipe.placement or "middle"
-        return AttentionPlan.mixed(len(own), recipe.full, placement, local=Span.parse(recipe.local))
-    return own
+    return AttentionPlan.from_options(
+        len(own), recipe.full, recipe.placement, recipe.local, plan=recipe.plan, default=own
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,9 +19,9 @@ import masformer
 from masformer.attention import BACKENDS
 from masformer.data.tokens import open_ended
 from masformer.errors import MasformerError, check_int, shown
-from masformer.models.checkpoint import fit_tokenizer, load_config, load_model
+from masformer.models.checkpoint import fit_tokenizer, load_model
 from masformer.models.positions import parse_max_positions, position_limit
-from masformer.plan import PLAN_FORMS, AttentionPlan
+from masformer.plan import PlanSource
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 OWN = ("pretrained", "plan", "full", "placement", "local", "max_positions", "dtype", "backend")
@@ -74,7 +74,7 @@ class MasformerLM(HFLM):  # type: ignore[misc]
         self,
         pretrained: str,
         *,
-        plan: str | AttentionPlan | None = None,
+        plan: PlanSource | None = None,
         full: int | None = None,
         placement: Any = None,
         local: str | None = None,
@@ -103,7 +103,10 @@ class MasformerLM(HFLM):  # type: ignore[misc]
         shared = _shared_options(options)
         positions, method = (None, None) if max_positions is None else parse_max_positions(str(max_positions))
         self._load_options: dict[str, Any] = {
-            "plan": _chosen_plan(load_config(pretrained)[1], plan, full, placement, local),
+            "plan": plan,
+            "full": full,
+            "placement": placement,
+            "local": local,
             "max_positions": positions,
             "position_method": method,
             "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
@@ -173,19 +176,3 @@ def _shared_options(options: dict[str, Any]) -> dict[str, Any]:
             f"model_args: {what}; allowed: {', '.join((*OWN, *(each for each in SHARED if each in known)))}"
         )
     return shared
-
-
-def _chosen_plan(own: AttentionPlan, plan: Any, full: int | None, placement: Any, local: str | None) -> AttentionPlan:
-    """The plan that the options name; the model's own where they name none."""
-    if full is not None or placement is not None or local is not None:
-        if plan is not None:
-            raise MasformerError("give either plan or full/placement/local")
-        placement = str(placement) if isinstance(placement, int) else placement  # lm-eval reads 17 as a number
-        return AttentionPlan.from_options(len(own), full, placement, local)
-    if plan is None:
-        return own
-    if isinstance(plan, AttentionPlan):
-        return plan
-    if not isinstance(plan, str):
-        raise MasformerError(f"plan {plan!r} is no text; allowed: {PLAN_FORMS}")
-    return AttentionPlan.load(plan, len(own))

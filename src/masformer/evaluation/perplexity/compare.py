@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from masformer.evaluation.perplexity.measure import PerplexityResult, check, exp
 from masformer.evaluation.perplexity.windows import FixedTargets, predicted_tokens
 from masformer.models.bridge import apply_plan
 from masformer.models.wrappers import bare_model
-from masformer.plan import AttentionPlan
+from masformer.plan import PlanSource, read_plans
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Difference:
 def compare_plans(
     model: PreTrainedModel,
     documents: Sequence[Sequence[int]],
-    plans: Mapping[str, AttentionPlan],
+    plans: Mapping[str, PlanSource] | Iterable[PlanSource],
     lengths: Sequence[int],
     *,
     prefix: int | None,
@@ -78,7 +78,7 @@ def compare_plans(
     Args:
         model: see `perplexity`.
         documents: token ids of each document.
-        plans: name -> plan.
+        plans: name -> plan, or plans alone, each named by its text; a plan may be given as text or file.
         lengths: window lengths in tokens.
         prefix: see `perplexity`.
         backend: see `masformer.attend`.
@@ -99,10 +99,9 @@ def compare_plans(
         MasformerError: as `perplexity` and `apply_plan`; wrong lengths and plans are named before anything is run.
     """
     model = bare_model(model)
+    plans = read_plans(plans, model.config.num_hidden_layers)
     if not plans or not lengths:
         raise MasformerError("nothing to compare: at least one plan and one length are needed")
-    for plan in plans.values():
-        plan.for_layers(model.config.num_hidden_layers)
     targets = None if target_tokens is None else FixedTargets(target_tokens, max(lengths))
     check(model, documents, lengths, prefix, context, targets, chunk, batch_size, precision, text_bytes)
     if targets is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from statistics import fmean
 from typing import Any
@@ -30,7 +30,7 @@ from masformer.evaluation.retrieval.tasks import Task, string_match_all
 from masformer.models.fingerprint import model_fingerprint
 from masformer.models.positions import position_limit
 from masformer.models.wrappers import bare_model
-from masformer.plan import AttentionPlan
+from masformer.plan import AttentionPlan, PlanSource, read_plans
 
 THRESHOLD = 85.6
 """Percent that the score must exceed for a length to count as effective: Llama-2-7B's at 4k (RULER, section 4)."""
@@ -150,7 +150,7 @@ def retrieve(
     model: PreTrainedModel,
     prober: Prober,
     tasks: Sequence[Task],
-    plans: Mapping[str, AttentionPlan],
+    plans: Mapping[str, PlanSource] | Iterable[PlanSource],
     lengths: Sequence[int],
     depths: Sequence[float],
     examples: int,
@@ -167,7 +167,7 @@ def retrieve(
         model: a causal language model in evaluation mode.
         prober: makes the prompts, the same for every plan.
         tasks: of `TASKS`.
-        plans: name -> plan.
+        plans: name -> plan, or plans alone, each named by its text; a plan may be given as text or file.
         lengths: tokens of prompt and answer together.
         depths: in percent.
         examples: prompts for each task, length and depth.
@@ -186,6 +186,7 @@ def retrieve(
             is hidden, or predictions in `out` that were made in another way.
     """
     model = bare_model(model)
+    plans = read_plans(plans, model.config.num_hidden_layers)
     _check(model, tasks, plans, lengths, depths, examples, batch)
     common = _settings(model, prober, backend) | dict(settings or {})
     kept = Predictions(out, common, Retrieved)
@@ -305,7 +306,7 @@ def _check(
     check_int("examples", examples, 1)
     if not tasks or not plans or not lengths or not depths:
         raise MasformerError("nothing to retrieve: at least one task, plan, length and depth are needed")
-    check_run(model, plans, lengths, batch)
+    check_run(model, lengths, batch)
     for depth in depths:
         if not 0 <= depth <= 100:
             raise MasformerError(f"depth {depth:g} is not allowed; allowed: 0 to 100 percent")

@@ -22,7 +22,7 @@ from masformer.models.export.forms import (
 )
 from masformer.models.export.targets import KINDS, TARGETS, Entry, Target
 from masformer.models.native import native_plan
-from masformer.plan import AttentionPlan
+from masformer.plan import AttentionPlan, PlanSource
 from masformer.spans import BlockSpan, FullSpan, Span, WindowSpan
 
 _YARN = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
@@ -146,12 +146,12 @@ def _rope_objection(data: dict[str, Any], target: Target, entry: Entry) -> str |
     return None
 
 
-def check_export(config: PretrainedConfig, plan: AttentionPlan, target: str) -> None:
+def check_export(config: PretrainedConfig, plan: PlanSource, target: str) -> None:
     """Whether the plan can go to the tool; needs no weights. Arguments and errors as in `chosen_entry`."""
     chosen_entry(config, plan, target)
 
 
-def chosen_entry(config: PretrainedConfig, plan: AttentionPlan, target: str) -> tuple[Target, AttentionPlan, Entry]:
+def chosen_entry(config: PretrainedConfig, plan: PlanSource, target: str) -> tuple[Target, AttentionPlan, Entry]:
     """The tool, the plan as it is to be written, and what the tool does with the model.
 
     Args:
@@ -162,7 +162,7 @@ def chosen_entry(config: PretrainedConfig, plan: AttentionPlan, target: str) -> 
     Raises:
         MasformerError: it cannot run the plan; the message has the reason and the nearest plan that it can.
     """
-    tool, plan = find_target(target), plain(plan.for_layers(config.num_hidden_layers))
+    tool, plan = find_target(target), plain(AttentionPlan.load(plan, config.num_hidden_layers))
     reason, entry = objection(config, plan, tool), entry_for(config, plan, tool)
     if reason is None and entry is not None:
         return tool, plan, entry

@@ -1,0 +1,10 @@
+"""`masformer lm-eval`."""
+
+from __future__ import annotations
+
+from masformer.evaluation.harness import run_lm_eval
+
+
+def lm_eval(words: list[str]) -> None:
+    """lm-evaluation-harness with masformer among its models; every word goes to lm-eval as it is."""
+    run_lm_eval(words)
