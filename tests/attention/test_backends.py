@@ -164,3 +164,14 @@ def test_wrong_values_are_named(change, message):
     with pytest.raises(MasformerError) as error:
         attend(**(inputs | {"span": WindowSpan(2)} | change))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled", "flex", "auto"])
+@pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 4, 4), (2, 0, 9), (1, 0, 0)])
+@pytest.mark.parametrize("span", [FullSpan(), WindowSpan(5, 2), BlockSpan(6)])
+def test_no_row_and_no_query_give_nothing_that_a_backward_pass_goes_through(span, batch, queries, keys, backend):
+    query, key, value = (torch.randn(batch, 2, n, 8, requires_grad=True) for n in (queries, keys, keys))
+    out = attend(query, key, value, span, backend=backend)
+    assert out.shape == query.shape
+    out.sum().backward()
+    assert not any(tensor.grad.any() for tensor in (query, key, value))

@@ -68,6 +68,23 @@ def test_other_lengths_padding_and_checkpointing_stay_within_a_few_graphs():
     assert counters["stats"]["unique_graphs"] <= 8
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_rows_that_are_all_padding_have_the_gradients_they_have_uncompiled(checkpointing):
+    grads = []
+    for compiled in (False, True):
+        model = apply_plan(tiny("llama"), TWO_SPANS).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        if compiled:
+            compile_layers(model)
+        for real in (0, 1):  # the batch, or one row of it
+            mask = torch.ones(2, 11, dtype=torch.long)
+            mask[real:] = 0
+            model(TOKENS[:1, :11].expand(2, -1), attention_mask=mask, use_cache=False).logits.pow(2).sum().backward()
+        grads.append([weight.grad for weight in model.parameters()])
+    torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-4)
+
+
 def test_generation_goes_on_as_before():
     model = apply_plan(tiny("llama"), TWO_SPANS)
     options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -62,6 +63,14 @@ class Call:
         return F.scaled_dot_product_attention(
             *self.tensors, is_causal=True, scale=self.scale, dropout_p=self.dropout, enable_gqa=True
         )
+
+    def run(self, backend: Backend) -> Tensor:
+        """What a backend makes of it: of the graph even where every query is padding, and empty where there is none."""
+        shape = (*self.query.shape[:3], self.value.shape[-1])
+        out = backend.run(self) if math.prod(shape[:3]) else self.query.new_zeros(shape)
+        if self.trains and not out.requires_grad:
+            out = out + sum(x[..., :0].sum() for x in self.tensors)
+        return out
 
 
 class Backend(ABC):

@@ -79,7 +79,7 @@ def _attend(
     if isinstance(chosen, Flash):
         out, sums = chosen.forward(call)
     else:
-        out, sums = chosen.run(call), torch.zeros_like(_sums(query))
+        out, sums = call.run(chosen), torch.zeros_like(_sums(query))
     return _in_order(out), sums
 
 
@@ -125,7 +125,7 @@ def _attend_backward(
     else:
         with _recording():
             q, k, v = tensors = [x.detach().requires_grad_() for x in call.tensors]
-            again = chosen.run(Call(q, k, v, call.span, call.scale, call.layout, softcap=call.softcap))
+            again = Call(q, k, v, call.span, call.scale, call.layout, softcap=call.softcap).run(chosen)
             grads = torch.autograd.grad(again, tensors, grad, materialize_grads=True)  # type: ignore[assignment]
     of_query, of_key, of_value = map(_in_order, grads)
     return of_query, of_key, of_value
