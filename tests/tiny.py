@@ -2,6 +2,8 @@
 
 import random
 
+import gguf
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -66,3 +68,34 @@ def letter_tokenizer(letters=None, **options):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
+
+
+def write_gguf(path, layers, skipped=(), extra=None):
+    """A tiny llama as a .gguf file."""
+    sizes = {"attn_norm": (32,), "ffn_norm": (32,), "attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32)}
+    sizes |= {"attn_output": (32, 32), "ffn_gate": (48, 32), "ffn_up": (48, 32), "ffn_down": (32, 48)}
+    shapes = {f"blk.{layer}.{name}.weight": size for layer in range(layers) for name, size in sizes.items()}
+    shapes |= {"token_embd.weight": (64, 32), "output_norm.weight": (32,), "output.weight": (64, 32)} | (extra or {})
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_block_count(layers)
+    writer.add_context_length(128)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(8)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(64)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*sorted(letter_tokenizer().get_vocab())[:63], "!!"])
+    writer.add_token_merges(["! !"])
+    random = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        if name not in skipped:
+            writer.add_tensor(name, random.normal(size=shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -21,7 +21,7 @@ from masformer.models.bridge import NAME, apply_plan
 from masformer.models.native import native_plan
 from masformer.models.positions import extend_positions
 from masformer.models.sealing import SEAL, is_sealed, unseal
-from masformer.models.weights import check_weights
+from masformer.models.weights import check_runs, check_weights
 from masformer.models.wrappers import bare_model
 from masformer.plan import AttentionPlan, PlanSource
 from masformer.spans import FullSpan, Span
@@ -151,7 +151,10 @@ def load_model(
     check_weights(os.fspath(model), report["missing_keys"], left_over)
     if "gguf_file" in options and (quantizer := getattr(loaded, "hf_quantizer", None)) is not None:
         quantizer.remove_quantization_config(loaded)  # its weights are plain again: the model can be trained and saved
-    loaded = apply_plan(loaded.eval(), chosen, backend)
+    loaded = apply_plan(loaded.eval(), chosen)
+    check_runs(os.fspath(model), loaded)
+    if backend != "auto":  # which may be one of another device
+        apply_plan(loaded, chosen, backend)
     if max_positions is not None:
         extend_positions(loaded, max_positions, position_method)
     tokenizer = load_tokenizer(model, **hub)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from masformer.errors import MasformerError
@@ -38,6 +39,35 @@ def check_weights(where: object, missing: Iterable[str], left_over: Iterable[str
             f"{where} does not hold the weights of its model: "
             + "; ".join(f"{words} {_listed(names)}" for words, names in lists.items() if names)
         )
+
+
+PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes whose values are what they say; those of quantized weights are codes."""
+
+
+def check_runs(where: object, model: Any) -> None:
+    """Refuses a model of damaged weights or settings, by its weights and by one pass over two tokens.
+
+    Args:
+        where: what the model was read from, for the message.
+        model: a causal language model in evaluation mode.
+
+    Raises:
+        MasformerError: a weight holds what is no number, the settings do not go together, or the logits are no numbers.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        plain = tensor.dtype in PLAIN and tensor.numel() and not tensor.is_meta  # meta: offloaded by accelerate
+        if plain and not all(end.isfinite() for end in tensor.aminmax()):
+            raise MasformerError(f"{where} is damaged: {name} holds what is no number")
+    rows = model.get_input_embeddings().weight.shape[0]
+    tokens = torch.tensor([[0, rows - 1]], device=None if model.device.type == "meta" else model.device)
+    try:
+        with torch.no_grad():
+            logits = model(tokens, use_cache=False).logits
+    except Exception as error:  # each class fails in its own way on settings that do not go together
+        raise MasformerError(f"{where} does not run: {' '.join(str(error).split())}") from error
+    if not bool(logits.isfinite().all()):
+        raise MasformerError(f"{where} gives logits that are no numbers: its settings or its weights are damaged")
 
 
 def load_weights(model: Any, weights: Mapping[str, Tensor], where: object) -> None:
