@@ -74,8 +74,8 @@ def check_line(line):
     line.encode()
 
 
-def run(*words):
-    """A command: whether it was refused. Its output is right only as far as it ends."""
+def run(*words, says=""):
+    """A command: whether it was refused, with these words."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main([str(word) for word in words])
@@ -84,6 +84,7 @@ def run(*words):
         (line,) = [line for line in err.getvalue().splitlines() if "masformer: error: " in line]
         assert err.getvalue().endswith(line + "\n")
         check_line(line)
+        assert says in line
     return code == 2
 
 
@@ -418,21 +419,57 @@ def test_a_row_of_data(tmp_path, data):
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
-@cases(25)
+RECORDS = ["perplexity-smollm2-pubmed", "decode-smollm2-cpu", "retrieval-smollm2", "search-smollm2-qmsum", "demo-cpu"]
+SEARCHED = "placements", "held-out"
+
+
+def shortened(value):
+    """A record with the beginnings of its lists."""
+    if isinstance(value, dict):
+        return {key: shortened(each) for key, each in value.items()}
+    return [shortened(each) for each in value[:3]] if isinstance(value, list) else value
+
+
+def record_of(name, place=(), value=None):
+    """A record that masformer wrote, of which one value is another."""
+    found = json.loads((RESULTS / f"{name}.json").read_text())
+    holder = found
+    for step in place[:-1]:
+        holder = holder[step]
+    if place:
+        holder[place[-1]] = value
+    return json.dumps(found).encode()
+
+
+def check_report(content):
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "a.json").write_bytes(content)
+        if not run("report", folder):
+            assert json.loads(content)["masformer"] in (Path(folder) / "report" / "report.md").read_text()
+
+
+@cases(20)
 @given(st.data())
-def test_a_record(tmp_path, data):
+def test_a_record(data):
     """What `masformer report` reads."""
-    name = data.draw(st.sampled_from(["perplexity-smollm2-pubmed", "decode-smollm2-cpu", "retrieval-smollm2"]))
-    known = (RESULTS / f"{name}.json").read_bytes()
-    folder = tmp_path / "records"
-    folder.mkdir(exist_ok=True)
+    known = shortened(json.loads(record_of(data.draw(st.sampled_from(RECORDS)))))
     if data.draw(st.integers(0, 2)) == 0:
-        content = data.draw(changed_bytes(known))
+        check_report(data.draw(changed_bytes(json.dumps(known).encode())))
     else:
-        content = json.dumps(data.draw(changed_values(json.loads(known)))).encode()
-    (folder / "a.json").write_bytes(content)
-    if not run("report", folder, "--out", tmp_path / "report"):
-        assert json.loads(content)["command"] in (tmp_path / "report" / "report.md").read_text().replace("\\", "")
+        check_report(json.dumps(data.draw(changed_values(known))).encode())
+
+
+@pytest.mark.parametrize(("name", "place", "value"), [
+    ("search-smollm2-qmsum", (*SEARCHED, 6, "name"), [[]]),
+    ("search-smollm2-qmsum", (*SEARCHED, 24, "criterion"), "window:5"),
+    ("search-smollm2-qmsum", ("evidence", 0, "values", 0), "x"),
+    ("attention-bfloat16-cpu", ("results", 5, "length"), 10**40),
+    ("decode-llama-1b-rows-nvidia-h200", ("results", 3), {"name": "a", "plan": "full", "decode": 1}),
+    ("retrieval-smollm2-chat", ("results", 27, "name"), "\ud800"),
+])  # fmt: skip
+def test_figures_that_are_none_are_refused_by_the_name_of_their_file(tmp_path, name, place, value):
+    (tmp_path / "a.json").write_bytes(record_of(name, place, value))
+    assert run("report", tmp_path, says="a.json")
 
 
 LINE = {"id": "a", "plan": "full", "length": 64, "prediction": TEXT, "prompt_tokens": 60, "new_tokens": 4}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 
-from masformer.errors import MasformerError
+from masformer.errors import MasformerError, check_text
 from masformer.files import parse_json, read_text, write_whole
 
 SEED = 0
@@ -122,12 +122,13 @@ def read_record(path: str | os.PathLike[str], name: str | None = None) -> Record
         The record, or None where the file holds other JSON.
 
     Raises:
-        MasformerError: the file cannot be read, holds no JSON, or was written by a newer masformer.
+        MasformerError: the file cannot be read, holds no JSON or what is no text, or was written by a newer masformer.
     """
     path = Path(path)
     content = parse_json(read_text(path), str(path))
     if not isinstance(content, dict) or not all(isinstance(content.get(key), str) for key in ("command", "masformer")):
         return None
+    check_text(str(path), json.dumps(content, ensure_ascii=False))
     number = content.get("format", 0)
     if not isinstance(number, int) or number > FORMAT:
         raise MasformerError(f"{path} has format {number!r}; this masformer reads 0 to {FORMAT}")

@@ -60,8 +60,8 @@ def recipe_file(folder, **changes):
 
 
 def metrics(folder, name="loss"):
-    """Step -> figure, from metrics.jsonl."""
-    lines = (folder / "out" / "metrics.jsonl").read_text().splitlines()
+    """Step -> figure, from the lines of metrics.jsonl that are written; a run that goes on may be at the next one."""
+    *lines, _ = (folder / "out" / "metrics.jsonl").read_text().split("\n")
     return {row["step"]: row[name] for row in map(json.loads, lines) if name in row}
 
 

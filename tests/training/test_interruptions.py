@@ -6,12 +6,11 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import command, environment, metrics, recipe, recipe_file, run
+from small import environment, metrics, recipe, recipe_file, run
 
 from masformer.training.checkpoints import steps_saved
 from masformer.training.evaluation import evaluate
@@ -38,24 +37,38 @@ def whole(tmp_path_factory):
     return folder
 
 
-def started(folder, *words):
-    return subprocess.Popen(
-        command("train", "--config", folder / "recipe.yaml", *words),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+INTERRUPTED = """
+import os, random, signal, sys, threading, time
+from transformers import Trainer
+from masformer.cli import main
+
+number, step, last = map(int, sys.argv[1:4])
+training_step = Trainer.training_step
+
+def interrupt():
+    if number == signal.SIGKILL:
+        time.sleep(random.random() / 50)
+    os.kill(os.getpid(), number)
+
+def counted(self, *args, **options):
+    if self.state.global_step >= step and thread.ident is None:
+        thread.start()
+    if self.state.global_step == last - 1:
+        thread.join()
+    return training_step(self, *args, **options)
+
+thread = threading.Thread(target=interrupt)
+Trainer.training_step = counted
+sys.exit(main(sys.argv[4:]))
+"""
+"""A run that gets a signal at some moment after a step and before its last one, however slow the machine is."""
 
 
-def wait_for_step(process, folder, step):
-    """Returns as soon as the metrics tell of that step."""
-    end = time.monotonic() + 120
-    while time.monotonic() < end and process.poll() is None:
-        if (folder / "out" / "metrics.jsonl").exists() and max(metrics(folder), default=0) >= step:
-            return
-        time.sleep(0.002)
-    pytest.fail(f"step {step} was not reached: {process.communicate()}")
+def interrupted(folder, number, step, *words):
+    numbers = (str(int(each)) for each in (number, step, STEPS))
+    words = ("train", "--config", str(folder / "recipe.yaml"), *words)
+    script = [sys.executable, "-c", INTERRUPTED, *numbers, *words]
+    return subprocess.run(script, env=environment(), capture_output=True, text=True)
 
 
 def test_killed_twice_at_random_steps_and_resumed_it_ends_with_the_same_bits(whole, tmp_path):
@@ -63,12 +76,9 @@ def test_killed_twice_at_random_steps_and_resumed_it_ends_with_the_same_bits(who
     recipe_file(tmp_path, **LONG)
     kills = sorted(choose.sample(range(4, STEPS - 2), 2))
     for step in kills:
-        process = started(tmp_path, "--resume")
-        wait_for_step(process, tmp_path, step)
-        time.sleep(choose.random() / 50)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    assert not (tmp_path / "out" / "model").exists(), f"killed too late: {kills}"
+        killed = interrupted(tmp_path, signal.SIGKILL, step, "--resume")
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "out" / "model").exists()
     result = run("train", "--config", tmp_path / "recipe.yaml", "--resume")
     assert result.returncode == 0, result.stderr
     assert "going on from" in result.stdout
@@ -79,13 +89,11 @@ def test_killed_twice_at_random_steps_and_resumed_it_ends_with_the_same_bits(who
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, 130)])
 def test_a_stopped_run_saves_exits_and_goes_on_with_the_same_bits(whole, tmp_path, number, code):
     recipe_file(tmp_path, **LONG, checkpoints__keep=1)
-    process = started(tmp_path, "--checkpoints.every", "1000")
-    wait_for_step(process, tmp_path, 5)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == code, err
+    stopped = interrupted(tmp_path, number, 5, "--checkpoints.every", "1000")
+    out = stopped.stdout
+    assert stopped.returncode == code, stopped.stderr
     assert "stopping after this step, with a checkpoint" in out
-    assert "Traceback" not in err
+    assert "Traceback" not in stopped.stderr
     ((step, _),) = steps_saved(tmp_path / "out")
     assert f"stopped after step {step}; --resume goes on from there" in out
     train(recipe(tmp_path, **LONG), resume=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,10 @@ def add_kind(report: Section, records: Sequence[Record]) -> Section:
     section = report.section(records[0].kind)
     if view.intro:
         section.text(view.intro)
-    _facts(section, records, view)
-    if records[0].kind == "train":
-        _training_curves(section, records)
+    with figures_of(records):
+        _facts(section, records, view)
+        if records[0].kind == "train":
+            _training_curves(section, records)
     for record in records:
         add_record(section, record, view)
     return section
@@ -61,13 +63,24 @@ def add_record(section: Section, record: Record, view: View | None = None) -> Se
     """Adds a section with a record's texts, tables and drawings, and how it was made; returns it."""
     view = view or KINDS.get(record.kind, View())
     own = section.section(record.name)
-    try:
+    with figures_of([record]):
         _add_figures(own, record, view)
-    except MasformerError as error:
-        raise MasformerError(f"{record.path}: {error}") from None
     own.code(record.command)
     own.text(_environment(record.environment), small=True)
     return own
+
+
+@contextmanager
+def figures_of(records: Sequence[Record]) -> Iterator[None]:
+    """While figures are shown: says of what files they are where they are not what their kind has."""
+    where = ", ".join(str(record.path) for record in records)
+    try:
+        yield
+    except MasformerError as error:
+        raise MasformerError(f"{where}: {error}") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise MasformerError(f"{where}: cannot show its figures ({reason})") from error
 
 
 def _add_figures(own: Section, record: Record, view: View) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from masformer.errors import MasformerError
 from masformer.files import write_whole
 from masformer.records import read_record
+from masformer.reports.build import figures_of
 from masformer.reports.document import Table
 from masformer.reports.kinds import KINDS, View
 from masformer.reports.markdown import markdown_table
@@ -210,7 +211,8 @@ def _rows(folder: Path, name: str, path: str) -> list[Row]:
     record = read_record(file)
     if record is None:
         raise MasformerError(f"{file} is no record of masformer")
-    sets = KINDS.get(record.kind, View()).rows(record.figures)
+    with figures_of([record]):
+        sets = KINDS.get(record.kind, View()).rows(record.figures)
     if path not in sets:
         allowed = f"allowed: {', '.join(sets)}" if sets else "it has no rows"
         raise MasformerError(f"no rows {path!r} in {file}; {allowed}")
