@@ -464,7 +464,6 @@ def test_a_record(data):
     ("search-smollm2-qmsum", (*SEARCHED, 24, "criterion"), "window:5"),
     ("search-smollm2-qmsum", ("evidence", 0, "values", 0), "x"),
     ("attention-bfloat16-cpu", ("results", 5, "length"), 10**40),
-    ("decode-llama-1b-rows-nvidia-h200", ("results", 3), {"name": "a", "plan": "full", "decode": 1}),
     ("retrieval-smollm2-chat", ("results", 27, "name"), "\ud800"),
 ])  # fmt: skip
 def test_figures_that_are_none_are_refused_by_the_name_of_their_file(tmp_path, name, place, value):
