@@ -290,6 +290,7 @@ def test_a_plan(places, data):
     if not wrong:
         check_plan(plan, text)
     if data.draw(st.integers(0, 3)) == 0:
+        _, wrong = refused(lambda: AttentionPlan.parse(text, 2))
         assert run("plan", places / "llama", "--plan", text) or not wrong
 
 
