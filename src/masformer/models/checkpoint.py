@@ -167,10 +167,8 @@ def load_model(
     check_weights(os.fspath(model), report["missing_keys"], left_over, report["mismatched_keys"])
     if "gguf_file" in options and (quantizer := getattr(loaded, "hf_quantizer", None)) is not None:
         quantizer.remove_quantization_config(loaded)  # its weights are plain again: the model can be trained and saved
-    head, embedding = loaded.get_output_embeddings(), loaded.get_input_embeddings()
-    if loaded.config.tie_word_embeddings and head is not None and head.weight is not embedding.weight:
-        if not head.weight.is_meta and not torch.equal(head.weight, embedding.weight.to(head.weight.device)):
-            loaded.config.tie_word_embeddings = False  # the checkpoint has a head of its own, which transformers keeps
+    if loaded.config.tie_word_embeddings and _has_own_head(loaded):
+        loaded.config.tie_word_embeddings = False
     loaded = apply_plan(loaded.eval(), chosen)
     check_runs(os.fspath(model), loaded)
     if backend != "auto":  # which may be one of another device
@@ -181,6 +179,16 @@ def load_model(
     if tokenizer is not None:
         fit_tokenizer(tokenizer, loaded, max_positions)
     return loaded, tokenizer
+
+
+def _has_own_head(loaded: PreTrainedModel) -> bool:
+    """Whether the checkpoint has a head of its own, which transformers keeps whatever the config says."""
+    head, embedding = (
+        getattr(part, "weight", None) for part in (loaded.get_output_embeddings(), loaded.get_input_embeddings())
+    )
+    if head is None or head is embedding or head.is_meta or embedding.is_meta:
+        return False
+    return head.shape != embedding.shape or not torch.equal(head, embedding.to(head.device))
 
 
 def _check_generation_config(folder: Path) -> None:
