@@ -186,7 +186,7 @@ def _has_own_head(loaded: PreTrainedModel) -> bool:
     head, embedding = (
         getattr(part, "weight", None) for part in (loaded.get_output_embeddings(), loaded.get_input_embeddings())
     )
-    if head is None or head is embedding or head.is_meta or embedding.is_meta:
+    if head is None or embedding is None or head is embedding or head.is_meta or embedding.is_meta:
         return False
     return head.shape != embedding.shape or not torch.equal(head, embedding.to(head.device))
 
