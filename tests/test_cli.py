@@ -343,3 +343,19 @@ def test_the_same_seed_gives_the_same_inputs(capsys):
         cli.main(["bench", "attention", "--lengths", "8", "--repeats", "1", "--forward-only", "--seed", "7"])
         assert torch.initial_seed() == 7
     capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--temperature", "warm"], "--temperature 'warm' is not allowed; allowed: a number"),
+        (["--temperature", "1e400"], "--temperature must be finite, got inf"),
+        (["--top-p", "NaN"], "--top-p 'NaN' is not allowed; allowed: a number"),
+        (["--seed", "1.5"], "--seed '1.5' is not allowed; allowed: a whole number"),
+        (["--seed", ""], "--seed '' is not allowed; allowed: a whole number"),
+    ],
+)
+def test_what_an_option_takes_is_said_as_it_is(capsys, option, message):
+    code, _, err = run(capsys, "generate", "nowhere", "--prompt", "a", *option)
+    assert code == 2
+    assert err.strip().endswith(message)

@@ -3,7 +3,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from masformer import MasformerError, apply_plan
-from masformer.generation import generate, prompt_tokens
+from masformer.generation import generate, generate_batch, prompt_tokens
 from tiny import PLAN, letter_tokenizer, tiny
 
 TEMPLATE = (
@@ -92,3 +92,13 @@ def test_generation_ends_where_the_positions_end(model, tokenizer):
 def test_wrong_values_are_named(model, tokenizer, options, message):
     with pytest.raises(MasformerError, match=message):
         generate(model, tokenizer, **({"prompt": [5, 6, 7]} | options))
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"beams": 2}])
+def test_scores_that_are_no_numbers_choose_no_token(model, tokenizer, options):
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(MasformerError, match="scores of the next token are not numbers"):
+        generate(model, tokenizer, [5, 6, 7], max_new_tokens=3, **options)
+    with pytest.raises(MasformerError, match="scores of the next token are not numbers"):
+        generate_batch(model, [[5, 6], [7]], max_new_tokens=3, beams=options.get("beams", 1))

@@ -268,7 +268,7 @@ def test_names_for_parts_that_stand_for_too_much():
         ({"recall": {"depths": [math.nan]}}, "recall.depths must be"),
         ({"recall": {"recipe": {"model": 7}}}, "recall.recipe.model must hold names and values, got 7"),
         ({"language": {"lengths": [64, -5]}}, "language.lengths must be at least 1, got -5"),
-        ({"rates": {"train": math.inf}}, "rates.train must be at least -inf, got inf"),
+        ({"rates": {"train": math.inf}}, "rates.train must be finite, got inf"),
         ({"data": 7}, "data must hold names and what they are, got 7"),
     ],
 )

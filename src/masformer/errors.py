@@ -64,7 +64,7 @@ def check_number(name: str, value: object, minimum: float, maximum: float = math
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise MasformerError(f"{name} must be a number, got {shown(value)}")
     if not minimum <= value <= maximum or (above and value == minimum) or not abs(value) <= sys.float_info.max:
-        bound = f"{'above' if above else 'at least'} {minimum:g}"
+        bound = "finite" if minimum == -math.inf else f"{'above' if above else 'at least'} {minimum:g}"
         bound += "" if maximum == math.inf else f" and at most {maximum:g}"
         raise MasformerError(f"{name} must be {bound}, got {shown(value)}")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, TextStreamer
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, TextStreamer
 
 from masformer.cache import SpanCache
 from masformer.cost import ModelShape, bytes_text, cost
@@ -89,6 +89,17 @@ class _Clock(TextStreamer):  # type: ignore[misc]
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.on_text(text)
+
+
+class CheckNumbers(LogitsProcessor):  # type: ignore[misc]
+    """Ends a generation whose next token would be chosen among scores that are no numbers."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if bool(scores.isnan().any()):
+            raise MasformerError(
+                "the model's scores of the next token are not numbers: its weights are damaged, or too coarse"
+            )
+        return scores
 
 
 def prompt_tokens(tokenizer: Any, text: str, *, chat: bool | None = None, system: str | None = None) -> list[int]:
@@ -230,6 +241,7 @@ def generate(
         tokens,
         attention_mask=torch.ones_like(tokens),
         generation_config=settings,
+        logits_processor=[CheckNumbers()],
         streamer=clock if beams == 1 else None,
     )
     seconds = time.perf_counter() - start
@@ -377,7 +389,9 @@ def _continue_together(
         if beams > 1:
             cache.batch_repeat_interleave(beams)
     filled = time.perf_counter()
-    out = model.generate(tokens, attention_mask=real, **{name: cache}, generation_config=settings)
+    out = model.generate(
+        tokens, attention_mask=real, **{name: cache}, generation_config=settings, logits_processor=[CheckNumbers()]
+    )
     done = time.perf_counter()
     rows = []
     for row in out[:, longest:].tolist():

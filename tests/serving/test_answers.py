@@ -25,7 +25,7 @@ from served import (
     plain_client,
     refused,
 )
-from tiny import PLAN
+from tiny import PLAN, letter_tokenizer, tiny
 
 FULL = AttentionPlan.uniform(4, FullSpan())
 
@@ -369,3 +369,14 @@ def test_a_real_model_answers(smollm2):
     answer = chat(client_of(serving.build_app(model, tokenizer, "m")), messages)
     assert answer == generated(model, tokenizer, messages)
     assert "Paris" in answer
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_scores_that_are_no_numbers_are_the_servers_fault(stream):
+    model = apply_plan(tiny("llama", vocab_size=257), PLAN)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    client = client_of(serving.build_app(model, letter_tokenizer(eos_token="<e>"), "m"))
+    with pytest.raises(openai.APIError, match="scores of the next token are not numbers") as found:
+        list(client.completions.create(model="m", prompt="ab", max_tokens=3, stream=stream))
+    assert found.value.type == "server_error"

@@ -172,15 +172,16 @@ def error_line(error: Exception, commands: Commands) -> str:
     if alone := re.match(r'expected "([\w.]*?)\.?command" to be one of', text):
         words = [word for word in alone[1].split(".") if word]
         return f"{' '.join(['masformer', *words])} needs a command: {', '.join(_below(words, commands))}"
-    found = re.match(r'Parser key "([\w.]+)":.*?(?:Given value|Got value): (.*)$', text)
+    found = re.match(r'Parser key "([\w.]+)":.*?(?:Given value|Got value): ?(.*)$', text)
     if not found:
         return text
     name, value = found[1].rpartition(".")[2], found[2]
     allowed = "a whole number"
     for command in all_commands(commands):
-        if (parameter := option_parameters(command).get(name)) and (choices := get_args(parameter.annotation)):
+        if parameter := option_parameters(command).get(name):
+            choices = (parameter.annotation, *get_args(parameter.annotation))
             strings = [choice for choice in choices if isinstance(choice, str)]
-            allowed = ", ".join(strings) or allowed
+            allowed = ", ".join(strings) or ("a number" if float in choices else allowed)
     return f"{option_name(name)} {value!r} is not allowed; allowed: {allowed}"
 
 

@@ -13,9 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import GENERATION_CONFIG_NAME
 
-from masformer.errors import MasformerError, shown
+from masformer.errors import MasformerError, check_int, shown
 from masformer.models import adapters
 from masformer.models.bridge import NAME, apply_plan
 from masformer.models.native import native_plan
@@ -23,7 +31,7 @@ from masformer.models.positions import extend_positions
 from masformer.models.sealing import SEAL, is_sealed, unseal
 from masformer.models.weights import check_runs, check_weights
 from masformer.models.wrappers import bare_model
-from masformer.plan import AttentionPlan, PlanSource
+from masformer.plan import MOST_LAYERS, AttentionPlan, PlanSource
 from masformer.spans import FullSpan, Span
 
 TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "*.spm", "tekken.json")
@@ -48,6 +56,7 @@ def load_config(
         return config, plan
     if not getattr(config, "num_hidden_layers", None):
         raise MasformerError(f"{os.fspath(model)} is no decoder-only language model ({config.model_type})")
+    check_int(f"num_hidden_layers of {os.fspath(model)}", config.num_hidden_layers, 1, MOST_LAYERS)
     try:
         return config, native_plan(config)
     except MasformerError:
@@ -138,19 +147,28 @@ def load_model(
     options |= _given(device_map=device_map, quantization_config=quantization_config)
     if config.model_type == adapters.GPT_NEO:
         options["attn_implementation"] = NAME
+    _check_generation_config(Path(source))
     use_safetensors = None if "gguf_file" in options else True
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, use_safetensors=use_safetensors, output_loading_info=True, **options
+            source,
+            config=config,
+            dtype=dtype,
+            use_safetensors=use_safetensors,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **options,
         )
     except Exception as error:
         raise _cannot("load", model, error) from error
     if getattr(loaded, "_hf_peft_config_loaded", False):
         raise _adapter(model)
     left_over = [*report["unexpected_keys"], *(_unread(loaded, Path(model)) if "gguf_file" in options else ())]
-    check_weights(os.fspath(model), report["missing_keys"], left_over)
+    check_weights(os.fspath(model), report["missing_keys"], left_over, report["mismatched_keys"])
     if "gguf_file" in options and (quantizer := getattr(loaded, "hf_quantizer", None)) is not None:
         quantizer.remove_quantization_config(loaded)  # its weights are plain again: the model can be trained and saved
+    if loaded.config.tie_word_embeddings and _has_own_head(loaded):
+        loaded.config.tie_word_embeddings = False
     loaded = apply_plan(loaded.eval(), chosen)
     check_runs(os.fspath(model), loaded)
     if backend != "auto":  # which may be one of another device
@@ -161,6 +179,25 @@ def load_model(
     if tokenizer is not None:
         fit_tokenizer(tokenizer, loaded, max_positions)
     return loaded, tokenizer
+
+
+def _has_own_head(loaded: PreTrainedModel) -> bool:
+    """Whether the checkpoint has a head of its own, which transformers keeps whatever the config says."""
+    head, embedding = (
+        getattr(part, "weight", None) for part in (loaded.get_output_embeddings(), loaded.get_input_embeddings())
+    )
+    if head is None or embedding is None or head is embedding or head.is_meta or embedding.is_meta:
+        return False
+    return head.shape != embedding.shape or not torch.equal(head, embedding.to(head.device))
+
+
+def _check_generation_config(folder: Path) -> None:
+    """transformers goes on without a file that it cannot read, and so without the tokens that end a text."""
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        try:
+            GenerationConfig.from_pretrained(folder)
+        except Exception as error:
+            raise _cannot("read", folder / GENERATION_CONFIG_NAME, error) from error
 
 
 def _unread(loaded: PreTrainedModel, path: Path) -> list[str]:
@@ -331,6 +368,7 @@ def whole_weights(model: PreTrainedModel) -> dict[str, Any] | None:
         fresh = type(model)(copy.deepcopy(model.config))
     expected, tied = fresh.state_dict(), getattr(fresh, "all_tied_weights_keys", None) or {}
     check_weights("what would be written", expected.keys() - weights.keys(), weights.keys() - expected.keys())
+    places = set()
     for name, weight in weights.items():
         if name in expected and weight.shape != expected[name].shape:
             shapes = list(weight.shape), list(expected[name].shape)
@@ -344,6 +382,10 @@ def whole_weights(model: PreTrainedModel) -> dict[str, Any] | None:
             raise MasformerError(
                 f"the config ties {name} to {source}, but they differ: set tie_word_embeddings to False"
             )
+        if source is None:  # what the config does not tie is written even where it is the same tensor as another
+            place = weight.untyped_storage().data_ptr()
+            weights[name] = weight.clone() if place in places else weight
+            places.add(place)
     return weights
 
 

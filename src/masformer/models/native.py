@@ -20,11 +20,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from masformer.errors import MasformerError
 from masformer.models import adapters
 from masformer.plan import AttentionPlan
-from masformer.spans import FullSpan, Span, WindowSpan
+from masformer.spans import LARGEST_SIZE, FullSpan, Span, WindowSpan
 
 NAME = "masformer_probe"
-_FAR = 1 << 40
-"""A position that lies beyond every window."""
+_FAR = LARGEST_SIZE
+"""A position as far away as a window reaches at most."""
 
 _plans: dict[str, AttentionPlan] = {}
 _seen: ContextVar[dict[int, tuple[Any, int | None]]] = ContextVar("seen_masks")
@@ -103,13 +103,21 @@ def _span(mask: Any) -> Span | None:
     """The span that a mask function is; None where it is none."""
     if not callable(mask):
         return None
+    try:
+        span = _window(mask)
+        return span if agrees(mask, span) else None
+    except Exception:  # a mask that reads values, which a model without weights has not: chunks (Llama 4)
+        return None
+
+
+def _window(mask: Any) -> Span:
+    """The causal span that reaches as far back as a mask function does from a position far away."""
     zero, query = torch.zeros((), dtype=torch.long), torch.tensor(_FAR)
     hidden, seen = -1, _FAR  # the first key that is seen lies after the one and not after the other
     while seen - hidden > 1:
         middle = (hidden + seen) // 2
         hidden, seen = (hidden, middle) if bool(mask(zero, zero, query, torch.tensor(middle))) else (middle, seen)
-    span = FullSpan() if seen == 0 else WindowSpan(_FAR - seen + 1)
-    return span if agrees(mask, span) else None
+    return FullSpan() if seen == 0 else WindowSpan(_FAR - seen + 1)
 
 
 def _skip_failures(model: nn.Module) -> None:

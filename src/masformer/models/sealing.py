@@ -29,6 +29,7 @@ from transformers import (
 
 from masformer.errors import MasformerError
 from masformer.models.native import native_plan as native_plan  # it stood here, and may be imported from here
+from masformer.models.weights import check_weights
 from masformer.plan import AttentionPlan
 
 SEAL = "masformer"
@@ -148,11 +149,16 @@ class _PlannedModel:
         from masformer.models.bridge import apply_plan  # here, for the bridge imports this module
 
         _check_attention(kwargs)
+        asked = kwargs.pop("output_loading_info", False)
+        if how == "from_pretrained":
+            kwargs["output_loading_info"] = True
         made = getattr(cls.auto._model_mapping[cls.stock], how)(*args, **kwargs)
         model, *others = made if isinstance(made, tuple) else (made,)
+        if others and cls.auto is AutoModelForCausalLM:  # others have a part that checkpoints lack
+            check_weights(args[0], others[0]["missing_keys"], others[0]["unexpected_keys"])
         model.config.architectures = [type(model).__name__]
         apply_plan(model, AttentionPlan.from_dict(model.config.masformer))
-        return (model, *others) if others else model
+        return (model, *others) if asked else model
 
 
 def _check_attention(options: Mapping[str, Any]) -> None:

@@ -19,20 +19,24 @@ _COMPUTED = re.compile(
 """Names of what a model computes by itself and older versions saved: position tables and causal masks."""
 
 
-def check_weights(where: object, missing: Iterable[str], left_over: Iterable[str]) -> None:
+def check_weights(
+    where: object, missing: Iterable[str], left_over: Iterable[str], misfits: Iterable[tuple[str, Any, Any]] = ()
+) -> None:
     """Refuses weights that are not those of the model; what it computes by itself may be left over.
 
     Args:
         where: what the weights were read from, for the message.
         missing: names of the model's weights that were not there.
         left_over: names that are of no weight of the model.
+        misfits: names of weights whose shape there, which comes second, is not that of the model, the third.
 
     Raises:
-        MasformerError: a weight is missing or left over; the message names the first few.
+        MasformerError: a weight is missing, left over or of another shape; the message names the first few.
     """
     lists = {
         "missing from it": sorted(set(missing)),
         "left over in it": sorted(name for name in set(left_over) if not _COMPUTED.search(name)),
+        "of another shape": sorted(f"{name} {[*there]} instead of {[*own]}" for name, there, own in misfits),
     }
     if any(lists.values()):
         raise MasformerError(

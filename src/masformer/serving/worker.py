@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.cli.serving.utils import ReasoningText, ToolCall, response_events_to_chunks
 
 from masformer.errors import MasformerError
-from masformer.generation import CHUNK, end_tokens
+from masformer.generation import CHUNK, CheckNumbers, end_tokens
 from masformer.models.positions import position_limit
 from masformer.serving.bodies import Asked, RequestError
 from masformer.serving.prompts import parser_of, tokens_of
@@ -160,9 +160,17 @@ class Worker:
         torch.manual_seed(secrets.randbits(63) if asked.seed is None else asked.seed)
         guard = model.register_forward_pre_hook(lambda *given: job.check())
         try:
-            model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=settings, streamer=text)
+            model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                generation_config=settings,
+                logits_processor=[CheckNumbers()],
+                streamer=text,
+            )
         except _Stopped:
             return Ended("stop", len(text.tokens))
+        except MasformerError as error:  # the request is sound
+            raise RequestError(str(error), status=500) from error
         finally:
             guard.remove()
         ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
