@@ -35,12 +35,15 @@ def test_the_first_python_block_runs(tmp_path, monkeypatch, capsys):
         def decode(self, tokens):
             return " ".join(map(str, tokens.tolist()))
 
+        def get_vocab(self):
+            return {"words": 3}
+
         def save_pretrained(self, path):
             Path(path, "vocabulary.txt").write_text("words")
 
     tiny("llama", num_hidden_layers=30).save_pretrained(tmp_path / "SmolLM2-135M")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(models.checkpoint, "load_tokenizer", lambda model: Tokenizer())
+    monkeypatch.setattr(models.checkpoint, "load_tokenizer", lambda model, **hub: Tokenizer())
     code = blocks("python")[0].replace("HuggingFaceTB/SmolLM2-135M", "SmolLM2-135M")
     names: dict = {}
     exec(code, names)
