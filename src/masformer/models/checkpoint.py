@@ -8,7 +8,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +72,20 @@ def _read_config(
         data = {} if "gguf_file" in options else PretrainedConfig.get_config_dict(source, **options)[0]
         if data.get("model_type") == SEAL:
             return unseal(data)
+        if "gguf_file" in options:
+            status = Path(source, options["gguf_file"]).stat()
+            return copy.deepcopy(_gguf_config(source, options["gguf_file"], status.st_mtime_ns, status.st_size)), None
         return AutoConfig.from_pretrained(source, **options), None
     except MasformerError as error:
         raise MasformerError(f"{os.fspath(model)}: {error}") from None
     except Exception as error:
         raise _cannot("read the config of", model, error) from error
+
+
+@lru_cache(maxsize=4)
+def _gguf_config(folder: str, file: str, changed: int, size: int) -> PretrainedConfig:
+    """The config of a .gguf file, whose vocabulary transformers reads with it: seconds, and a load asks three times."""
+    return AutoConfig.from_pretrained(folder, gguf_file=file)
 
 
 def check_plan(config: PretrainedConfig, plan: AttentionPlan) -> None:
@@ -214,12 +223,15 @@ def _unread(loaded: PreTrainedModel, path: Path) -> list[str]:
 
         file = GGUFReader(path)
         architecture, names = file.fields["general.architecture"].contents(), [each.name for each in file.tensors]
+    doubtful = [name for name in names if name.endswith(".bias") or name.startswith("rope_freqs")]
+    if not doubtful:  # else their names in the model are worked out, which takes seconds
+        return []
     process = reader.TENSOR_PROCESSORS.get(architecture, reader.TensorProcessor)(config=loaded.config.to_dict())
     try:
         known = reader.get_gguf_hf_weights_map(loaded, process)
     except NotImplementedError:  # the newer reader's, which reports by itself
         return []
-    return [name for name in names if name not in known and (name.endswith(".bias") or name.startswith("rope_freqs"))]
+    return [name for name in doubtful if name not in known]
 
 
 def load_tokenizer(
