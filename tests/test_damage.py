@@ -189,6 +189,28 @@ def test_a_gguf_file(places, data):
             torch.testing.assert_close(found, logits(stock), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("kind", "changes", "words"), [
+    ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 1.25, "rope_theta": 1e4}}, "does not run"),
+    ("llama", {"rms_norm_eps": -5.0}, "no numbers"),
+    ("gpt2", {"layer_norm_epsilon": -5.0}, "no numbers"),
+])  # fmt: skip
+def test_settings_that_do_not_go_together_are_refused_when_loading(places, kind, changes, words):
+    known = json.loads((places / kind / "config.json").read_bytes()) | changes
+    with damaged(places / kind, "config.json", json.dumps(known).encode()) as folder:
+        assert run("generate", folder, "--raw", "--prompt", "a", "--max-new-tokens", "2", says=words)
+
+
+@pytest.mark.parametrize("number", ["inf", "nan"])
+def test_a_weight_that_is_no_number_is_named(places, number):
+    content = bytearray((places / "llama" / "model.safetensors").read_bytes())
+    content[-4:] = torch.tensor([float(number)]).numpy().tobytes()
+    with (
+        damaged(places / "llama", "model.safetensors", bytes(content)) as folder,
+        pytest.raises(MasformerError, match=r"is damaged: model\.norm\.weight holds what is no number"),
+    ):
+        load_model(folder)
+
+
 @cases(100)
 @given(st.data())
 def test_a_config(places, data):
@@ -207,6 +229,21 @@ def test_a_config(places, data):
             torch.manual_seed(0)
             stock = AutoModelForCausalLM.from_pretrained(folder).eval()
             torch.testing.assert_close(found, logits(stock), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("llama", "num_hidden_layers"), ("gpt2", "n_layer")])
+def test_layers_without_number_are_refused_before_they_are_made(places, kind, name):
+    known = json.loads((places / kind / "config.json").read_bytes()) | {name: 10**9}
+    with damaged(places / kind, "config.json", json.dumps(known).encode()) as folder:
+        assert run("plan", folder, says="must be at most 1024, got 1000000000")
+
+
+def test_layers_without_number_are_refused_in_a_gguf_file_too(places):
+    content = (places / "gguf" / "tiny.gguf").read_bytes()
+    known = b"block_count" + (4).to_bytes(4, "little")
+    content = content.replace(known + (2).to_bytes(4, "little"), known + (10**9).to_bytes(4, "little"))
+    with damaged(places / "gguf", "tiny.gguf", content) as folder:
+        assert run("plan", folder / "tiny.gguf", says="must be at most 1024, got 1000000000")
 
 
 @cases(50)
@@ -292,6 +329,11 @@ def test_a_plan(places, data):
     if data.draw(st.integers(0, 3)) == 0:
         _, wrong = refused(lambda: AttentionPlan.parse(text, 2))
         assert run("plan", places / "llama", "--plan", text) or not wrong
+
+
+@pytest.mark.parametrize("text", ["full@0-1,3\udc80 window:5", "full@0-1\n,3", "full@1\r", "window:5\n;", "x\u2028y"])
+def test_a_plan_of_several_lines_is_one_line(text):
+    assert refused(lambda: AttentionPlan.parse(text, 4)) == (None, True)
 
 
 @cases(60)

@@ -252,7 +252,7 @@ class AttentionPlan:
         if text.startswith("full@"):
             head, _, rest = text.partition(";")
             if not rest.strip():
-                raise MasformerError(f"plan {text!r} does not say what the other layers do; write it as {text}; SPAN")
+                raise MasformerError(f"plan {shown(text)} does not say what the other layers do; add '; SPAN'")
             if num_layers is None:
                 raise MasformerError(f"plan {shown(text)} needs the number of layers of the model")
             check_int("number of layers", num_layers, 1, MOST_LAYERS)

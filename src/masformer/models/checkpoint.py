@@ -34,6 +34,8 @@ from masformer.models.wrappers import bare_model
 from masformer.plan import MOST_LAYERS, AttentionPlan, PlanSource
 from masformer.spans import FullSpan, Span
 
+MOST_LAYERS = 1024
+"""Of a model: several times what any has; transformers builds what a damaged config says, for hours."""
 TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "*.spm", "tekken.json")
 """What the files of a tokenizer are called, one of which is in every folder that has one."""
 
@@ -70,12 +72,16 @@ def _read_config(
     """The config, and the plan that it carries, if so."""
     try:
         data = {} if "gguf_file" in options else PretrainedConfig.get_config_dict(source, **options)[0]
+        _check_layers(data)
         if data.get("model_type") == SEAL:
             return unseal(data)
         if "gguf_file" in options:
             status = Path(source, options["gguf_file"]).stat()
-            return copy.deepcopy(_gguf_config(source, options["gguf_file"], status.st_mtime_ns, status.st_size)), None
-        return AutoConfig.from_pretrained(source, **options), None
+            config = copy.deepcopy(_gguf_config(source, options["gguf_file"], status.st_mtime_ns, status.st_size))
+        else:
+            config = AutoConfig.from_pretrained(source, **options)
+        _check_layers({"num_hidden_layers": getattr(config, "num_hidden_layers", None)})
+        return config, None
     except MasformerError as error:
         raise MasformerError(f"{os.fspath(model)}: {error}") from None
     except Exception as error:
@@ -86,6 +92,12 @@ def _read_config(
 def _gguf_config(folder: str, file: str, changed: int, size: int) -> PretrainedConfig:
     """The config of a .gguf file, whose vocabulary transformers reads with it: seconds, and a load asks three times."""
     return AutoConfig.from_pretrained(folder, gguf_file=file)
+
+
+def _check_layers(data: Mapping[str, Any]) -> None:
+    for name in ("num_hidden_layers", "num_layers", "n_layer", "n_layers"):
+        if isinstance(data.get(name), int):
+            check_int(name, int(data[name]), 0, MOST_LAYERS)
 
 
 def check_plan(config: PretrainedConfig, plan: AttentionPlan) -> None:
