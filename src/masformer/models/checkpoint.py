@@ -31,11 +31,11 @@ from masformer.models.positions import extend_positions
 from masformer.models.sealing import SEAL, is_sealed, unseal
 from masformer.models.weights import check_runs, check_weights
 from masformer.models.wrappers import bare_model
-from masformer.plan import MOST_LAYERS, AttentionPlan, PlanSource
+from masformer.plan import AttentionPlan, PlanSource
 from masformer.spans import FullSpan, Span
 
-MOST_LAYERS = 1024
-"""Of a model: several times what any has; transformers builds what a damaged config says, for hours."""
+DEEPEST = 1024
+"""Layers of a model: several times what any has; transformers builds what a damaged config says, for hours."""
 TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "*.spm", "tekken.json")
 """What the files of a tokenizer are called, one of which is in every folder that has one."""
 
@@ -58,7 +58,7 @@ def load_config(
         return config, plan
     if not getattr(config, "num_hidden_layers", None):
         raise MasformerError(f"{os.fspath(model)} is no decoder-only language model ({config.model_type})")
-    check_int(f"num_hidden_layers of {os.fspath(model)}", config.num_hidden_layers, 1, MOST_LAYERS)
+    check_int(f"num_hidden_layers of {os.fspath(model)}", config.num_hidden_layers, 1, DEEPEST)
     try:
         return config, native_plan(config)
     except MasformerError:
@@ -97,7 +97,7 @@ def _gguf_config(folder: str, file: str, changed: int, size: int) -> PretrainedC
 def _check_layers(data: Mapping[str, Any]) -> None:
     for name in ("num_hidden_layers", "num_layers", "n_layer", "n_layers"):
         if isinstance(data.get(name), int):
-            check_int(name, int(data[name]), 0, MOST_LAYERS)
+            check_int(name, int(data[name]), 0, DEEPEST)
 
 
 def check_plan(config: PretrainedConfig, plan: AttentionPlan) -> None:
