@@ -86,7 +86,7 @@ def test_more_layers_than_any_model_has_are_refused_at_once(tmp_path, layers):
     tiny("llama").save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text()) | {"num_hidden_layers": layers, "layer_types": None}
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(MasformerError, match=r"num_hidden_layers of .* must be at most"):
+    with pytest.raises(MasformerError, match="num_hidden_layers must be at most 1024"):
         load_config(tmp_path)
 
 
