@@ -1,4 +1,4 @@
-"""A plan: one span per layer, and the placement rules that say which layers are full.
+"""A plan: one span per layer or per KV head, and the placement rules that say which layers are full.
 
 >>> from masformer.spans import WindowSpan
 >>> plan = AttentionPlan.mixed(num_layers=8, full=2, placement="middle", local=WindowSpan(512, sinks=4))
@@ -6,6 +6,8 @@
 'full@3-4; window:512+4'
 >>> AttentionPlan.parse("full@3-4; window:512+4", num_layers=8) == plan
 True
+>>> AttentionPlan.parse("full@4,7:0; window:512+4", num_layers=8, kv_heads=2).units(2)[7]
+(FullSpan(), WindowSpan(size=512, sinks=4))
 """
 
 from __future__ import annotations
@@ -21,19 +23,26 @@ from typing import Any, TypeAlias
 
 import yaml
 
-from masformer.errors import MasformerError, check_int, read_int, shown
+from masformer.errors import MasformerError, check_int, shown
 from masformer.files import write_whole
+from masformer.plan_text import (
+    MOST_LAYERS,
+    MOST_UNITS,
+    PLAN_FORMS,
+    check_head,
+    check_layer,
+    check_units,
+    is_one_per_layer,
+    read_layers,
+    read_plan,
+    write_plan,
+)
 from masformer.settings import read_yaml
-from masformer.spans import FullSpan, Span
+from masformer.spans import FullSpan, LayerSpan, Span, UnitSpans, layer_span, spans_of
 
 PlanSource: TypeAlias = "AttentionPlan | str | os.PathLike[str]"
 """A plan, its text form, or a plan file."""
-PLAN_FORMS = (
-    "one span for all layers (window:512+4), one per layer separated by commas (full,window:512), "
-    "full layers and the rest (full@0-3,17; window:512+4), or a .yaml/.json plan file"
-)
 PLAN_SUFFIXES = (".yaml", ".yml", ".json")
-MOST_LAYERS = 1 << 16
 
 PLACEMENTS: dict[str, Callable[[int, int], range | list[int]]] = {
     "bottom": lambda layers, full: range(full),
@@ -50,16 +59,10 @@ to the bottom where the halves differ; `spread` is evenly spaced, each at the ce
 
 def _check_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
     for layer in layers:
-        _check_layer(layer, num_layers)
+        check_layer(layer, num_layers)
     if duplicates := [layer for layer, count in Counter(layers).items() if count > 1]:
         raise MasformerError(f"layer {duplicates[0]} is named more than once among the full layers")
     return tuple(sorted(layers))
-
-
-def _check_layer(layer: int, num_layers: int) -> None:
-    check_int("layer", layer, 0)
-    if layer >= num_layers:
-        raise MasformerError(f"layer {layer} is out of range: the model has layers 0 to {num_layers - 1}")
 
 
 def place_full_layers(num_layers: int, full: int | None, placement: str | int | Sequence[int]) -> tuple[int, ...]:
@@ -87,7 +90,7 @@ def place_full_layers(num_layers: int, full: int | None, placement: str | int | 
         if not re.fullmatch(r"[\d\s,-]+", placement):
             allowed = ", ".join(PLACEMENTS)
             raise MasformerError(f"unknown placement {shown(placement)}; allowed: {allowed}, or layers like 0-3,17")
-        placement = _parse_layers(placement, num_layers)
+        placement = read_layers(placement, num_layers)
     if isinstance(placement, int):
         placement = [placement]
     if not isinstance(placement, Iterable):
@@ -100,71 +103,93 @@ def place_full_layers(num_layers: int, full: int | None, placement: str | int | 
     return layers
 
 
-def _parse_layers(text: str, num_layers: int) -> list[int]:
-    """`0-3,17` -> [0, 1, 2, 3, 17]."""
-    layers: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+))?\s*", part)
-        if not match:
-            raise MasformerError(
-                f"cannot read {shown(part.strip())} as a layer; allowed: a layer (17) or a range (0-3)"
-            )
-        first, last = (read_int("layer", number, 0) for number in (match[1], match[2] or match[1]))
-        if last < first:
-            raise MasformerError(f"layer range {part.strip()!r} ends before it starts")
-        _check_layer(last, num_layers)
-        layers.extend(range(first, last + 1))
-    return layers
-
-
-def _format_layers(layers: Sequence[int]) -> str:
-    """[0, 1, 2, 3, 17] -> `0-3,17`."""
-    parts: list[str] = []
-    start = previous = layers[0]
-    for layer in [*layers[1:], None]:
-        if layer is None or layer != previous + 1:
-            parts.append(str(start) if start == previous else f"{start}-{previous}")
-            start = layer if layer is not None else start
-        previous = layer if layer is not None else previous
-    return ",".join(parts)
-
-
 @dataclass(frozen=True)
 class AttentionPlan:
-    """One span per layer, layer 0 next to the embedding.
+    """One span per layer, or per unit of a layer: a KV head with its query heads. Layer 0 is next to the embedding.
+
+    Args:
+        layers: for each layer its span, or the spans of its KV heads in order.
 
     Raises:
-        MasformerError: no layer at all, or something that is not a span.
+        MasformerError: no layer at all, something that is not a span, or layers of different numbers of KV heads.
     """
 
-    spans: tuple[Span, ...]
+    layers: tuple[LayerSpan, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "spans", tuple(self.spans))
-        if not self.spans:
+        object.__setattr__(self, "layers", tuple(_layer_of(number, spans) for number, spans in enumerate(self.layers)))
+        if not self.layers:
             raise MasformerError("a plan needs at least one layer")
-        for layer, span in enumerate(self.spans):
-            if not isinstance(span, Span):
-                raise MasformerError(f"layer {layer} of the plan is {span!r}; allowed: FullSpan, WindowSpan, BlockSpan")
+        if len(counts := {len(layer) for layer in self.layers if isinstance(layer, UnitSpans)}) > 1:
+            raise MasformerError(
+                f"the layers of a plan have {min(counts)} and {max(counts)} KV heads; one number is allowed"
+            )
 
     def __len__(self) -> int:
-        return len(self.spans)
+        return len(self.layers)
 
     def __iter__(self) -> Iterator[Span]:
         return iter(self.spans)
 
     def __getitem__(self, layer: int) -> Span:
-        return self.spans[layer]
+        span = self.layers[layer]
+        if isinstance(span, UnitSpans):
+            raise self._by_heads_error()
+        return span
+
+    @property
+    def by_heads(self) -> bool:
+        """Whether the units of some layer differ."""
+        return self.kv_heads is not None
+
+    @property
+    def kv_heads(self) -> int | None:
+        """KV heads of each layer; None for a plan by layers, which fits any number."""
+        return next((len(layer) for layer in self.layers if isinstance(layer, UnitSpans)), None)
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """One span per layer.
+
+        Raises:
+            MasformerError: the plan is one by heads, which is not one span per layer; see `layers` and `units`.
+        """
+        if self.by_heads:
+            raise self._by_heads_error()
+        return self.layers  # type: ignore[return-value]
+
+    def units(self, kv_heads: int) -> tuple[tuple[Span, ...], ...]:
+        """The span of each unit: for each layer, of each KV head.
+
+        Args:
+            kv_heads: KV heads of each layer of the model.
+
+        Raises:
+            MasformerError: the plan is for another number.
+        """
+        self.for_layers(None, kv_heads)
+        return tuple(layer.spans if isinstance(layer, UnitSpans) else (layer,) * kv_heads for layer in self.layers)
+
+    def _by_heads_error(self) -> MasformerError:
+        return MasformerError(
+            f"plan {shown(str(self))} gives the KV heads of one layer different spans; only plans by "
+            "layers are allowed here"
+        )
 
     @property
     def full_layers(self) -> tuple[int, ...]:
-        """Indices of the layers with full attention, ascending."""
-        return tuple(layer for layer, span in enumerate(self.spans) if isinstance(span, FullSpan))
+        """Indices of the layers of full attention in every head, ascending."""
+        return tuple(number for number, layer in enumerate(self.layers) if isinstance(layer, FullSpan))
 
     @property
     def is_full(self) -> bool:
         """True when every layer has full attention."""
         return len(self.full_layers) == len(self)
+
+    @property
+    def sees_all(self) -> bool:
+        """True when some unit has full attention."""
+        return any(isinstance(span, FullSpan) for layer in self.layers for span in spans_of(layer))
 
     @classmethod
     def uniform(cls, num_layers: int, span: Span | str) -> AttentionPlan:
@@ -194,6 +219,29 @@ class AttentionPlan:
         return cls(tuple(FullSpan() if layer in full_layers else span for layer in range(num_layers)))
 
     @classmethod
+    def of_units(
+        cls, num_layers: int, kv_heads: int, units: Mapping[tuple[int, int], Span | str], *, local: Span | str
+    ) -> AttentionPlan:
+        """The spans of some units, and `local` in all the others.
+
+        Args:
+            num_layers: layers of the model.
+            kv_heads: KV heads of each layer.
+            units: (layer, KV head) -> its span, or the text of it.
+            local: span of the other units, or its text.
+
+        Raises:
+            MasformerError: a number is out of range, or the model has no such unit.
+        """
+        check_units(num_layers, kv_heads)
+        rows = [[Span.parse(local)] * kv_heads for _ in range(num_layers)]
+        for (layer, head), span in units.items():
+            check_layer(layer, num_layers)
+            check_head(head, kv_heads)
+            rows[layer][head] = Span.parse(span)
+        return cls(tuple(layer_span(row) for row in rows))
+
+    @classmethod
     def from_options(
         cls,
         num_layers: int,
@@ -201,6 +249,7 @@ class AttentionPlan:
         placement: str | int | Sequence[int] | None = None,
         local: Span | str | None = None,
         *,
+        kv_heads: int | None = None,
         plan: PlanSource | None = None,
         default: AttentionPlan | None = None,
         dashes: str = "",
@@ -212,6 +261,7 @@ class AttentionPlan:
             full: number of full layers.
             placement: see `place_full_layers`.
             local: span of the other layers, or its text.
+            kv_heads: KV heads of each layer; needed by a plan that names some.
             plan: a plan, text or file, in place of the rule.
             default: the plan where nothing is named.
             dashes: what stands before the names of the options in messages.
@@ -222,7 +272,7 @@ class AttentionPlan:
         if full is None and placement is None and local is None:
             if plan is None and default is None:
                 raise MasformerError(f"no plan is named; give {dashes}plan, or {dashes}full and {dashes}local")
-            return cls.load(default if plan is None else plan, num_layers)  # type: ignore[arg-type]
+            return cls.load(default if plan is None else plan, num_layers, kv_heads)  # type: ignore[arg-type]
         if plan is not None:
             raise MasformerError(f"give either {dashes}plan or {dashes}full/{dashes}placement/{dashes}local")
         if local is None:
@@ -236,55 +286,53 @@ class AttentionPlan:
         return cls.mixed(num_layers, full, "middle" if placement is None else placement, local=local)
 
     @classmethod
-    def parse(cls, text: str, num_layers: int | None = None) -> AttentionPlan:
-        """Reads the text form: `full@0-3,17; window:512+4`, `window:512` for all layers, or one span per layer.
+    def parse(cls, text: str, num_layers: int | None = None, kv_heads: int | None = None) -> AttentionPlan:
+        """Reads the text form: `window:512` for all layers, one span per layer, or clauses: `SPAN@UNITS; ...; SPAN`.
+
+        `full@0-3,17; window:512+4` names layers, `full@4,7:0,18:0-1; window:256+4` KV heads as well: all of layer 4,
+        head 0 of layer 7, heads 0 and 1 of layer 18. Commas may stand for the semicolons.
 
         Args:
             text: the plan.
             num_layers: layers of the model. Needed unless the text gives one span per layer.
+            kv_heads: KV heads of each layer. Needed where the text names some.
 
         Raises:
-            MasformerError: the text cannot be read or does not fit the number of layers.
+            MasformerError: the text cannot be read or does not fit the numbers.
         """
         text = text.strip()
         if not text:
             raise MasformerError(f"the plan is empty; allowed: {PLAN_FORMS}")
-        if text.startswith("full@"):
-            head, _, rest = text.partition(";")
-            if not rest.strip():
-                raise MasformerError(f"plan {shown(text)} does not say what the other layers do; add '; SPAN'")
-            if num_layers is None:
-                raise MasformerError(f"plan {shown(text)} needs the number of layers of the model")
-            check_int("number of layers", num_layers, 1, MOST_LAYERS)
-            layers = _parse_layers(head.removeprefix("full@"), num_layers)
-            return cls.mixed(num_layers, placement=layers, local=rest)
-        if ";" in text:
-            raise MasformerError(f"cannot read the plan {shown(text)}; allowed: {PLAN_FORMS}")
-        spans = [Span.parse(part) for part in text.split(",")]
-        if len(spans) == 1 and num_layers is not None:
-            return cls.uniform(num_layers, spans[0])
-        return cls(tuple(spans)).for_layers(num_layers)
+        if is_one_per_layer(text):
+            spans = [Span.parse(part) for part in text.split(",")]
+            if len(spans) == 1 and num_layers is not None:
+                return cls.uniform(num_layers, spans[0])
+            return cls(tuple(spans)).for_layers(num_layers)
+        if num_layers is None:
+            raise MasformerError(f"plan {shown(text)} needs the number of layers of the model")
+        return cls(tuple(read_plan(text, num_layers, kv_heads)))
 
     @classmethod
-    def load(cls, source: PlanSource, num_layers: int | None = None) -> AttentionPlan:
+    def load(cls, source: PlanSource, num_layers: int | None = None, kv_heads: int | None = None) -> AttentionPlan:
         """The plan that a text or a .yaml/.json file (what `save` wrote) says; a plan stays as it is.
 
         Raises:
             MasformerError: the file is missing or is no plan, the text cannot be read, or the plan has another number
-                of layers.
+                of layers or of KV heads.
         """
         if isinstance(source, AttentionPlan):
-            return source.for_layers(num_layers)
+            return source.for_layers(num_layers, kv_heads)
         if not isinstance(source, str | os.PathLike):
             raise MasformerError(f"{shown(source)} is no plan; allowed: an AttentionPlan, or as text {PLAN_FORMS}")
         path = Path(source)
         if path.suffix.lower() not in PLAN_SUFFIXES:
-            return cls.parse(os.fspath(source), num_layers)
+            return cls.parse(os.fspath(source), num_layers, kv_heads)
         data = read_yaml(path, "plan file")
         try:
-            if isinstance(data, Mapping) and data.get("num_layers") is None:
-                data = {**data, "num_layers": num_layers}
-            return cls.from_dict(data).for_layers(num_layers)
+            if isinstance(data, Mapping):
+                known = {"num_layers": num_layers, "kv_heads": kv_heads}
+                data = known | {key: value for key, value in data.items() if value is not None}
+            return cls.from_dict(data).for_layers(num_layers, kv_heads)
         except MasformerError as error:
             raise MasformerError(f"plan file {path}: {error}") from None
 
@@ -305,61 +353,77 @@ class AttentionPlan:
             write_whole(path, yaml.safe_dump(data, sort_keys=False))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for YAML, JSON or a model's config: `{"plan": text, "num_layers": n}`."""
-        return {"plan": str(self), "num_layers": len(self)}
+        """Plain values for YAML, JSON or a model's config: the text as `plan`, `num_layers`, by heads `kv_heads`."""
+        heads = {"kv_heads": self.kv_heads} if self.by_heads else {}
+        return {"plan": str(self), "num_layers": len(self)} | heads
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> AttentionPlan:
         """The inverse of `to_dict`; other keys are ignored."""
         if not isinstance(data, Mapping) or not isinstance(data.get("plan"), str):
             raise MasformerError("not a plan: it must hold `plan` (text) and `num_layers` (a whole number)")
-        num_layers = data.get("num_layers")
+        num_layers, kv_heads = data.get("num_layers"), data.get("kv_heads")
         if num_layers is not None:
             check_int("num_layers", num_layers, 1, MOST_LAYERS)
-        return cls.parse(data["plan"], num_layers)
+        if kv_heads is not None:
+            check_int("kv_heads", kv_heads, 1, MOST_UNITS)
+        return cls.parse(data["plan"], num_layers, kv_heads)
 
-    def for_layers(self, num_layers: int | None) -> AttentionPlan:
-        """This plan, checked against a model's number of layers (None: not checked).
+    def for_layers(self, num_layers: int | None, kv_heads: int | None = None) -> AttentionPlan:
+        """This plan, checked against a model's numbers of layers and of KV heads in each (None: not checked).
 
         Raises:
-            MasformerError: the plan has another number of layers.
+            MasformerError: the plan has other numbers.
         """
         if num_layers is not None and len(self) != num_layers:
             raise MasformerError(f"the plan has {len(self)} layers, but the model has {num_layers}")
+        if kv_heads is not None and self.kv_heads not in (None, kv_heads):
+            raise MasformerError(f"the plan has {self.kv_heads} KV heads in each layer, but the model has {kv_heads}")
         return self
 
     def __repr__(self) -> str:
-        return f"AttentionPlan.parse({str(self)!r}, num_layers={len(self)})"
+        heads = f", kv_heads={self.kv_heads}" if self.by_heads else ""
+        return f"AttentionPlan.parse({str(self)!r}, num_layers={len(self)}{heads})"
 
     def __str__(self) -> str:
-        kinds = list(dict.fromkeys(self.spans))
-        if len(kinds) == 1 and len(self) > 1:
-            return str(kinds[0])
-        full, local = self.full_layers, [kind for kind in kinds if not isinstance(kind, FullSpan)]
-        if full and len(local) == 1:
-            return f"full@{_format_layers(full)}; {local[0]}"
-        return ",".join(str(span) for span in self.spans)
+        return write_plan(self.layers)
+
+
+def _layer_of(number: int, spans: Any) -> LayerSpan:
+    if isinstance(spans, Sequence) and not isinstance(spans, str):
+        try:
+            return layer_span(spans)
+        except MasformerError as error:
+            raise MasformerError(f"layer {number} of the plan: {error}") from None
+    if not isinstance(spans, Span | UnitSpans):
+        raise MasformerError(f"layer {number} of the plan is {spans!r}; allowed: FullSpan, WindowSpan, BlockSpan")
+    return spans
 
 
 def read_plans(
-    plans: Mapping[str, PlanSource] | Iterable[PlanSource], num_layers: int, *, what: str = "plan"
+    plans: Mapping[str, PlanSource] | Iterable[PlanSource],
+    num_layers: int,
+    kv_heads: int | None = None,
+    *,
+    what: str = "plan",
 ) -> dict[str, AttentionPlan]:
     """Several plans of one model by name: those of a mapping, or each by its text or the name of its file.
 
     Args:
         plans: name -> plan, or the plans alone.
         num_layers: layers of the model.
+        kv_heads: KV heads of each layer; needed by plans that name some.
         what: what messages call one.
 
     Raises:
         MasformerError: one cannot be read, has another number of layers, or is given twice.
     """
     if isinstance(plans, Mapping):
-        return {name: AttentionPlan.load(plan, num_layers) for name, plan in plans.items()}
+        return {name: AttentionPlan.load(plan, num_layers, kv_heads) for name, plan in plans.items()}
     found: dict[str, AttentionPlan] = {}
     for plan in [plans] if isinstance(plans, str | os.PathLike | AttentionPlan) else plans:
         name = os.fspath(plan) if isinstance(plan, os.PathLike) else str(plan)
         if name in found:
             raise MasformerError(f"{what} {shown(name)} is given twice")
-        found[name] = AttentionPlan.load(plan, num_layers)
+        found[name] = AttentionPlan.load(plan, num_layers, kv_heads)
     return found

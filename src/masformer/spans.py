@@ -21,7 +21,10 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -208,3 +211,64 @@ class BlockSpan(Span):
 
     def __str__(self) -> str:
         return f"block:{self.size}" + (f"x{self.lookback + 1}" if self.lookback else "")
+
+
+@dataclass(frozen=True)
+class UnitSpans:
+    """The spans of a layer in which they differ, one for each unit: a KV head together with its query heads.
+
+    It is no `Span`: what knows one span per layer cannot take it for one.
+
+    Args:
+        spans: the span of each KV head, in order; at least two different ones.
+    """
+
+    spans: tuple[Span, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spans", tuple(self.spans))
+        for head, span in enumerate(self.spans):
+            if not isinstance(span, Span):
+                raise MasformerError(f"KV head {head} has {shown(span)}; allowed: FullSpan, WindowSpan, BlockSpan")
+        if len(set(self.spans)) < 2:
+            raise MasformerError("spans by unit must differ; a layer of one span is that span")
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    @cached_property
+    def groups(self) -> tuple[UnitGroup, ...]:
+        """The units of each span together, in the order of their first."""
+        heads: dict[Span, list[int]] = {}
+        for head, span in enumerate(self.spans):
+            heads.setdefault(span, []).append(head)
+        return tuple(UnitGroup(span, tuple(each)) for span, each in heads.items())
+
+
+@dataclass(frozen=True)
+class UnitGroup:
+    """Units of one layer with the same span.
+
+    Attributes:
+        span: which keys they see.
+        heads: their KV heads, ascending.
+    """
+
+    span: Span
+    heads: tuple[int, ...]
+
+
+LayerSpan: TypeAlias = Span | UnitSpans
+"""What a plan says of one layer."""
+
+
+def layer_span(spans: LayerSpan | Sequence[Span]) -> LayerSpan:
+    """One span where all units have the same; else the spans by unit."""
+    if isinstance(spans, Span | UnitSpans):
+        return spans
+    return spans[0] if spans and len(set(spans)) == 1 else UnitSpans(tuple(spans))
+
+
+def spans_of(layer: LayerSpan) -> tuple[Span, ...]:
+    """The span of each unit; of a layer in which all have the same, that one."""
+    return layer.spans if isinstance(layer, UnitSpans) else (layer,)
