@@ -17,7 +17,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -109,21 +109,26 @@ class AttentionPlan:
 
     Args:
         layers: for each layer its span, or the spans of its KV heads in order.
+        kv_heads: KV heads of each layer, if known. Plans by layers fit any number, and are alike whatever it is.
 
     Raises:
         MasformerError: no layer at all, something that is not a span, or layers of different numbers of KV heads.
     """
 
     layers: tuple[LayerSpan, ...]
+    kv_heads: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(_layer_of(number, spans) for number, spans in enumerate(self.layers)))
         if not self.layers:
             raise MasformerError("a plan needs at least one layer")
-        if len(counts := {len(layer) for layer in self.layers if isinstance(layer, UnitSpans)}) > 1:
-            raise MasformerError(
-                f"the layers of a plan have {min(counts)} and {max(counts)} KV heads; one number is allowed"
-            )
+        counts = {len(layer) for layer in self.layers if isinstance(layer, UnitSpans)}
+        if len(counts) > 1:
+            raise MasformerError(f"layers of a plan have {min(counts)} and {max(counts)} KV heads; all have as many")
+        if counts:
+            known = self.kv_heads
+            object.__setattr__(self, "kv_heads", counts.pop())
+            self.for_layers(None, known)
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -140,12 +145,7 @@ class AttentionPlan:
     @property
     def by_heads(self) -> bool:
         """Whether the units of some layer differ."""
-        return self.kv_heads is not None
-
-    @property
-    def kv_heads(self) -> int | None:
-        """KV heads of each layer; None for a plan by layers, which fits any number."""
-        return next((len(layer) for layer in self.layers if isinstance(layer, UnitSpans)), None)
+        return any(isinstance(layer, UnitSpans) for layer in self.layers)
 
     @property
     def spans(self) -> tuple[Span, ...]:
@@ -377,9 +377,11 @@ class AttentionPlan:
         """
         if num_layers is not None and len(self) != num_layers:
             raise MasformerError(f"the plan has {len(self)} layers, but the model has {num_layers}")
-        if kv_heads is not None and self.kv_heads not in (None, kv_heads):
+        if kv_heads is None or kv_heads == self.kv_heads:
+            return self
+        if self.by_heads:
             raise MasformerError(f"the plan has {self.kv_heads} KV heads in each layer, but the model has {kv_heads}")
-        return self
+        return replace(self, kv_heads=kv_heads)
 
     def __repr__(self) -> str:
         heads = f", kv_heads={self.kv_heads}" if self.by_heads else ""

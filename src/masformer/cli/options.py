@@ -49,7 +49,7 @@ class PlanOptions:
                 raise MasformerError("give either --plan or --full/--placement/--local")
             mixed = AttentionPlan.from_options(len(own), self.full, self.placement, self.local, dashes="--")
             return {str(mixed): mixed}
-        return read_plans(self.plan or [own], len(own), what="--plan")
+        return read_plans(self.plan or [own], len(own), own.kv_heads, what="--plan")
 
     def one(self, own: AttentionPlan, what: str) -> AttentionPlan:
         """The same where there can be one only; `what` says of what, as in "a server"."""

@@ -33,6 +33,7 @@ from masformer.evaluation.prompts import Example, Prompter
 from masformer.evaluation.rouge import LONGBENCH, ROUGE
 from masformer.models.fingerprint import model_fingerprint
 from masformer.models.positions import position_limit
+from masformer.models.sealing import kv_heads
 from masformer.models.wrappers import bare_model
 from masformer.plan import AttentionPlan, PlanSource, read_plans
 
@@ -137,7 +138,7 @@ def summarize(
             tokens beyond the model's positions, or predictions in `out` that were made in another way.
     """
     model = bare_model(model)
-    plans = read_plans(plans, model.config.num_hidden_layers)
+    plans = read_plans(plans, model.config.num_hidden_layers, kv_heads(model.config))
     _check(model, examples, plans, lengths, max_new_tokens, beams, batch)
     common = _settings(model, prompter, max_new_tokens, beams, backend) | dict(settings or {})
     kept = Predictions(out, common, Prediction)

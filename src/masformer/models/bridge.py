@@ -34,7 +34,7 @@ from masformer.attention.stored import attend_stored
 from masformer.cache import SpanCache
 from masformer.errors import MasformerError
 from masformer.models import adapters, rotary
-from masformer.models.sealing import seal_config
+from masformer.models.sealing import kv_heads, seal_config
 from masformer.models.wrappers import bare_model
 from masformer.plan import AttentionPlan, PlanSource
 from masformer.spans import Span
@@ -110,7 +110,9 @@ def apply_plan(
     if backend not in BACKENDS:
         raise MasformerError(f"unknown backend {backend!r}; allowed: {', '.join(BACKENDS)}")
     _check_architecture(model)
-    plan = AttentionPlan.from_options(config.num_hidden_layers, full, placement, local, plan=plan)
+    plan = AttentionPlan.from_options(
+        config.num_hidden_layers, full, placement, local, kv_heads=kv_heads(config), plan=plan
+    )
     if config.model_type == adapters.GPT_NEO:
         adapters.adapt(model)
     layers = _attention_modules(model, config)

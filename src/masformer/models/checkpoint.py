@@ -28,7 +28,7 @@ from masformer.models import adapters
 from masformer.models.bridge import NAME, apply_plan
 from masformer.models.native import native_plan
 from masformer.models.positions import extend_positions
-from masformer.models.sealing import SEAL, is_sealed, unseal
+from masformer.models.sealing import SEAL, is_sealed, kv_heads, unseal
 from masformer.models.weights import check_runs, check_weights
 from masformer.models.wrappers import bare_model
 from masformer.plan import AttentionPlan, PlanSource
@@ -55,7 +55,7 @@ def load_config(
     """
     config, plan = _read_config(model, *_locate(model, revision, token))
     if plan is not None:
-        return config, plan
+        return config, plan.for_layers(None, kv_heads(config))
     if not getattr(config, "num_hidden_layers", None):
         raise MasformerError(f"{os.fspath(model)} is no decoder-only language model ({config.model_type})")
     check_int(f"num_hidden_layers of {os.fspath(model)}", config.num_hidden_layers, 1, DEEPEST)
@@ -164,7 +164,9 @@ def load_model(
     source, options = _locate(model, **hub)
     if source.endswith(".json"):
         raise MasformerError(f"{source} is a config alone; loading a model needs its folder, with the weights")
-    chosen = AttentionPlan.from_options(len(carried), full, placement, local, plan=plan, default=carried)
+    chosen = AttentionPlan.from_options(
+        len(carried), full, placement, local, kv_heads=carried.kv_heads, plan=plan, default=carried
+    )
     options |= _given(device_map=device_map, quantization_config=quantization_config)
     if config.model_type == adapters.GPT_NEO:
         options["attn_implementation"] = NAME

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,12 +27,30 @@ NAME = "masformer_probe"
 _FAR = LARGEST_SIZE
 """A position as far away as a window reaches at most."""
 
+
+@dataclass(frozen=True)
+class StockLayer:
+    """What transformers gives an attention layer.
+
+    Attributes:
+        mask: its mask function, (batch, head, query, key positions) -> bool tensor.
+        window: the window that FlashAttention would get.
+        kv_heads: heads of its keys; None where it hands them to no attention function.
+    """
+
+    mask: Any
+    window: int | None = None
+    kv_heads: int | None = None
+
+
 _plans: dict[str, AttentionPlan] = {}
-_seen: ContextVar[dict[int, tuple[Any, int | None]]] = ContextVar("seen_masks")
+_seen: ContextVar[dict[int, StockLayer]] = ContextVar("seen_masks")
 
 
 def native_plan(config: PretrainedConfig) -> AttentionPlan:
     """The spans a stock model was trained with: what the masks of its class let through, layer by layer.
+
+    Its `kv_heads` are those that the class makes; None where they are not alike in all layers.
 
     Raises:
         MasformerError: the class does not run with this config, or the mask of some layer is neither causal nor a
@@ -46,24 +65,25 @@ def native_plan(config: PretrainedConfig) -> AttentionPlan:
 def _read_plan(config: PretrainedConfig) -> AttentionPlan:
     layers, kind = config.num_hidden_layers, config.model_type
     if kind == adapters.GPT_NEO:  # has no hook; its masks follow these two
-        types = config.attention_layers
-        return AttentionPlan(tuple(WindowSpan(config.window_size) if t == "local" else FullSpan() for t in types))
-    masks = stock_masks(config)
+        local = WindowSpan(config.window_size)
+        known = tuple(local if kind == "local" else FullSpan() for kind in config.attention_layers)
+        return AttentionPlan(known, config.num_attention_heads)
+    seen = stock_layers(config)
     spans: list[Span] = []
     for layer in range(layers):
-        span = _span(masks[layer][0]) if layer in masks else None
+        span = _span(seen[layer].mask) if layer in seen else None
         if span is None:
             raise MasformerError(f"layer {layer} of this {kind} model has no mask that is causal or a causal window")
         spans.append(span)
-    return AttentionPlan(tuple(spans))
+    heads = {layer.kv_heads for layer in seen.values()}
+    return AttentionPlan(tuple(spans), heads.pop() if len(heads) == 1 else None)
 
 
-def stock_masks(config: PretrainedConfig) -> dict[int, tuple[Any, int | None]]:
+def stock_layers(config: PretrainedConfig) -> dict[int, StockLayer]:
     """What transformers gives each attention layer of a model with this config; no weights are needed.
 
     Returns:
-        Layer -> its mask function, (batch, head, query, key positions) -> bool tensor, and the window that
-        FlashAttention would get.
+        Layer -> what it is given.
 
     Raises:
         MasformerError: transformers cannot run such a model.
@@ -71,7 +91,7 @@ def stock_masks(config: PretrainedConfig) -> dict[int, tuple[Any, int | None]]:
     config = copy.deepcopy(config)
     for rope in _ropes(config):  # some compute their frequencies from values, which a model without weights has not
         rope["rope_type"] = "default"
-    seen: dict[int, tuple[Any, int | None]] = {}
+    seen: dict[int, StockLayer] = {}
     token = _seen.set(seen)
     try:
         with torch.device("meta"), torch.no_grad():
@@ -156,7 +176,7 @@ def _ropes(config: PretrainedConfig) -> list[dict[str, Any]]:
 def _note_module(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     mask = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments.get("attention_mask")
     if callable(mask):
-        _seen.get()[module.layer_idx] = mask, None
+        _seen.get()[module.layer_idx] = StockLayer(mask)
 
 
 def _note_mask(*args: Any, mask_function: Any, **kwargs: Any) -> Any:
@@ -167,7 +187,8 @@ def _note_mask(*args: Any, mask_function: Any, **kwargs: Any) -> Any:
 def _note_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    _seen.get()[module.layer_idx] = attention_mask, kwargs.get("sliding_window")  # type: ignore[index]
+    seen = StockLayer(attention_mask, kwargs.get("sliding_window"), key.shape[1])
+    _seen.get()[module.layer_idx] = seen  # type: ignore[index]
     batch, heads, length, _ = query.shape
     return query.new_empty(batch, length, heads, value.shape[-1]), None
 

@@ -71,6 +71,14 @@ def stock_config(config: PretrainedConfig) -> PretrainedConfig:
     return stock.from_dict({key: value for key, value in config.to_dict().items() if key != SEAL})  # type: ignore[no-any-return]
 
 
+def kv_heads(config: PretrainedConfig) -> int | None:
+    """KV heads of each layer of a model, as its class makes them; None where they are not alike, or not known."""
+    try:
+        return native_plan(stock_config(config) if is_sealed(config) else config).kv_heads
+    except MasformerError:
+        return None
+
+
 class _Sealing:
     """What a config class becomes in front of itself: it writes sealed files, and reads sealed and stock ones."""
 

@@ -109,7 +109,7 @@ def recipe_config(recipe: ModelRecipe, tokenizer: Any = None) -> tuple[Pretraine
 def recipe_plan(recipe: ModelRecipe, own: AttentionPlan) -> AttentionPlan:
     """The plan that a recipe names, or the model's own."""
     return AttentionPlan.from_options(
-        len(own), recipe.full, recipe.placement, recipe.local, plan=recipe.plan, default=own
+        len(own), recipe.full, recipe.placement, recipe.local, kv_heads=own.kv_heads, plan=recipe.plan, default=own
     )
 
 

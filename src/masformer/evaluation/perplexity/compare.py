@@ -14,6 +14,7 @@ from masformer.evaluation.intervals import Interval
 from masformer.evaluation.perplexity.measure import PerplexityResult, check, exp_interval, perplexity
 from masformer.evaluation.perplexity.windows import FixedTargets, predicted_tokens
 from masformer.models.bridge import apply_plan
+from masformer.models.sealing import kv_heads
 from masformer.models.wrappers import bare_model
 from masformer.plan import PlanSource, read_plans
 
@@ -99,7 +100,7 @@ def compare_plans(
         MasformerError: as `perplexity` and `apply_plan`; wrong lengths and plans are named before anything is run.
     """
     model = bare_model(model)
-    plans = read_plans(plans, model.config.num_hidden_layers)
+    plans = read_plans(plans, model.config.num_hidden_layers, kv_heads(model.config))
     if not plans or not lengths:
         raise MasformerError("nothing to compare: at least one plan and one length are needed")
     targets = None if target_tokens is None else FixedTargets(target_tokens, max(lengths))

@@ -29,6 +29,7 @@ from masformer.evaluation.retrieval.prompts import Prober
 from masformer.evaluation.retrieval.tasks import Task, string_match_all
 from masformer.models.fingerprint import model_fingerprint
 from masformer.models.positions import position_limit
+from masformer.models.sealing import kv_heads
 from masformer.models.wrappers import bare_model
 from masformer.plan import AttentionPlan, PlanSource, read_plans
 
@@ -186,7 +187,7 @@ def retrieve(
             is hidden, or predictions in `out` that were made in another way.
     """
     model = bare_model(model)
-    plans = read_plans(plans, model.config.num_hidden_layers)
+    plans = read_plans(plans, model.config.num_hidden_layers, kv_heads(model.config))
     _check(model, tasks, plans, lengths, depths, examples, batch)
     common = _settings(model, prober, backend) | dict(settings or {})
     kept = Predictions(out, common, Retrieved)

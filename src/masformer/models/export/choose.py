@@ -22,6 +22,7 @@ from masformer.models.export.forms import (
 )
 from masformer.models.export.targets import KINDS, TARGETS, Entry, Target
 from masformer.models.native import native_plan
+from masformer.models.sealing import kv_heads
 from masformer.plan import AttentionPlan, PlanSource
 from masformer.spans import BlockSpan, FullSpan, Span, WindowSpan
 
@@ -162,7 +163,7 @@ def chosen_entry(config: PretrainedConfig, plan: PlanSource, target: str) -> tup
     Raises:
         MasformerError: it cannot run the plan; the message has the reason and the nearest plan that it can.
     """
-    tool, plan = find_target(target), plain(AttentionPlan.load(plan, config.num_hidden_layers))
+    tool, plan = find_target(target), plain(AttentionPlan.load(plan, config.num_hidden_layers, kv_heads(config)))
     reason, entry = objection(config, plan, tool), entry_for(config, plan, tool)
     if reason is None and entry is not None:
         return tool, plan, entry

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from masformer.errors import MasformerError
 from masformer.models import adapters
-from masformer.models.native import agrees, native_plan, stock_masks
+from masformer.models.native import agrees, native_plan, stock_layers
 from masformer.plan import AttentionPlan
 from masformer.spans import Span
 
@@ -34,14 +34,14 @@ def check_stock(config: PretrainedConfig, plan: AttentionPlan, *, cache: bool = 
     if config.model_type == adapters.GPT_NEO:  # has no hook; its masks follow attention_layers and window_size
         wrong = [layer for layer, span in enumerate(native_plan(config)) if span != plan[layer]]
     else:
-        masks = stock_masks(config)
+        seen = stock_layers(config)
         cached = DynamicCache(config=config).layers if cache else []
         wrong = [
             layer
             for layer, span in enumerate(plan)
-            if layer not in masks
-            or masks[layer][1] != span.max_visible
-            or not agrees(masks[layer][0], span)
+            if layer not in seen
+            or seen[layer].window != span.max_visible
+            or not agrees(seen[layer].mask, span)
             or (layer < len(cached) and not _keeps(cached[layer], span))
         ]
     if wrong:
