@@ -13,7 +13,6 @@ Cost(length=64, attention_flops=48889856, dense_flops=68585259008, kv_cache_byte
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -208,26 +207,27 @@ def cost(
 
     Args:
         shape: the model.
-        plan: one span per layer of it, or its text or file.
+        plan: one span per layer of it, or per KV head, or its text or file.
         length: tokens; at least 1.
         cache_bytes_per_value: 2 for bfloat16 and float16, 4 for float32.
         cache_reserve: `reserve` of the `SpanCache`.
 
     Raises:
-        MasformerError: a number is out of range, or the plan has another number of layers.
+        MasformerError: a number is out of range, or the plan has another number of layers or
+            of KV heads.
     """
     check_int("length", length, 1)
     check_int("cache bytes per value", cache_bytes_per_value, 1)
     check_int("cache reserve", cache_reserve, 0)
-    layers = Counter(AttentionPlan.load(plan, shape.num_layers))
-    pairs = sum(count * span.visible_pairs(length) for span, count in layers.items())
-    keys = sum(count * span.cached_keys(length) for span, count in layers.items())
-    slots = sum(count * stored_keys(span, length, cache_reserve) for span, count in layers.items())
+    units = AttentionPlan.load(plan, shape.num_layers, shape.kv_heads).unit_counts(shape.kv_heads)
+    pairs = sum(count * span.visible_pairs(length) for span, count in units.items())
+    keys = sum(count * span.cached_keys(length) for span, count in units.items())
+    slots = sum(count * stored_keys(span, length, cache_reserve) for span, count in units.items())
     values_per_head = shape.head_dim + shape.value_dim
-    bytes_per_key = values_per_head * shape.kv_heads * cache_bytes_per_value
+    bytes_per_key = values_per_head * cache_bytes_per_value
     return Cost(
         length=length,
-        attention_flops=2 * values_per_head * shape.query_heads * pairs,
+        attention_flops=2 * values_per_head * shape.query_heads * pairs // shape.kv_heads,
         dense_flops=2 * shape.matmul_weights * length,
         kv_cache_bytes=bytes_per_key * keys,
         kv_storage_bytes=bytes_per_key * slots,

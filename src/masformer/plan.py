@@ -170,6 +170,24 @@ class AttentionPlan:
         self.for_layers(None, kv_heads)
         return tuple(layer.spans if isinstance(layer, UnitSpans) else (layer,) * kv_heads for layer in self.layers)
 
+    @property
+    def kinds(self) -> tuple[Span, ...]:
+        """The distinct spans, in the order in which they appear."""
+        return tuple(dict.fromkeys(span for layer in self.layers for span in spans_of(layer)))
+
+    def changed(self, change: Callable[[Span], Span]) -> AttentionPlan:
+        """The plan in which each span is what `change` makes of it."""
+        layers = tuple(layer_span(tuple(map(change, spans_of(layer)))) for layer in self.layers)
+        return AttentionPlan(layers, self.kv_heads)
+
+    def unit_counts(self, kv_heads: int) -> Counter[Span]:
+        """How many units of all layers have each span; arguments and errors as in `units`."""
+        self.for_layers(None, kv_heads)
+        counts: Counter[Span] = Counter()
+        for layer in self.layers:
+            counts.update(layer.spans if isinstance(layer, UnitSpans) else {layer: kv_heads})
+        return counts
+
     def _by_heads_error(self) -> MasformerError:
         return MasformerError(
             f"plan {shown(str(self))} gives the KV heads of one layer different spans; only plans by "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -9,8 +11,9 @@ from masformer.attention import operator
 from masformer.attention.call import Call
 from masformer.attention.layout import Layout
 from masformer.attention.named import BACKENDS
+from masformer.attention.units import attend_units
 from masformer.errors import MasformerError
-from masformer.spans import Span
+from masformer.spans import Span, UnitSpans
 
 __all__ = ["BACKENDS", "Layout", "attend"]
 
@@ -19,7 +22,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    span: Span | str,
+    span: Span | UnitSpans | str,
     *,
     scale: float | None = None,
     padding_mask: Tensor | None = None,
@@ -35,7 +38,8 @@ def attend(
         query: [batch, query_heads, query_len, head_dim]; the queries are the last `query_len` positions.
         key: [batch, kv_heads, key_len, head_dim]; `query_heads` is a multiple of `kv_heads`.
         value: [batch, kv_heads, key_len, value_dim].
-        span: which keys are visible: a span, or its text (window:512+4).
+        span: which keys are visible: a span, or its text (window:512+4); or spans by unit, one for each KV head, whose
+            query heads see what it says.
         scale: factor on the scores; head_dim ** -0.5 by default.
         padding_mask: [batch, key_len], 1 = real. Padding sees nothing, is seen by nobody, and its output is zero.
         document_ids: [batch, key_len] integers; each document sees only itself, and positions start again in it.
@@ -56,7 +60,7 @@ def attend(
     """
     if backend not in BACKENDS:
         raise MasformerError(f"unknown backend {backend!r}; allowed: {', '.join(BACKENDS)}")
-    span = Span.parse(span)
+    span = span if isinstance(span, UnitSpans) else Span.parse(span)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.ndim != 4:
             raise MasformerError(f"{name} must be [batch, heads, length, head_dim], got {list(tensor.shape)}")
@@ -88,6 +92,10 @@ def attend(
     if autocast and query.dtype != torch.float64:
         # not every kernel below is one that autocast knows
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    if isinstance(span, UnitSpans):
+        masks = {"padding_mask": padding_mask, "document_ids": document_ids} if layout is None else {"layout": layout}
+        options = {"scale": scale, "dropout": dropout, "softcap": softcap, "backend": backend}
+        return attend_units(query, key, value, span, partial(attend, **masks, **options))  # type: ignore[arg-type]
     call = Call(query, key, value, span, scale, layout, dropout, softcap)
     if compiling:
         documents = Layout.numbered(padding_mask, document_ids) if layout is None else layout.documents

@@ -21,9 +21,9 @@ from masformer.models.bridge import apply_plan, cache_name
 from masformer.models.checkpoint import load_config
 from masformer.models.native import native_plan
 from masformer.models.positions import position_limit
-from masformer.models.twins import sliding_twin, stock_twin
+from masformer.models.twins import sliding_twin, stock_twin, without_sinks
 from masformer.plan import AttentionPlan
-from masformer.spans import FullSpan, WindowSpan
+from masformer.spans import FullSpan
 
 FULL = "all full, masformer"
 STOCK = "transformers, DynamicCache"
@@ -86,8 +86,7 @@ def variants(
     for name, plan in plans.items() if caches else ():
         twin = sliding_twin(model, plan)
         if twin is not None:
-            bare = AttentionPlan(tuple(WindowSpan(s.size) if isinstance(s, WindowSpan) else s for s in plan))
-            found.append(Variant(f"{SLIDING} {name}", twin, _dynamic_cache(twin), bare, False))
+            found.append(Variant(f"{SLIDING} {name}", twin, _dynamic_cache(twin), without_sinks(plan), False))
     return found
 
 

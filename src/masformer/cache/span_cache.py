@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 
 from masformer.attention import Layout
 from masformer.cache.layer import SpanLayer, Step, View
+from masformer.cache.units import UnitsLayer, cache_layer, stores
 from masformer.errors import MasformerError, check_int
 from masformer.plan import AttentionPlan, PlanSource
 
@@ -17,12 +18,15 @@ from masformer.plan import AttentionPlan, PlanSource
 class SpanCache(Cache):  # type: ignore[misc]
     """A KV cache for a model with a plan: each layer holds what its span can still see, and no more.
 
+    In a plan by heads each KV head holds what its own span can still see.
+
     `model.generate()` and calls with `use_cache` make one by themselves; make one yourself to keep it between calls.
     What it holds are constants: no gradient flows through it into earlier forward passes.
 
     Args:
         plan: the model's plan, its text or its file.
         num_layers: layers of the model. Needed where `plan` is a text that does not name each layer.
+        kv_heads: KV heads of each layer. Needed where `plan` is a text that names some.
         reserve: tokens of each row that full layers make room for at once; room for more is made by doubling.
         prompt: positions of the text that is to be read in several passes. Only models whose rotary positions depend on
             the length of the whole text (LongRoPE, dynamic NTK) need to know it before the first pass; `generate` says
@@ -32,14 +36,22 @@ class SpanCache(Cache):  # type: ignore[misc]
         MasformerError: `reserve` or `prompt` is below 0, or the plan cannot be read.
     """
 
-    def __init__(self, plan: PlanSource, *, num_layers: int | None = None, reserve: int = 0, prompt: int = 0) -> None:
+    def __init__(
+        self,
+        plan: PlanSource,
+        *,
+        num_layers: int | None = None,
+        kv_heads: int | None = None,
+        reserve: int = 0,
+        prompt: int = 0,
+    ) -> None:
         check_int("reserve", reserve, 0)
         check_int("prompt", prompt, 0)
-        plan = AttentionPlan.load(plan, num_layers)
+        plan = AttentionPlan.load(plan, num_layers, kv_heads)
         self.plan, self.text = plan, str(plan)
         self.prompt = prompt
         self._empty()
-        super().__init__(layers=[SpanLayer(span, reserve) for span in plan])
+        super().__init__(layers=[cache_layer(span, reserve) for span in plan.layers])
 
     def _empty(self) -> None:
         self._starts: tuple[int, ...] | None = None
@@ -50,12 +62,13 @@ class SpanCache(Cache):  # type: ignore[misc]
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values held: what `masformer.cost` predicts as `kv_cache_bytes`, for each row."""
-        return sum(layer.filled * _bytes_per_slot(layer) for layer in self.layers)
+        return sum(store.filled * _bytes_per_slot(store) for store in stores(self.layers))
 
     @property
     def storage_nbytes(self) -> int:
         """Bytes of storage, room to grow included: `kv_storage_bytes` of `masformer.cost`, for each row."""
-        return sum(0 if layer.keys is None else layer.keys.shape[2] * _bytes_per_slot(layer) for layer in self.layers)
+        each = stores(self.layers)
+        return sum(0 if store.keys is None else store.keys.shape[2] * _bytes_per_slot(store) for store in each)
 
     def begin(self, batch: int, new: int, real: Tensor | None = None, documents: Tensor | None = None) -> None:
         """Announces a forward pass; the bridge does so before each one.
@@ -126,7 +139,7 @@ class SpanCache(Cache):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Stores one layer's new keys and values; returns those that `view` is about.
+        """Stores one layer's new keys and values; returns what its attention is given, which `seen` takes.
 
         Raises:
             MasformerError: the model has no plan, so that nobody announced the pass, or an earlier pass did not end.
@@ -136,16 +149,30 @@ class SpanCache(Cache):  # type: ignore[misc]
         out: tuple[Tensor, Tensor] = self.layers[layer_idx].update(key_states, value_states, self._step)
         return out
 
-    def view(self, layer_idx: int) -> View:
-        """What the last `update` of this layer returned. Layers with the same span share it.
+    def seen(self, layer_idx: int, key: Tensor, value: Tensor) -> list[tuple[Tensor, Tensor, View]]:
+        """What the queries of this pass see in a layer: keys, values and what they are, for each group of its units.
+
+        Args:
+            layer_idx: the layer.
+            key: as the last `update` of this layer returned it.
+            value: likewise.
 
         Raises:
-            MasformerError: there was none in this pass, so that the layer attends to the keys of another.
+            MasformerError: there was no `update` in this pass, so that the layer attends to the keys of another; or, in
+                a layer whose units differ, the layer has made other keys of them.
         """
         step, layer = self._step, self.layers[layer_idx]
         assert step is not None
         if layer.length != step.seen + step.new:
             raise MasformerError(f"layer {layer_idx} keeps no keys of its own in the cache; pass use_cache=False")
+        if isinstance(layer, UnitsLayer):
+            kept = zip(layer.take(key, value), layer.parts, strict=True)
+            return [(*tensors, self._view(part, step)) for tensors, part in kept]
+        return [(key, value, self._view(layer, step))]
+
+    def _view(self, layer: SpanLayer, step: Step) -> View:
+        """What the last `update` of this store returned. Stores with the same span share it."""
+        assert layer.keys is not None
         key = layer.span, layer.past, layer.keys.device
         if key not in step.views:
             step.views[key] = layer.view(step)

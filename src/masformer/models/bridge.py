@@ -31,13 +31,15 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from masformer.attention import BACKENDS, Layout, attend, operator
 from masformer.attention.stored import attend_stored
+from masformer.attention.units import join, split
 from masformer.cache import SpanCache
+from masformer.cache.layer import View
 from masformer.errors import MasformerError
 from masformer.models import adapters, rotary
 from masformer.models.sealing import kv_heads, seal_config
 from masformer.models.wrappers import bare_model
 from masformer.plan import AttentionPlan, PlanSource
-from masformer.spans import Span
+from masformer.spans import FullSpan, Span, UnitSpans, spans_of
 
 NAME = "masformer"
 REFUSED = {
@@ -119,7 +121,7 @@ def apply_plan(
     config._attn_implementation = NAME
     seal_config(config, plan)
     for layer, module in layers.items():
-        module.masformer_span, module.masformer_backend = plan[layer], backend
+        module.masformer_span, module.masformer_backend = plan.layers[layer], backend
     if not getattr(model, "_masformer_hooked", False):
         owner, _ = _layers(model.base_model)
         owner.register_forward_pre_hook(_before_forward, with_kwargs=True)
@@ -235,34 +237,28 @@ def _attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if current is not None:
         current.served.add(module.layer_idx)  # type: ignore[arg-type]
+    options = {"scale": scaling, "dropout": dropout, "softcap": softcap, "backend": backend}
     if current is not None and current.cache is not None:
-        view = current.cache.view(module.layer_idx)  # type: ignore[arg-type]
-        attention_mask = view.layout
-        if view.stored:
-            out = attend_stored(
-                *(query, key, value, view.visible),
-                scale=scaling,
-                dropout=dropout,
-                softcap=softcap,
-                backend=backend,  # type: ignore[arg-type]
-            )
-            out = out if view.dead is None else out.masked_fill(view.dead, 0)
-            return out.transpose(1, 2).contiguous(), None
-    elif attention_mask is not None and attention_mask.documents.shape[1] != key.shape[2]:
+        parts = current.cache.seen(module.layer_idx, key, value)  # type: ignore[arg-type]
+        if isinstance(span, UnitSpans):
+            each = zip(split(query, span), parts, span.groups, strict=True)
+            out = join([_attend_kept(some, *part, group.span, options) for some, part, group in each], span)
+        else:
+            out = _attend_kept(query, *parts[0], span, options)  # type: ignore[arg-type]
+        return out.transpose(1, 2).contiguous(), None
+    if attention_mask is not None and attention_mask.documents.shape[1] != key.shape[2]:
         expected = attention_mask.documents.shape[1]
         raise MasformerError(f"the cache holds {key.shape[2]} keys of {expected}; use SpanCache or DynamicCache")
-    out = attend(
-        query,
-        key,
-        value,
-        span,  # type: ignore[arg-type]
-        scale=scaling,
-        layout=attention_mask,
-        dropout=dropout,
-        softcap=softcap,
-        backend=backend,  # type: ignore[arg-type]
-    )
+    out = attend(query, key, value, span, layout=attention_mask, **options)  # type: ignore[arg-type]
     return out.transpose(1, 2).contiguous(), None
+
+
+def _attend_kept(query: Tensor, key: Tensor, value: Tensor, view: View, span: Span, options: dict[str, Any]) -> Tensor:
+    """Attention to what a cache keeps."""
+    if not view.stored:
+        return attend(query, key, value, span, layout=view.layout, **options)
+    out = attend_stored(query, key, value, view.visible, **options)
+    return out if view.dead is None else out.masked_fill(view.dead, 0)
 
 
 def _mask(
@@ -374,11 +370,15 @@ def _after_forward(base: Any, args: tuple[Any, ...], output: Any) -> None:
     operator.calls.set(None)
     if not _whole.get() or output is None or current is None:
         return
-    count = len(current.served) + current.compiled[0]
-    if count != base.config.num_hidden_layers and any(layer._compiled_call_impl for layer in _layers(base)[1]):
+    if len(current.served) == base.config.num_hidden_layers:
+        return
+    plan = AttentionPlan.from_dict(base.config.masformer)
+    calls = [set(spans_of(layer)) for layer in plan.layers]  # of attention: one for each group of units
+    count = sum(len(calls[layer]) for layer in current.served) + current.compiled[0]
+    if any(layer._compiled_call_impl for layer in _layers(base)[1]):
         # A compiled layer with full attention may be torch's own causal attention, which says nothing.
-        count += len(AttentionPlan.from_dict(base.config.masformer).full_layers)
-    if count < base.config.num_hidden_layers:
+        count += sum(span == FullSpan() for each in calls for span in each)
+    if count < sum(map(len, calls)):
         missing = sorted(set(range(base.config.num_hidden_layers)) - current.served)
         raise MasformerError(f"{base.config.model_type} models cannot take a plan: layers {missing} did not follow it")
 

@@ -26,7 +26,7 @@ def sliding_twin(model: PreTrainedModel, plan: AttentionPlan) -> PreTrainedModel
     plan is full in every layer.
     """
     config = stock_config(model.config)
-    bare = AttentionPlan(tuple(WindowSpan(span.size) if isinstance(span, WindowSpan) else span for span in plan))
+    bare = without_sinks(plan)
     if bare.is_full:
         return None
     try:
@@ -35,6 +35,11 @@ def sliding_twin(model: PreTrainedModel, plan: AttentionPlan) -> PreTrainedModel
         return None
     data = write_config(config, written, tool, entry)
     return _twin(model, AutoConfig.for_model(data.pop("model_type"), **data))
+
+
+def without_sinks(plan: AttentionPlan) -> AttentionPlan:
+    """The plan with bare windows."""
+    return plan.changed(lambda span: WindowSpan(span.size) if isinstance(span, WindowSpan) else span)
 
 
 def _twin(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:

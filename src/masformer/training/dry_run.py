@@ -200,8 +200,8 @@ def estimate_memory(
     keys = shape.kv_heads * (shape.head_dim + shape.value_dim)
     queries = shape.query_heads * (shape.head_dim + shape.value_dim)
     layers = []
-    for span in plan:
-        copies = (span.max_visible or 0) / TILE + 1 if span.sinks else 1.0
+    for units in plan.units(shape.kv_heads):
+        copies = sum((span.max_visible or 0) / TILE + 1 if span.sinks else 1.0 for span in units) / len(units)
         layers.append(6 * hidden + queries + keys * copies + 3 * inner)
     tokens = training.device_rows * recipe.data.length
     kept = len(layers) * hidden + max(layers) if training.checkpointing else sum(layers)

@@ -115,7 +115,7 @@ def verify_export(
     model = bare_model(model)
     version, tool = check_installed(target, python), find_target(target)
     plan = AttentionPlan.from_dict(model.config.masformer)
-    window = max((span.max_visible or 0) for span in plan)
+    window = max((span.max_visible or 0) for span in plan.kinds)
     limit = position_limit(model.config) or 10**9
     length = min(limit - NEW_TOKENS, window + min(window, 256) + 64)
     if length < 2:

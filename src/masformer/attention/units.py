@@ -1,0 +1,80 @@
+"""A layer whose units differ, above all backends: one call for each group of units, whose outputs are put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from masformer.errors import MasformerError
+from masformer.spans import Span, UnitSpans
+
+
+def check_units(spans: UnitSpans, kv_heads: int) -> None:
+    """Raises MasformerError where the layer has another number of KV heads."""
+    if len(spans) != kv_heads:
+        raise MasformerError(f"spans for {len(spans)} KV heads, but the keys have {kv_heads}")
+
+
+def split(x: Tensor, spans: UnitSpans) -> list[Tensor]:
+    """The heads of each group.
+
+    Args:
+        x: [batch, heads, length, dim], where `heads` is a multiple of the KV heads.
+        spans: the layer's.
+
+    Returns:
+        For each of `spans.groups` [batch, its heads, length, dim]: views where the heads are neighbours.
+    """
+    per = x.shape[1] // len(spans)
+    return [_taken(x, group.heads, per) for group in spans.groups]
+
+
+def attend_units(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: UnitSpans,
+    attend: Callable[[Tensor, Tensor, Tensor, Span], Tensor],
+) -> Tensor:
+    """Attention of a layer whose units differ.
+
+    Args:
+        query: [batch, query_heads, query_len, head_dim].
+        key: [batch, kv_heads, key_len, head_dim].
+        value: [batch, kv_heads, key_len, value_dim].
+        spans: of its units.
+        attend: attention of some of the heads under one span.
+
+    Returns:
+        [batch, query_heads, query_len, value_dim].
+    """
+    check_units(spans, key.shape[1])
+    parts = zip(*(split(x, spans) for x in (query, key, value)), spans.groups, strict=True)
+    return join([attend(*tensors, group.span) for *tensors, group in parts], spans)  # type: ignore[call-arg]
+
+
+def join(parts: Sequence[Tensor], spans: UnitSpans) -> Tensor:
+    """The inverse of `split`; lies in memory as [batch, length, heads, dim], as transformers goes on with it."""
+    first = parts[0]
+    batch, _, length, dim = first.shape
+    per = sum(part.shape[1] for part in parts) // len(spans)
+    whole = first.new_empty(batch, length, per * len(spans), dim)
+    for part, group in zip(parts, spans.groups, strict=True):
+        whole = whole.index_copy_(2, _index(group.heads, per, first.device), part.transpose(1, 2))
+    return whole.transpose(1, 2)
+
+
+def _taken(x: Tensor, heads: tuple[int, ...], per: int) -> Tensor:
+    if heads[-1] - heads[0] == len(heads) - 1:
+        return x[:, heads[0] * per : (heads[-1] + 1) * per]
+    return x.index_select(1, _index(heads, per, x.device))
+
+
+@lru_cache(maxsize=1024)
+def _index(heads: tuple[int, ...], per: int, device: torch.device) -> Tensor:
+    """The query heads of KV heads."""
+    with torch.inference_mode(False):
+        return torch.tensor([head * per + number for head in heads for number in range(per)], device=device)
