@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from masformer import AttentionPlan, BlockSpan, FullSpan, MasformerError, WindowSpan
 from masformer.plan import PLACEMENTS, place_full_layers
-from strategies import local_spans, plans
+from strategies import local_spans, plans, units
+
+BY_HEADS = AttentionPlan([(FullSpan(), WindowSpan(4)), WindowSpan(4)])
 
 
 @pytest.mark.parametrize(
@@ -43,6 +45,83 @@ def test_text_and_dict_round_trip(plan):
     assert AttentionPlan.parse(str(plan), len(plan)) == plan
     assert eval(repr(plan)) == plan
     assert AttentionPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+@given(units)
+def test_plans_by_heads_round_trip_and_name_each_unit(plan):
+    assert AttentionPlan.parse(str(plan), len(plan), plan.kv_heads) == plan
+    assert AttentionPlan.parse(str(plan).replace("; ", ","), len(plan), plan.kv_heads) == plan
+    assert AttentionPlan.from_dict(json.loads(json.dumps(plan.to_dict()))).units(plan.kv_heads) == plan.units(
+        plan.kv_heads
+    )
+    rows = plan.units(plan.kv_heads)
+    cells = {(layer, head): span for layer, row in enumerate(rows) for head, span in enumerate(row)}
+    assert AttentionPlan.of_units(len(plan), plan.kv_heads, cells, local="full") == plan
+    if plan.by_heads:
+        assert eval(repr(plan)) == plan
+        for one_span_each in (lambda: plan.spans, lambda: list(plan)):
+            with pytest.raises(MasformerError, match="only plans by layers are allowed here"):
+                one_span_each()
+
+
+def test_a_plan_by_heads_is_read_at_a_glance():
+    plan = AttentionPlan.parse("full@4,7:0,18:0-1; window:256+4", num_layers=30, kv_heads=3)
+    full, local = FullSpan(), WindowSpan(256, 4)
+    assert plan.layers[4] == full
+    assert plan.units(3)[7] == (full, local, local)
+    assert plan.units(3)[18] == (full, full, local)
+    assert (plan.full_layers, plan.kv_heads, plan.by_heads) == ((4,), 3, True)
+    with pytest.raises(MasformerError, match="gives the KV heads of one layer different spans"):
+        plan[7]
+    assert plan[8] == local
+    assert str(AttentionPlan.parse("full@7:0-2,8; window:4", 30, 3)) == "full@7-8; window:4"
+    several = AttentionPlan.parse("full@4,7:0; window:64@3,9:1-2; window:8", 12, 3)
+    assert str(several) == "full@4,7:0; window:64@3,9:1-2; window:8"
+    assert AttentionPlan.parse("full@2-3 window:64", 6) == AttentionPlan.parse("full@2-3,window:64", 6)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("full@7:3; window:4", "KV head 3 is out of range: the model has KV heads 0 to 2"),
+        ("full@7:2-1; window:4", "KV head range '2-1' ends before it starts"),
+        ("full@7:x; window:4", "cannot read '7:x' as a layer; allowed: a layer (17), a range (0-3), or KV heads"),
+        ("full@7,7:0; window:4", "layer 7 is named more than once among the units"),
+        ("full@7:0,7:0-1; window:4", "layer 7 is named more than once among the units"),
+        ("full@7:0", "does not say what the other layers do"),
+        ("full@7:0; window:4; window:5", "cannot read the plan"),
+        ("full@0-9999999999:0; window:4", "layer 9999999999 is out of range"),
+        ("full@7:99999999999999999999; window:4", "KV head"),
+    ],
+)
+def test_wrong_units_are_named(text, message):
+    with pytest.raises(MasformerError) as error:
+        AttentionPlan.parse(text, 12, 3)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: AttentionPlan.parse("full@1:0; window:4", 3), "needs the number of KV heads of the model"),
+        (lambda: BY_HEADS.for_layers(None, 4), "the plan has 2 KV heads in each layer, but the model has 4"),
+        (lambda: BY_HEADS.units(3), "the plan has 2 KV heads in each layer, but the model has 3"),
+        (lambda: AttentionPlan(BY_HEADS.layers, 5), "the plan has 2 KV heads in each layer, but the model has 5"),
+        (lambda: AttentionPlan([("full", "full")]), "layer 0 of the plan is 'full'; allowed"),
+        (lambda: AttentionPlan([("full", FullSpan())]), "layer 0 of the plan: KV head 0 has 'full'"),
+        (lambda: AttentionPlan([()]), "layer 0 of the plan"),
+        (lambda: AttentionPlan([BY_HEADS.layers[0], (FullSpan(), WindowSpan(2), WindowSpan(2))]), "have 2 and 3 KV"),
+        (lambda: AttentionPlan.of_units(3, 2, {(3, 0): "full"}, local="window:2"), "layer 3 is out of range"),
+        (lambda: AttentionPlan.of_units(3, 2, {(0, 2): "full"}, local="window:2"), "KV head 2 is out of range"),
+        (lambda: AttentionPlan.from_dict({"plan": "full", "num_layers": 2, "kv_heads": "x"}), "kv_heads"),
+    ],
+)
+def test_heads_that_do_not_fit_are_named(make, message):
+    with pytest.raises(MasformerError) as error:
+        make()
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["plan.yaml", "plan.yml", "plan.json"])

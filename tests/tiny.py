@@ -55,6 +55,17 @@ def random_plan(seed):
     return AttentionPlan(tuple(choose.choice(spans)() for _ in range(4)))
 
 
+def random_unit_plan(seed, kv_heads=2):
+    """The same by heads: in most layers the KV heads differ."""
+    plans = [random_plan(f"{seed} {head}") for head in range(kv_heads)]
+    return AttentionPlan(tuple(zip(*plans, strict=True)))
+
+
+def kv_heads_of(kind):
+    """KV heads of a tiny model."""
+    return 4 if kind in GPTS else 2
+
+
 def tiny(kind, **changes):
     """A stock model in evaluation mode, the same each time."""
     torch.manual_seed(0)

@@ -412,7 +412,7 @@ class AttentionPlan:
 def _layer_of(number: int, spans: Any) -> LayerSpan:
     if isinstance(spans, Sequence) and not isinstance(spans, str):
         try:
-            return layer_span(spans)
+            spans = layer_span(spans)
         except MasformerError as error:
             raise MasformerError(f"layer {number} of the plan: {error}") from None
     if not isinstance(spans, Span | UnitSpans):

@@ -17,6 +17,7 @@ import torch
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from masformer.errors import MasformerError, check_int
 from masformer.files import write_whole
@@ -33,6 +34,8 @@ FULL_COLOR, LOCAL_COLORS = "#c8553d", ("#33658a", "#3a8f7b", "#8a5a9e", "#a3872b
 HIDDEN_COLOR, INK = "#e8ebef", "#22303c"
 MARGIN, PANEL, GAP = 0.3, 1.0, 0.12
 """Of the figure, in inches: at its left and right, along a panel, between two panels."""
+CELL = 0.22
+"""Of the map of a plan by heads, in inches: a unit."""
 CELLS, DPI = 100, 200
 """Of the figure: cells along a panel, and pixels per inch: two for a cell."""
 
@@ -60,7 +63,7 @@ def pattern(span: Span, length: int, cells: int) -> npt.NDArray[np.bool_]:
 
 def _kinds(plan: AttentionPlan) -> list[Span]:
     """The distinct spans of a plan, from those that see most to those that see least."""
-    return sorted(set(plan), key=lambda span: (span.max_visible is not None, -(span.max_visible or 0), str(span)))
+    return sorted(plan.kinds, key=lambda span: (span.max_visible is not None, -(span.max_visible or 0), str(span)))
 
 
 def _marks(kinds: list[Span]) -> dict[Span, str]:
@@ -73,8 +76,9 @@ def _marks(kinds: list[Span]) -> dict[Span, str]:
 def picture(plan: AttentionPlan, length: int | None = None) -> str:
     """The layers of a plan and their spans at a glance: plain text within 80 columns, readable without colour.
 
-    Three parts: one character per layer, from the embedding at the left to the output at the right; one line per
-    distinct span with its number of layers and the keys that a query sees; and, where they fit side by side (up to
+    Three parts: one character per layer, from the embedding at the left to the output at the right, in a plan by heads
+    one row of them per KV head; one line per distinct span with its number of layers (or of units: KV heads of all
+    layers) and the keys that a query sees; and, where they fit side by side (up to
     four usually do), a sketch of the attention pattern of each.
 
     Args:
@@ -89,7 +93,7 @@ def picture(plan: AttentionPlan, length: int | None = None) -> str:
         check_int("length", length, 1)
     kinds = _kinds(plan)
     marks = _marks(kinds)
-    lines = [*_strip([marks[span] for span in plan]), "", *_legend(plan, kinds, marks, length)]
+    lines = [*_strip([[marks[span] for span in row] for row in _units(plan)]), "", *_legend(plan, kinds, marks, length)]
     headings = [f"{marks[span]} {span}" for span in kinds]
     width = 2 + max(SKETCH, *map(len, headings))
     if len(kinds) * width <= WIDTH + 2:
@@ -100,8 +104,17 @@ def picture(plan: AttentionPlan, length: int | None = None) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _strip(marks: list[str]) -> Iterator[str]:
-    """Rows of up to 35 layers, each under a ruler with a number at every fifth layer and at the last."""
+def _units(plan: AttentionPlan) -> tuple[tuple[Span, ...], ...]:
+    """For each layer the spans of its KV heads; of a plan by layers, its span alone."""
+    return plan.units(plan.kv_heads or 1) if plan.by_heads else tuple((span,) for span in plan)
+
+
+def _strip(marks: list[list[str]]) -> Iterator[str]:
+    """Up to 35 layers side by side, under a ruler with a number at every fifth layer and at the last.
+
+    Args:
+        marks: for each layer the marks of its KV heads, or one.
+    """
     rows = -(-len(marks) // 35)
     width = 5 * -(-len(marks) // (5 * rows))
     for first in range(0, len(marks), width):
@@ -111,13 +124,17 @@ def _strip(marks: list[str]) -> Iterator[str]:
             if layer % 5 == 0 or (layer == layers[-1] and len(ruler) < 2 * (layer - first)):
                 ruler = f"{ruler:{2 * (layer - first)}}{layer}"
         yield f"layer  {ruler}"
-        yield f"       {' '.join(marks[layer] for layer in layers)}"
+        heads = len(marks[0])
+        for head in range(heads):
+            name = f"head {head}" if heads > 1 else ""
+            yield f"{name:6} {' '.join(marks[layer][head] for layer in layers)}"
 
 
 def _legend(plan: AttentionPlan, kinds: list[Span], marks: dict[Span, str], length: int | None) -> Iterator[str]:
-    layers = Counter(plan)
+    layers = Counter(span for row in _units(plan) for span in row)
+    what = "units" if plan.by_heads else "layers"
     width = max(len(str(span)) for span in kinds)
-    yield f"  {'span':{width}}  layers  most keys" + (f"  mean at {length:,} tokens" if length else "")
+    yield f"  {'span':{width}}  {what:>6}  most keys" + (f"  mean at {length:,} tokens" if length else "")
     for span in kinds:
         most = "all" if span.max_visible is None else f"{span.max_visible:,}"
         line = f"{marks[span]} {span!s:{width}}  {layers[span]:>6}  {most:>9}"
@@ -139,7 +156,7 @@ def plot_plan(plan: AttentionPlan, path: str | os.PathLike[str], length: int = 8
     """Draws the attention pattern of every layer, as in figure 1 of the MASFormer paper (arXiv 2310.12442).
 
     Queries run downwards and keys rightwards. A cell is coloured if any pair inside it is visible, so that a few
-    sinks stay in sight at any length.
+    sinks stay in sight at any length. Of a plan by heads it draws a map instead, layers by KV heads.
 
     Args:
         plan: the plan.
@@ -210,21 +227,38 @@ def _figure(plan: AttentionPlan, length: int) -> Figure:
     colors = {span: LOCAL_COLORS[rank % len(LOCAL_COLORS)] for rank, span in enumerate(local)}
     colors[FullSpan()] = FULL_COLOR
 
+    units = _units(plan)
     rows = max(1, round((len(plan) / 3.3) ** 0.5))
     columns = -(-len(plan) // rows)
     pitch = PANEL + GAP
-    width = max(2 * MARGIN + columns * pitch - GAP, 5.5)
+    across, down = columns * pitch - GAP, rows * pitch
+    if plan.by_heads:
+        across, down = max(CELL * len(plan), 5.5), CELL * len(units[0]) + 0.5
+    width = max(2 * MARGIN + across, 5.5)
     title = textwrap.wrap(str(plan).replace(",", ", "), int(9 * width), max_lines=3, placeholder=" …")
     entries = int(width / 2.4)  # of the legend, side by side
     head = MARGIN + 0.25 * len(title)
     foot = 0.45 + 0.22 * -(-(len(kinds) + 1) // entries)
-    height = head + rows * pitch + foot
+    height = head + down + foot
 
     figure = Figure(figsize=(width, height), facecolor="white")
     left = MARGIN / width
     figure.text(left, 1 - 0.18 / height, "\n".join(title), va="top", fontsize=13, color=INK, linespacing=1.3)
     patterns = {span: pattern(span, length, CELLS) for span in kinds}
-    for layer, span in enumerate(plan):
+    if plan.by_heads:
+        share = across / width, (down - 0.5) / height
+        axes = figure.add_axes((left, 1 - (head + down - 0.5) / height, *share))
+        image = np.array([[kinds.index(row[number]) for row in units] for number in range(len(units[0]))])
+        axes.imshow(
+            image, cmap=ListedColormap([colors[span] for span in kinds]), vmin=0, vmax=len(kinds), aspect="auto"
+        )
+        axes.set(xlabel="layer", ylabel="KV head", yticks=range(len(units[0])))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xticks(np.arange(len(plan) + 1) - 0.5, minor=True)
+        axes.set_yticks(np.arange(len(units[0]) + 1) - 0.5, minor=True)
+        axes.grid(which="minor", color="white", linewidth=1)
+        axes.tick_params(which="both", length=0)
+    for layer, span in enumerate(() if plan.by_heads else plan):
         row, column = divmod(layer, columns)
         bottom = height - head - row * pitch - PANEL
         axes = figure.add_axes((left + column * pitch / width, bottom / height, PANEL / width, PANEL / height))
@@ -233,10 +267,12 @@ def _figure(plan: AttentionPlan, length: int) -> Figure:
         axes.text(0.94, 0.92, str(layer), transform=axes.transAxes, ha="right", va="top", fontsize=11, color=INK)
         axes.set_axis_off()
 
-    layers = Counter(plan)
-    labels = {f"{span}: {layers[span]} layer{'s' * (layers[span] != 1)}": colors[span] for span in kinds}
+    layers = Counter(span for row in units for span in row)
+    what = "unit" if plan.by_heads else "layer"
+    labels = {f"{span}: {layers[span]} {what}{'s' * (layers[span] != 1)}": colors[span] for span in kinds}
+    labels |= {} if plan.by_heads else {"hidden": HIDDEN_COLOR}
     figure.legend(
-        handles=[Patch(color=color, label=label) for label, color in (labels | {"hidden": HIDDEN_COLOR}).items()],
+        handles=[Patch(color=color, label=label) for label, color in labels.items()],
         loc="lower left",
         bbox_to_anchor=(left, 0.42 / height),
         ncols=entries,
@@ -248,5 +284,7 @@ def _figure(plan: AttentionPlan, length: int) -> Figure:
         handleheight=1,
     )
     note = f"One panel per layer, {length:,} tokens: queries downwards, keys rightwards."
+    if plan.by_heads:
+        note = "One unit per cell: a KV head together with its query heads."
     figure.text(left, 0.16 / height, note, fontsize=9, color=INK, alpha=0.75)
     return figure

@@ -8,7 +8,7 @@ from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 from masformer import AttentionPlan, FullSpan, MasformerError, SpanCache, WindowSpan, apply_plan
 from masformer.models.adapters import GPTNeoSpanAttention
 from masformer.models.bridge import cache_name
-from tiny import ARCHITECTURES, PLAN, VOCABULARY, random_plan, tiny, tiny_config
+from tiny import ARCHITECTURES, PLAN, VOCABULARY, kv_heads_of, random_plan, random_unit_plan, tiny, tiny_config
 
 
 def inputs(case):
@@ -30,18 +30,18 @@ def inputs(case):
 
 
 def dense_masks(plan, real, documents):
-    """One additive mask [batch, 1, query, key] per layer, made pair by pair from `visible`."""
+    """One additive mask [batch, query heads, query, key] per layer, made pair by pair from `visible`."""
     index = torch.arange(real.shape[1])
     masks = []
-    for span in plan:
-        rows = []
+    for spans in plan.units(plan.kv_heads):
+        mask = torch.zeros(len(real), 4, len(index), len(index), dtype=torch.bool)
         for row in range(len(real)):
-            mask = torch.zeros(len(index), len(index), dtype=torch.bool)
             for document in documents[row].unique():
                 mine = ((documents[row] == document) & real[row].bool()).nonzero()[:, 0]
-                mask[mine[:, None], mine[None, :]] = span.visible((mine - mine[0])[:, None], (mine - mine[0])[None, :])
-            rows.append(mask)
-        mask = torch.stack(rows)[:, None]
+                place = mine - mine[0]
+                for head in range(4):
+                    seen = spans[head * len(spans) // 4].visible(place[:, None], place)
+                    mask[row, head, mine[:, None], mine] = seen
         masks.append(torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min))
     return masks
 
@@ -49,7 +49,7 @@ def dense_masks(plan, real, documents):
 @pytest.mark.parametrize("case", ["plain", "left", "right", "packed"])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_logits_and_gradients_equal_dense_attention(kind, case):
-    model, plan = tiny(kind), random_plan(f"{kind} {case}")
+    model, plan = tiny(kind), random_unit_plan(f"{kind} {case}", kv_heads_of(kind))
     given, real, documents = inputs(case)
     weight = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(2))
 

@@ -24,7 +24,8 @@ from masformer.models.export.stock import check_stock
 from masformer.models.export.targets import KINDS
 from masformer.models.export.verify import check_installed, verify_export
 from masformer.models.native import native_plan
-from tiny import ARCHITECTURES, GPTS, VOCABULARY, random_plan, tiny, tiny_config
+from masformer.models.sealing import kv_heads
+from tiny import ARCHITECTURES, GPTS, VOCABULARY, random_plan, random_unit_plan, tiny, tiny_config
 
 RUNNERS = Path(package.__file__).parent / "runners"
 LENGTH, NEW = 48, 8
@@ -204,7 +205,11 @@ TABLE = [
 
 @pytest.mark.parametrize(("target", "name", "kind"), TABLE)
 def test_the_table_decides_and_its_reason_is_the_message(target, name, kind):
-    tool, config, plan = TARGETS[target], config_of(name) if name in CASES else tiny_config(name), SAMPLES[kind]
+    tool, config = TARGETS[target], config_of(name) if name in CASES else tiny_config(name)
+    heads = kv_heads(config)
+    if kind == "heads" and heads == 1:
+        pytest.skip("no plan by heads fits a model of one KV head")
+    plan = random_unit_plan(3, heads) if kind == "heads" else SAMPLES[kind]
     entry = tool.entries.get(name)
     assert kind_of(plan) == kind
     assert architecture(config) == name

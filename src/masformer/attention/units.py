@@ -73,8 +73,14 @@ def _taken(x: Tensor, heads: tuple[int, ...], per: int) -> Tensor:
     return x.index_select(1, _index(heads, per, x.device))
 
 
-@lru_cache(maxsize=1024)
 def _index(heads: tuple[int, ...], per: int, device: torch.device) -> Tensor:
     """The query heads of KV heads."""
-    with torch.inference_mode(False):
+    if torch.compiler.is_compiling():  # a graph keeps it as a constant
         return torch.tensor([head * per + number for head in heads for number in range(per)], device=device)
+    return _known_index(heads, per, device)
+
+
+@lru_cache(maxsize=1024)
+@torch.inference_mode(False)
+def _known_index(heads: tuple[int, ...], per: int, device: torch.device) -> Tensor:
+    return torch.tensor([head * per + number for head in heads for number in range(per)], device=device)

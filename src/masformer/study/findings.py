@@ -56,8 +56,9 @@ class Findings:
 
 def attention_share(plan: str, layers: int, length: int) -> float:
     """Attention operations of a plan over those of full attention: the share of visible pairs (`masformer.cost`)."""
-    spans = AttentionPlan.load(plan, layers)
-    return sum(span.visible_pairs(length) for span in spans) / (layers * FullSpan().visible_pairs(length))
+    units = AttentionPlan.load(plan, layers).unit_counts(1)
+    pairs = sum(count * span.visible_pairs(length) for span, count in units.items())
+    return pairs / (layers * FullSpan().visible_pairs(length))
 
 
 def done(results: Results, names: Sequence[str]) -> list[dict[str, Any]] | None:

@@ -42,6 +42,8 @@ def find_target(name: str) -> Target:
 
 def kind_of(plan: AttentionPlan) -> str:
     """The kind of a plan, one of `KINDS`: the hardest thing that it asks for."""
+    if plan.by_heads:
+        return "heads"
     if any(isinstance(span, BlockSpan) for span in plan):
         return "blocks"
     if any(span.sinks for span in plan):
@@ -54,10 +56,8 @@ def kind_of(plan: AttentionPlan) -> str:
 
 def plain(plan: AttentionPlan) -> AttentionPlan:
     """The same plan with windows for blocks of one token, which are windows: j >= i - lookback."""
-    return AttentionPlan(
-        tuple(
-            WindowSpan(span.lookback + 1) if isinstance(span, BlockSpan) and span.size == 1 else span for span in plan
-        )
+    return plan.changed(
+        lambda span: WindowSpan(span.lookback + 1) if isinstance(span, BlockSpan) and span.size == 1 else span
     )
 
 
@@ -180,7 +180,7 @@ def nearest(config: PretrainedConfig, plan: AttentionPlan, target: Target) -> tu
     found = []
     for candidate, words in _candidates(config, plan):
         if objection(config, candidate, target) is None:
-            changed = sum(ours != theirs for ours, theirs in zip(plan, candidate, strict=True))
+            changed = sum(ours != theirs for ours, theirs in zip(plan.layers, candidate, strict=True))
             found.append((changed, candidate, ", ".join(words)))
     return min(found, key=lambda each: each[0])[1:] if found else None
 
@@ -188,6 +188,9 @@ def nearest(config: PretrainedConfig, plan: AttentionPlan, target: Target) -> tu
 def _candidates(config: PretrainedConfig, plan: AttentionPlan) -> Iterator[tuple[AttentionPlan, list[str]]]:
     """Ever simpler plans, each with the changes that lead to it."""
     words: list[str] = []
+    if plan.by_heads:
+        words, plan = ["give each layer one span"], one_span_per_layer(plan)
+        yield plan, words
     spans = list(plan)
     if any(span.sinks for span in spans):
         words, spans = [*words, "drop the sinks"], [_without_sinks(span) for span in spans]
@@ -215,6 +218,25 @@ def _candidates(config: PretrainedConfig, plan: AttentionPlan) -> Iterator[tuple
     yield AttentionPlan.mixed(layers, 1, "middle", local=window), [*words, "keep one layer full"]
     pattern = AttentionPlan(tuple(full if isinstance(span, FullSpan) else window for span in trained))
     yield pattern, [*words, "keep full the layers that were trained so"]
+
+
+def one_span_per_layer(plan: AttentionPlan) -> AttentionPlan:
+    """The plan by layers that is nearest to one by heads: in each layer the span of most units, the wider of equals.
+
+    As many layers are full as the full units would fill, those with the most of them.
+    """
+    kv_heads = plan.kv_heads or 1
+    units = plan.units(kv_heads)
+    counts = [sum(isinstance(span, FullSpan) for span in row) for row in units]
+    full = sorted(range(len(units)), key=lambda layer: -counts[layer])[: round(sum(counts) / kv_heads)]
+    layers: list[Span] = []
+    for layer, row in enumerate(units):
+        local = [span for span in row if not isinstance(span, FullSpan)]
+        if layer in full or not local:
+            layers.append(FullSpan())
+        else:
+            layers.append(max(local, key=lambda span: (local.count(span), span.max_visible or 0)))
+    return AttentionPlan(tuple(layers), kv_heads)
 
 
 def _without_sinks(span: Span) -> Span:

@@ -8,6 +8,7 @@
 | `windows` | windows of several sizes |
 | `sinks` | a window with sinks in some layer |
 | `blocks` | a block span in some layer |
+| `heads` | KV heads of one layer with different spans |
 
 A plan goes to a tool only where its entry says so; an architecture without an entry is refused, apart from the plan it
 was trained with, for transformers.
@@ -19,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-KINDS = ("full", "window", "mixed", "windows", "sinks", "blocks")
+KINDS = ("full", "window", "mixed", "windows", "sinks", "blocks", "heads")
 ANY = ("full", "window", "mixed")
 UNIFORM = ("full", "window")
 NOT_ALL_LOCAL = ("full", "mixed")
@@ -78,6 +79,7 @@ _SHARED = {
     "windows": "a config names one sliding_window for all layers that slide",
     "sinks": "no sliding layer keeps the first tokens",
     "blocks": "no layer type has blocks with a lookback, and no class that these weights fit has blocks",
+    "heads": "a layer has one mask for all of its heads, and one cache",
 }
 _TRAINED = "layers that slide have other positions than full ones, so only those that slid in training may slide"
 _OLMO3 = f"where the two kinds of layer have rope settings of their own, {_TRAINED}"
