@@ -108,7 +108,7 @@ def example(command: Command) -> str:
         if lines[-1] and len(lines[-1]) + len(part) > WIDTH - 8:
             lines.append("")
         lines[-1] = f"{lines[-1]} {part}".lstrip()
-    return " \\\n      ".join(lines)
+    return " \\\n".join(lines)
 
 
 def option_groups(command: Command) -> dict[str, type[Options]]:
@@ -157,10 +157,11 @@ def command_parser(words: str, command: Command) -> jsonargparse.ArgumentParser:
     they are lists or keywords."""
     docs = parse_docstring(command.__doc__ or "")
     texts = SHARED | {each.arg_name: each.description for each in docs.params}
+    shown_example = example(command).replace("\n", "\n      ")
     parser = jsonargparse.ArgumentParser(
         usage=usage(words, command),
         description=fill(docs.short_description or "", WIDTH - 2, break_on_hyphens=False),
-        epilog=f"example:\n  {example(command)}",
+        epilog=f"example:\n  {shown_example}",
         formatter_class=Help,
         exit_on_error=False,
     )
