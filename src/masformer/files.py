@@ -4,6 +4,7 @@ told apart by all their bytes."""
 from __future__ import annotations
 
 import bz2
+import difflib
 import gzip
 import hashlib
 import io
@@ -12,7 +13,7 @@ import lzma
 import os
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -20,6 +21,8 @@ from typing import Any, BinaryIO, Protocol
 from masformer.errors import MasformerError
 
 READ_AT_ONCE = 1 << 20
+NEAR = 0.7
+"""How alike a name must be to be proposed, from 0 to 1: one letter off in names of four and more."""
 
 
 class _Streams(io.RawIOBase):
@@ -90,6 +93,27 @@ def _gz(path: Path) -> BinaryIO:
 
 COMPRESSED: dict[str, Callable[[Path], BinaryIO]] = {".gz": _gz, ".xz": _xz, ".bz2": _bz2}
 """Suffix -> what opens such a file for its content."""
+
+
+def near_names(name: str, others: Iterable[str]) -> list[str]:
+    """The names most like this one, at most three, the nearest first."""
+    return difflib.get_close_matches(name, sorted(others), 3, NEAR)
+
+
+def near_paths(path: str | os.PathLike[str]) -> list[str]:
+    """What is in the folder of a path that does not exist, and has nearly its name; written as the path is."""
+    path = Path(path)
+    try:
+        names = near_names(path.name, (each.name for each in path.parent.iterdir()))
+    except OSError:
+        return []
+    return [str(path.with_name(name)) for name in names]
+
+
+def missing(what: str, path: str | os.PathLike[str]) -> MasformerError:
+    """For a file or folder that is not there; names what has nearly its name."""
+    near = near_paths(path)
+    return MasformerError(f"{what} {os.fspath(path)} does not exist" + (f"; near: {', '.join(near)}" if near else ""))
 
 
 @contextmanager

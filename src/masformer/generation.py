@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -184,6 +185,7 @@ def generate(
     chunk: int = CHUNK,
     seed: int = 0,
     on_text: Callable[[str], None] = lambda text: None,
+    on_prompt: Callable[[int], None] = lambda tokens: None,
 ) -> Generation:
     """Continues a prompt of any length, through transformers' own `generate`.
 
@@ -199,6 +201,7 @@ def generate(
         chunk: prompt tokens in one forward pass.
         seed: of sampling.
         on_text: called with each piece of text as soon as it is certain; with beams, once.
+        on_prompt: called with the tokens of the prompt that were read: at the start, and after each pass over it.
 
     Raises:
         MasformerError: a value out of range, an option that would do nothing, or a prompt beyond the model's positions.
@@ -237,13 +240,14 @@ def generate(
     tokens = torch.tensor([list(prompt)], device=model.device)
     torch.manual_seed(seed)
     start = time.perf_counter()
-    out = model.generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        generation_config=settings,
-        logits_processor=[CheckNumbers()],
-        streamer=clock if beams == 1 else None,
-    )
+    with _reading(model, len(prompt), on_prompt):
+        out = model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            generation_config=settings,
+            logits_processor=[CheckNumbers()],
+            streamer=clock if beams == 1 else None,
+        )
     seconds = time.perf_counter() - start
     generated = out.sequences[0, len(prompt) :]
     text = tokenizer.decode(generated, skip_special_tokens=True)
@@ -398,6 +402,25 @@ def _continue_together(
         end = next((index for index, token in enumerate(row) if token in ends), None)
         rows.append(Continuation(row[:end], end is not None))
     return BatchGeneration(rows, filled - start, done - filled)
+
+
+@contextmanager
+def _reading(model: PreTrainedModel, tokens: int, on_prompt: Callable[[int], None]) -> Iterator[None]:
+    """Hears of the model's forward passes, until a prompt of so many tokens is read."""
+    done = 0
+    on_prompt(0)
+
+    def advance(module: Any, args: Any, output: Any) -> None:
+        nonlocal done
+        if done < tokens:
+            done = min(tokens, done + output[0].shape[1])
+            on_prompt(done)
+
+    hook = model.base_model.register_forward_hook(advance)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _cache_of(out: Any) -> SpanCache:

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from masformer.errors import MasformerError, check_text
-from masformer.files import parse_json, read_text, write_whole
+from masformer.files import missing, parse_json, read_text, write_whole
 
 SEED = 0
 FORMAT = 1
@@ -55,9 +55,15 @@ def code() -> str:
     return digest.hexdigest()[:12]
 
 
+def device_name(device: torch.device) -> str:
+    """Of a device, as records hold it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type.upper()}, {platform.machine()}"
+
+
 def environment() -> dict[str, Any]:
     """Code, versions, device, threads and seed of this process."""
-    cuda = torch.cuda.is_available()
     return {
         "code": code(),
         "versions": {
@@ -65,7 +71,7 @@ def environment() -> dict[str, Any]:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "device": torch.cuda.get_device_name() if cuda else f"CPU, {platform.machine()}",
+        "device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "seed": torch.initial_seed(),
@@ -161,7 +167,7 @@ def read_records(folder: str | os.PathLike[str], without: Iterable[Path] = ()) -
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise MasformerError(f"folder {folder} does not exist")
+        raise missing("folder", folder)
     hidden = [other.resolve() for other in without]
     found: list[Record] = []
     others: list[Path] = []

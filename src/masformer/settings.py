@@ -18,7 +18,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from masformer.errors import LARGEST, MasformerError, check_int, check_number, check_text, shown
-from masformer.files import read_text
+from masformer.files import missing, read_text
 
 MOST_VALUES = 1_000_000
 
@@ -34,7 +34,7 @@ def read_yaml(path: str | os.PathLike[str], what: str) -> Any:
         MasformerError: the file cannot be read, is no YAML, or says something twice.
     """
     if not Path(path).exists():
-        raise MasformerError(f"{what} {path} does not exist")
+        raise missing(what, path)
     try:
         return parse_yaml(read_text(path))
     except MasformerError as error:

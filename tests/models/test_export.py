@@ -523,7 +523,7 @@ OUT = ["export", "MODEL", "OUT", "--target"]
         (["export", "MODEL", "OUT"], "masformer export needs --target; see masformer export --help"),
         ([*OUT, "transformers", "--plan", "window:9+4"], "(drop the sinks)"),
         ([*OUT, "gguf", "--plan", "full@1; window:9"], "llama.cpp reads no window for it"),
-        ([*OUT, "transformers", "--plan", "full", "--plan", "window:4"], "a checkpoint has one plan"),
+        ([*OUT, "transformers", "--plan", "full", "--plan", "window:4"], "--plan is given twice; export takes one"),
         ([*OUT, "transformers", "--plan", "full@1; window:9", "--python", "python3"], "does nothing without --verify"),
         ([*OUT, "vllm", "--plan", "full@1; window:9", "--verify", "--python", "no/python"], "no/python: No such file"),
         (["export", "MODEL", "MODEL", "--target", "vllm", "--plan", "window:9"], "exists already"),

@@ -14,7 +14,7 @@ from tiny import PLAN, tiny
     ("arguments", "message"),
     [
         (["missing.gguf"], "model file missing.gguf does not exist"),
-        (["MODEL", "--plan", "full", "--plan", "window:4"], "a server has one plan; give one --plan"),
+        (["MODEL", "--plan", "full", "--plan", "window:4"], "--plan is given twice; serve takes one"),
         (["MODEL", "--plan", "window:0"], "window size must be at least 1, got 0"),
         (["MODEL", "--port", "PORT"], "cannot listen on 127.0.0.1, port PORT: Address already in use"),
         (["MODEL", "--port", "70000"], "cannot listen on 127.0.0.1, port 70000: "),

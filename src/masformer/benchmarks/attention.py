@@ -15,7 +15,7 @@ from masformer.attention import BACKENDS, attend
 from masformer.benchmarks.limits import Probe
 from masformer.benchmarks.peers import DIRECT, PEERS, UnableError
 from masformer.benchmarks.rows import with_exponents
-from masformer.benchmarks.timing import DTYPES, compare_times, default_device
+from masformer.benchmarks.timing import DTYPES, compare_times, default_device, prefixed
 from masformer.errors import MasformerError, check_int
 from masformer.spans import FullSpan, Span
 
@@ -103,11 +103,10 @@ def bench_attention(
             gradient = torch.randn_like(query, requires_grad=False) if pass_ == BOTH else None
             variants = _variants(spans, (query, key, value), backend, pass_, peers, left_out)
             calls = {each.name: partial(_run, each.attention, query, key, value, gradient) for each in variants}
-            prefix = f"{length:,} tokens, {pass_}: "
             times = compare_times(
                 probe.calls() | calls,
                 repeats,
-                lambda name, prefix=prefix: progress(prefix + name),  # type: ignore[misc]
+                prefixed(progress, length, f", {pass_}"),
                 cap=cap,
                 short=True,
             )

@@ -18,7 +18,7 @@ from masformer.benchmarks.models import (
     variants,
 )
 from masformer.benchmarks.rows import Row, with_exponents
-from masformer.benchmarks.timing import compare_times
+from masformer.benchmarks.timing import compare_times, prefixed
 from masformer.errors import check_int
 from masformer.evaluation.perplexity import perplexity
 from masformer.models.compiling import compile_layers
@@ -74,7 +74,7 @@ def bench_eval(
             perplexity(variant.model, documents, length, prefix=0)
 
         calls = {variant.name: partial(evaluate, variant) for variant in measured}
-        times = compare_times(calls, repeats, progress, prepare=prepare, cap=cap)
+        times = compare_times(calls, repeats, prefixed(progress, length), prepare=prepare, cap=cap)
         works = {variant.name: forward_work(model, variant.visible, length, length, count) for variant in measured}
         for variant in measured:
             name = variant.name

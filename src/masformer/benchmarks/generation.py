@@ -24,7 +24,7 @@ from masformer.benchmarks.models import (
     variants,
 )
 from masformer.benchmarks.rows import Row, with_exponents
-from masformer.benchmarks.timing import compare_times, peak_memory
+from masformer.benchmarks.timing import compare_times, peak_memory, prefixed
 from masformer.cache import SpanCache
 from masformer.errors import check_int
 from masformer.models.wrappers import bare_model
@@ -81,7 +81,7 @@ def bench_prefill(
         tokens = random_tokens(model, length, batch)
         memory, caches = {}, {}
         for variant in measured:
-            progress(f"{length}: {variant.name}, memory")
+            progress(f"{length:,} tokens: {variant.name}, memory")
             variant.apply(backend)
             cache = variant.make_cache(length + 1)
             memory[variant.name] = peak_memory(partial(variant.run, tokens, cache))
@@ -92,7 +92,9 @@ def bench_prefill(
             variant.run(tokens, variant.make_cache(tokens.shape[1] + 1))
 
         calls = {variant.name: partial(prefill, variant) for variant in measured}
-        times = compare_times(probe.calls() | calls, repeats, progress, warm_up=False, prepare=prepare, cap=cap)
+        times = compare_times(
+            probe.calls() | calls, repeats, prefixed(progress, length), warm_up=False, prepare=prepare, cap=cap
+        )
         limits = probe.limits(times)
         rates.append({"length": length} | limits.to_dict())
         works = {variant.name: forward_work(model, variant.visible, length, 1, batch) for variant in measured}
@@ -152,7 +154,7 @@ def bench_decode(
         room = length + new * (repeats + 1) + 1
         states: dict[str, tuple[Any, list[Tensor]]] = {}
         for variant in measured:
-            progress(f"{length}: {variant.name}, cache")
+            progress(f"{length:,} tokens: {variant.name}, cache")
             states[variant.name] = filled_cache(variant, length, room, batch), [random_tokens(model, 1, batch)]
 
         def decode(variant: Variant, states: dict[str, tuple[Any, list[Tensor]]] = states) -> None:
@@ -161,7 +163,7 @@ def bench_decode(
                 last[0] = variant.run(last[0], cache)
 
         calls = {variant.name: partial(decode, variant) for variant in measured}
-        times = compare_times(probe.calls() | calls, repeats, progress, prepare=prepare, cap=cap)
+        times = compare_times(probe.calls() | calls, repeats, prefixed(progress, length), prepare=prepare, cap=cap)
         limits = probe.limits(times)
         rates.append({"length": length} | limits.to_dict())
         works = {variant.name: decode_work(model, variant.visible, length, new, batch) for variant in measured}

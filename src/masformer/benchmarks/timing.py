@@ -46,7 +46,7 @@ def compare_times(
     Args:
         calls: name -> what to time.
         repeats: timed rounds; at least 1.
-        progress: called with the name before each call.
+        progress: called with the name and the round before each call.
         warm_up: call each once more beforehand, untimed; not worth it where a call takes many seconds.
         prepare: name -> what is done before such a call, untimed.
         cap: seconds after which a call takes no part in further rounds; it has been in one at least.
@@ -61,11 +61,12 @@ def compare_times(
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     spent = dict.fromkeys(calls, 0.0)
     timer = _device_seconds if short and torch.cuda.is_available() else _wall_seconds
-    for timed in [False] * warm_up + [True] * repeats:
+    rounds = [False] * warm_up + [True] * repeats
+    for number, timed in enumerate(rounds, start=1):
         for name, call in calls.items():
             if seconds[name] and cap is not None and spent[name] >= cap:
                 continue
-            progress(name)
+            progress(f"{name}, round {number} of {len(rounds)}")
             if prepare and name in prepare:
                 prepare[name]()
             start = time.perf_counter()
@@ -74,6 +75,11 @@ def compare_times(
                 seconds[name].append(found)  # type: ignore[arg-type]
                 spent[name] += time.perf_counter() - start
     return {name: Timing(name, tuple(each)) for name, each in seconds.items()}
+
+
+def prefixed(progress: Callable[[str], None], length: int, what: str = "") -> Callable[[str], None]:
+    """What calls `progress` with the length before each name."""
+    return lambda name: progress(f"{length:,} tokens{what}: {name}")
 
 
 def check_cap(cap: float | None) -> None:

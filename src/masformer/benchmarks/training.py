@@ -23,7 +23,7 @@ from masformer.benchmarks.models import (
     variants,
 )
 from masformer.benchmarks.rows import with_exponents
-from masformer.benchmarks.timing import compare_times, peak_memory
+from masformer.benchmarks.timing import compare_times, peak_memory, prefixed
 from masformer.errors import MasformerError
 from masformer.evaluation.room import CHUNK
 from masformer.models.compiling import compile_layers
@@ -111,12 +111,14 @@ def bench_train(
 
         memory = {}
         for variant in measured:
-            progress(f"{length}: {variant.name}, memory")
+            progress(f"{length:,} tokens: {variant.name}, memory")
             gc.collect()
             variant.apply(backend)
             memory[variant.name] = peak_memory(partial(step, variant))
         calls = {variant.name: partial(step, variant) for variant in measured}
-        times = compare_times(probe.calls() | calls, repeats, progress, warm_up=False, prepare=prepare, cap=cap)
+        times = compare_times(
+            probe.calls() | calls, repeats, prefixed(progress, length), warm_up=False, prepare=prepare, cap=cap
+        )
         limits = probe.limits(times)
         rates.append({"length": length} | limits.to_dict())
         works = {variant.name: _work(model, variant.visible, length, batch, checkpointing) for variant in measured}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import jsonargparse
@@ -30,48 +31,63 @@ from masformer.cli import (
     train,
 )
 from masformer.cli.options import LINE, say
-from masformer.cli.parser import Command, Help, add_commands, error_line, grouped, option_name
+from masformer.cli.parser import Command, Help, Show, add_commands, error_line, grouped, option_name
 from masformer.errors import MasformerError, beyond_memory, check_text
 from masformer.settings import check_plain
 from masformer.streams import guarded
 
 DESCRIPTION = """\
-Mixed attention spans for pretrained language models (MASFormer, arXiv 2310.12442): full attention at a few
-layers, local attention at all the others, for a fraction of the cost of attention and of the KV cache.
+Mixed attention spans for pretrained language models (MASFormer, arXiv
+2310.12442): full attention at a few layers, local attention at all the others,
+for a fraction of the cost of attention and of the KV cache.
 
-A plan says what each layer sees: 'full@11-18; window:512+4' is full attention at layers 11 to 18 and, at the
-others, the 512 newest tokens and the first 4 (attention sinks). Spans: full, window:SIZE, window:SIZE+SINKS,
+A plan says what each layer sees: full@11-18,window:512+4 is full attention at
+layers 11 to 18 and, at the others, the 512 newest tokens and the first 4
+(attention sinks). 'full@11-18; window:512+4' says the same, in quotes, for a
+shell ends a command at ';'. Spans: full, window:SIZE, window:SIZE+SINKS,
 block:SIZE, block:SIZExBLOCKS.
 
-  masformer demo                                           see it work, in minutes on a laptop
-  masformer plan MODEL --full 8 --local window:512+4       what it saves
-  masformer search MODEL --data FILE --budget 8 --local window:512+4 --out plan.yaml
+look:
+  masformer demo                      see it work, in minutes on a laptop
+  masformer plan MODEL --full 8 --local window:512+4            what it saves
+find and write a plan:
+  masformer search MODEL --data FILE --budget 8 --local window:512+4 \\
+      --out plan.yaml                 which layers need full attention
   masformer convert MODEL OUT --plan plan.yaml
-  masformer train --config RECIPE                          train on, with long sequences
+  masformer export MODEL OUT --target vllm --plan full@11-18,window:512
+                                      for the tools people use
+train:
+  masformer train --config RECIPE     train on, with long sequences
+  masformer pairs MODEL OUT --count 10000     what to train retrieval with
+run:
+  masformer generate OUT --file report.txt    from long prompts
+  masformer serve OUT                 to OpenAI clients
+measure:
   masformer eval perplexity OUT --data FILE --lengths 1024,4096
-  masformer eval summarization OUT --data FILE ...         summaries of long documents, by ROUGE
-  masformer eval retrieval OUT --lengths 1024,4096         pass keys and needles, by length and depth
-  masformer lm-eval --model masformer --tasks TASK ...     the tasks of lm-evaluation-harness
-  masformer reproduce --scale tiny --out DIR               the experiments of the paper as one report
-  masformer report FOLDER                                  tables and drawings of what --json recorded
-  masformer generate OUT --file report.txt                 from long prompts
-  masformer export OUT FOLDER --target vllm                for the tools people use"""
+  masformer eval summarization OUT --data FILE ...     by ROUGE
+  masformer eval retrieval OUT --lengths 1024,4096     pass keys and needles
+  masformer lm-eval --model masformer --tasks TASK ... of lm-evaluation-harness
+  masformer bench prefill OUT --lengths 2048,8192      and: attention, decode,
+                                      train, eval
+report:
+  masformer report FOLDER             of what --json recorded
+  masformer reproduce --scale tiny --out DIR  the paper's experiments"""
 
 COMMANDS: dict[str, Any] = {
     "demo": tour.run_demo,
     "plan": model.show_plan,
-    "convert": model.convert,
     "search": search.search,
+    "convert": model.convert,
+    "export": export.export,
     "train": train.train,
+    "pairs": retrieval.write_pairs,
     "generate": generate.generate,
     "serve": serve.serve,
-    "export": export.export,
     "eval": {
         "perplexity": evaluate.eval_perplexity,
         "summarization": summarization.eval_summarization,
         "retrieval": retrieval.eval_retrieval,
     },
-    "pairs": retrieval.write_pairs,
     "bench": {
         "attention": bench.bench_attention,
         "prefill": bench.bench_prefill,
@@ -86,6 +102,30 @@ PASSED_ON: dict[str, Any] = {"lm-eval": harness.lm_eval}
 """Commands of other packages, which read their words themselves."""
 
 
+def whole_parser() -> jsonargparse.ArgumentParser:
+    """Of all commands."""
+    has_shtab = find_spec("shtab") is not None
+    jsonargparse.set_parsing_settings(add_print_completion_argument=has_shtab)
+    parser = jsonargparse.ArgumentParser(
+        prog="masformer",
+        usage="masformer COMMAND [options]",
+        description=DESCRIPTION,
+        formatter_class=Help,
+        exit_on_error=False,
+    )
+    version = f"masformer {masformer.__version__}"
+    parser.add_argument("-V", "--version", action="version", version=version, help="show the version and exit")
+    if not has_shtab:
+        text = "Print a script that completes commands in a shell; needs the package shtab."
+        parser.add_argument("--print_completion", "--print_shtab", action=Show, const=_needs_shtab, help=text)
+    add_commands(parser, COMMANDS, PASSED_ON)
+    return parser
+
+
+def _needs_shtab() -> None:
+    raise MasformerError("--print_completion needs shtab: pip install 'masformer[completion]'")
+
+
 def parse(words: Sequence[str]) -> tuple[Command, dict[str, Any]]:
     """The command that the words name, and its options.
 
@@ -93,11 +133,10 @@ def parse(words: Sequence[str]) -> tuple[Command, dict[str, Any]]:
         jsonargparse.ArgumentError: they name none, or an option is wrong.
         MasformerError: a word is no text, or a number beyond what a machine holds.
     """
-    parser = jsonargparse.ArgumentParser(
-        prog="masformer", description=DESCRIPTION, formatter_class=Help, exit_on_error=False
-    )
-    parser.add_argument("--version", action="version", version=f"masformer {masformer.__version__}")
-    add_commands(parser, COMMANDS, PASSED_ON)
+    parser = whole_parser()
+    if not words:
+        parser.print_help()
+        parser.exit()
     for number, word in enumerate(words, start=1):
         check_text(f"argument {number}", word)
     if words and words[0] in PASSED_ON:
@@ -135,7 +174,7 @@ def _run(words: Sequence[str]) -> int:
         if line is not None:
             print(line)
     except (MasformerError, jsonargparse.ArgumentError) as error:
-        print(f"masformer: error: {error_line(error, COMMANDS)}", file=sys.stderr)
+        print(f"masformer: error: {error_line(error, COMMANDS, words)}", file=sys.stderr)
         return getattr(error, "exit_code", 2)
     except (MemoryError, RuntimeError) as error:
         if not beyond_memory(error):

@@ -7,18 +7,14 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
 
 from masformer import benchmarks, records
-from masformer.cli.options import LINE, Backend, Figures, ModelOptions, console, lengths_of, say
+from masformer.cli.options import LINE, Backend, BenchOptions, Figures, lengths_of, say, show
 from masformer.errors import MasformerError, check_seed
 from masformer.models.checkpoint import load_config
 from masformer.plots import checked_figure, plot_times
 from masformer.progress import progress_bar
 from masformer.spans import Span
-
-WIDTH = 120
-"""Of a table, at least: a name cut into syllables is worse than a line that a narrow terminal wraps."""
 
 Peers = Literal["all", "none"]
 BASELINE = {"all": "transformers", "none": "all full"}
@@ -39,6 +35,7 @@ def bench_attention(
     cap: float | None = None,
     seed: int = records.SEED,
     plot: str | None = None,
+    quiet: bool = False,
 ) -> Figures:
     """Times attention under spans against full causal attention, against other implementations, and against limits.
 
@@ -81,7 +78,7 @@ def bench_attention(
             progress=progress,
         )
 
-    found = _measured("attention", "Attention; speed-up over full causal SDPA", measure, plot)
+    found = _measured("attention", "Attention; speed-up over full causal SDPA", measure, plot, quiet)
     for why, what in found["left_out"].items():
         say(f"left out: {why} ({'; '.join(what)})")
     return {**shape, "dtype": dtype, "backend": backend, **found}
@@ -89,7 +86,7 @@ def bench_attention(
 
 def bench_prefill(
     model: str,
-    options: ModelOptions,
+    options: BenchOptions,
     *,
     lengths: str = "1024,2048,4096,8192",
     batch: int = 1,
@@ -100,6 +97,7 @@ def bench_prefill(
     cap: float | None = None,
     seed: int = records.SEED,
     plot: str | None = None,
+    quiet: bool = False,
 ) -> Figures:
     """Times prompts up to the first token: plans, full attention, and transformers' own caches, in one run.
 
@@ -119,12 +117,12 @@ def bench_prefill(
     measure = partial(benchmarks.bench_prefill, repeats=repeats, cap=cap, backend=backend, peers=peers == "all")
     settings = {"batch": batch}
     title = f"Time to the first token; speed-up over {BASELINE[peers]}"
-    return _bench("prefill", title, measure, settings, model, options, lengths, random_weights, seed, plot)
+    return _bench("prefill", title, measure, settings, model, options, lengths, random_weights, seed, plot, quiet)
 
 
 def bench_decode(
     model: str,
-    options: ModelOptions,
+    options: BenchOptions,
     *,
     lengths: str = "1024,2048,4096,7680",
     new: int = 32,
@@ -136,6 +134,7 @@ def bench_decode(
     cap: float | None = None,
     seed: int = records.SEED,
     plot: str | None = None,
+    quiet: bool = False,
 ) -> Figures:
     """Times decoding after prompts: plans, full attention, and transformers' own caches, in one run.
 
@@ -156,12 +155,12 @@ def bench_decode(
     measure = partial(benchmarks.bench_decode, repeats=repeats, cap=cap, backend=backend, peers=peers == "all")
     settings = {"batch": batch, "new": new}
     title = f"Rounds of {new} new tokens; speed-up over {BASELINE[peers]}"
-    return _bench("decode", title, measure, settings, model, options, lengths, random_weights, seed, plot)
+    return _bench("decode", title, measure, settings, model, options, lengths, random_weights, seed, plot, quiet)
 
 
 def bench_train(
     model: str,
-    options: ModelOptions,
+    options: BenchOptions,
     *,
     lengths: str = "2048",
     checkpointing: bool = False,
@@ -176,6 +175,7 @@ def bench_train(
     compile: bool = False,
     seed: int = records.SEED,
     plot: str | None = None,
+    quiet: bool = False,
 ) -> Figures:
     """Times training steps: plans, full attention, and transformers by itself, in one run.
 
@@ -200,12 +200,12 @@ def bench_train(
     settings = {"batch": batch, "compiled": compile, "checkpointing": checkpointing, "precision": precision}
     settings |= {"loss_chunk": loss_chunk}
     title = f"Training step, rows: {batch}; speed-up over {BASELINE[peers]}"
-    return _bench("train", title, measure, settings, model, options, lengths, random_weights, seed, plot)
+    return _bench("train", title, measure, settings, model, options, lengths, random_weights, seed, plot, quiet)
 
 
 def bench_eval(
     model: str,
-    options: ModelOptions,
+    options: BenchOptions,
     *,
     lengths: str = "2048,8192",
     tokens: int = 65536,
@@ -216,6 +216,7 @@ def bench_eval(
     compile: bool = False,
     seed: int = records.SEED,
     plot: str | None = None,
+    quiet: bool = False,
 ) -> Figures:
     """Times evaluation by perplexity: plans and full attention, in one run.
 
@@ -235,7 +236,7 @@ def bench_eval(
     measure = partial(benchmarks.bench_eval, repeats=repeats, cap=cap, backend=backend)
     settings = {"compiled": compile, "tokens": tokens}
     title = "Evaluation; speed-up over all full"
-    return _bench("eval", title, measure, settings, model, options, lengths, random_weights, seed, plot)
+    return _bench("eval", title, measure, settings, model, options, lengths, random_weights, seed, plot, quiet)
 
 
 def _bench(
@@ -244,11 +245,12 @@ def _bench(
     measure: Callable[..., dict[str, Any]],
     settings: dict[str, Any],
     model: str,
-    options: ModelOptions,
+    options: BenchOptions,
     lengths: str,
     random_weights: bool,
     seed: int,
     plot: str | None,
+    quiet: bool,
 ) -> Figures:
     sizes = lengths_of("--lengths", lengths)
     plans = options.named(load_config(model)[1])
@@ -263,22 +265,24 @@ def _bench(
         loaded = benchmarks.random_model(model, next(iter(plans.values())), dtype, benchmarks.default_device())
     else:
         loaded, _ = options.load(model, next(iter(plans.values())))
-    found = _measured(bench, title, lambda progress: measure(loaded, plans, sizes, **settings, progress=progress), plot)
+    found = _measured(
+        bench, title, lambda progress: measure(loaded, plans, sizes, **settings, progress=progress), plot, quiet
+    )
     named = {"model": model, "random_weights": random_weights, "dtype": str(loaded.dtype), **settings}
     return {**named, "plans": list(map(str, plans.values())), **found}
 
 
 def _measured(
-    bench: str, title: str, measure: Callable[[Callable[[str], None]], dict[str, Any]], plot: str | None
+    bench: str, title: str, measure: Callable[[Callable[[str], None]], dict[str, Any]], plot: str | None, quiet: bool
 ) -> dict[str, Any]:
     """Runs a bench and prints its table."""
     if plot is not None:
         checked_figure(plot)
-    with progress_bar() as progress:
+    with progress_bar(quiet=quiet) as progress:
         task = progress.add_task("", total=None)
         found = measure(lambda name: progress.update(task, description=name))
     for table in benchmarks.bench_tables(title, found["results"]):
-        Console(width=max(console.width, WIDTH)).print(table)
+        show(table)
     if plot is not None:
         plot_times(found["results"], plot)
         say(f"picture: {plot}")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from masformer.cli.options import Backend, Figures, ModelOptions, console, lengths_of
+from collections.abc import Sequence
+
+from masformer import records
+from masformer.cli.options import Backend, Figures, ModelOptions, lengths_of, say, show
 from masformer.data import read_documents
 from masformer.errors import MasformerError
 from masformer.evaluation.perplexity import (
@@ -32,6 +35,7 @@ def eval_perplexity(
     batch_size: int | None = None,
     backend: Backend = "auto",
     compile: bool = False,
+    quiet: bool = False,
 ) -> Figures:
     """Perplexity by context length and by position, in rolling windows as in lm-eval; plans share one load.
 
@@ -65,7 +69,7 @@ def eval_perplexity(
     tokens, text_bytes = tokenize(tokenizer, texts, max_tokens=max_tokens)
     if compile:
         compile_layers(loaded)
-    with plan_progress() as progress:
+    with plan_progress(f"{model} on {records.device_name(loaded.device)}", quiet=quiet) as progress:
         results = compare_plans(
             loaded,
             tokens,
@@ -79,14 +83,18 @@ def eval_perplexity(
             text_bytes=text_bytes if target_tokens is None else None,
             progress=progress,
         )
-    console.print(perplexity_table(results))
+    show(perplexity_table(results))
+    if target_tokens is None:
+        for line in shorter_texts([len(row) for row in tokens], windows):
+            say(line)
     differences = paired_differences(results, against)
     if differences:
-        console.print(difference_table(differences))
+        show(difference_table(differences))
     return {
         "model": model,
         "data": data,
         "dtype": str(loaded.dtype),
+        "device": records.device_name(loaded.device),
         "autocast": results[0].autocast,
         "settings": {
             "lengths": windows,
@@ -101,3 +109,13 @@ def eval_perplexity(
         "results": [result.to_dict() for result in results],
         "differences": [each.to_dict() for each in differences],
     }
+
+
+def shorter_texts(sizes: Sequence[int], lengths: Sequence[int]) -> list[str]:
+    """What is to be said of documents that do not fill a window."""
+    found = []
+    for length in sorted(lengths):
+        if count := sum(size < length for size in sizes):
+            which = f"{count:,} of {len(sizes):,} documents are" if len(sizes) > 1 else "the document is"
+            found.append(f"{which} shorter than {length:,} tokens: no token there sees so much context")
+    return found

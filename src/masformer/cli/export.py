@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from masformer.cli.options import Figures, ModelOptions, console, say
+from masformer.cli.options import Figures, StoredModelOptions, console, say
 from masformer.cli.parser import INSTEAD
 from masformer.errors import MasformerError
 from masformer.models.checkpoint import check_folder, load_config
@@ -15,7 +15,7 @@ from masformer.models.export.verify import check_installed, verify_export
 def export(
     model: str,
     out: str,
-    options: ModelOptions,
+    options: StoredModelOptions,
     *,
     target: Literal["transformers", "vllm", "mlx-lm", "gguf"],
     overwrite: bool = False,
@@ -37,7 +37,7 @@ def export(
     if python is not None and not verify:
         raise MasformerError("--python does nothing without --verify")
     config, own = load_config(model)
-    chosen = options.one(own, "a checkpoint")
+    chosen = options.one(own)
     check_export(config, chosen, target)
     check_folder(out, overwrite=overwrite)
     if verify:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import sys
 
 from masformer import generation, records
-from masformer.cli.options import Figures, ModelOptions
+from masformer.cli.options import Figures, OneModelOptions
 from masformer.errors import MasformerError
 from masformer.files import decode_text, read_text
 from masformer.models.checkpoint import load_config
+from masformer.progress import stage_progress
 
 
 def generate(
     model: str,
-    options: ModelOptions,
+    options: OneModelOptions,
     *,
     prompt: str | None = None,
     file: str | None = None,
@@ -26,6 +27,7 @@ def generate(
     beams: int = 1,
     prefill_chunk: int = generation.CHUNK,
     seed: int = records.SEED,
+    quiet: bool = False,
 ) -> Figures:
     """Streams a continuation of a prompt, and says what it took; a chat template is used where the tokenizer has one.
 
@@ -47,24 +49,28 @@ def generate(
         masformer generate MODEL --file report.txt --prompt 'What was decided?' --plan 'full@11-18; window:512+4'
     """
     text = _prompt(prompt, file)
-    chosen = options.one(load_config(model)[1], "a generation")
+    chosen = options.one(load_config(model)[1])
     loaded, tokenizer = options.load_both(model, chosen)
-    result = generation.generate(
-        loaded,
-        tokenizer,
-        generation.prompt_tokens(tokenizer, text, chat=False if raw else None, system=system),
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        beams=beams,
-        chunk=prefill_chunk,
-        seed=seed,
-        on_text=lambda piece: print(piece, end="", flush=True),
-    )
+    tokens = generation.prompt_tokens(tokenizer, text, chat=False if raw else None, system=system)
+    with stage_progress(f"{model} on {records.device_name(loaded.device)}", quiet=quiet) as progress:
+        result = generation.generate(
+            loaded,
+            tokenizer,
+            tokens,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            beams=beams,
+            chunk=prefill_chunk,
+            seed=seed,
+            on_text=lambda piece: print(piece, end="", flush=True),
+            on_prompt=lambda done: progress(f"reading {len(tokens):,} prompt tokens", done, len(tokens)),
+        )
     print()
     print(result.summary(), file=sys.stderr)
-    return {"model": model, "plan": str(chosen), **result.to_dict()}
+    figures = {"model": model, "plan": str(chosen), "device": records.device_name(loaded.device)}
+    return {**figures, **result.to_dict()}
 
 
 def _prompt(prompt: str | None, file: str | None) -> str:

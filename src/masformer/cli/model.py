@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from masformer import benchmarks, records
-from masformer.cli.options import Figures, ModelOptions, PlanOptions, console, lengths_of, say
+from masformer.cli.options import Figures, PlanOptions, StoredModelOptions, lengths_of, say, show
 from masformer.cost import ModelShape, compare, cost_table
 from masformer.errors import MasformerError
 from masformer.models.checkpoint import check_plan, load_config, save_model
@@ -48,7 +48,7 @@ def show_plan(
     for each in plans.values():
         say(f"\n{picture(each)}\n")
         costs = compare(shape, each, lengths, cache_bytes_per_value=width)
-        console.print(cost_table(costs))
+        show(cost_table(costs))
         figures.append({"plan": str(each), "costs": [cost.to_dict() for cost in costs]})
         if plot is not None:
             plot_plan(each, plot, max(lengths))
@@ -59,7 +59,7 @@ def show_plan(
 def convert(
     model: str,
     out: str,
-    options: ModelOptions,
+    options: StoredModelOptions,
     *,
     overwrite: bool = False,
 ) -> None:
@@ -74,7 +74,7 @@ def convert(
     """
     if not options.are_given and options.max_positions is None:
         raise MasformerError("nothing to convert: give --plan, or --full N --local SPAN, or --max-positions N")
-    chosen = options.one(load_config(model)[1], "a checkpoint")
+    chosen = options.one(load_config(model)[1])
     loaded, tokenizer = options.load(model, chosen)
     save_model(loaded, out, tokenizer, overwrite=overwrite)
     say(f"{out}: {chosen}")

@@ -6,13 +6,16 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from rich.console import Console
+from rich.table import Table
 
 from masformer import benchmarks
 from masformer.errors import MasformerError, read_int, shown
 from masformer.models.checkpoint import load_model
 from masformer.models.positions import parse_max_positions
 from masformer.plan import AttentionPlan, read_plans
+from masformer.tables import show_table
 
 Figures = dict[str, Any]
 """What a command measured, as plain values: such a command takes --json FILE."""
@@ -28,51 +31,87 @@ def say(text: str) -> None:
     console.print(text, markup=False, soft_wrap=True)
 
 
-@dataclass(frozen=True)
-class PlanOptions:
-    """The options that name plans, the same everywhere; a command that takes them has a parameter of this type."""
+def show(table: Table) -> None:
+    """Prints a table, as `show_table` does."""
+    show_table(console, table)
 
-    plan: list[str] | None = None
+
+@dataclass(frozen=True)
+class Options:
+    """A dataclass of options that several commands have alike; a command that has them has a parameter of its type."""
+
+
+@dataclass(frozen=True)
+class RuleOptions(Options):
+    """A plan by rule."""
+
     full: int | None = None
     placement: str | None = None
     local: str | None = None
+
+    def ruled(self, own: AttentionPlan, plan: object) -> AttentionPlan | None:
+        """The plan by rule for a model with this one, if the options give a rule, and no `plan` beside it."""
+        if (self.full, self.placement, self.local) == (None,) * 3:
+            return None
+        if plan is not None:
+            raise MasformerError("give either --plan or --full/--placement/--local")
+        return AttentionPlan.from_options(len(own), self.full, self.placement, self.local, dashes="--")
+
+
+@dataclass(frozen=True)
+class PlanOptions(RuleOptions):
+    """The options that name plans, the same everywhere."""
+
+    plan: list[str] | None = None
+
+    def named(self, own: AttentionPlan) -> dict[str, AttentionPlan]:
+        """The plans that the options name, by their text; the model's own plan where they name none."""
+        ruled = self.ruled(own, self.plan)
+        if ruled is not None:
+            return {str(ruled): ruled}
+        return read_plans(self.plan or [own], len(own), own.kv_heads, what="--plan")
+
+
+@dataclass(frozen=True)
+class OnePlanOptions(RuleOptions):
+    """The same where there can be one plan only."""
+
+    plan: str | None = None
 
     @property
     def are_given(self) -> bool:
         """Whether any of them is."""
         return (self.plan, self.full, self.placement, self.local) != (None,) * 4
 
-    def named(self, own: AttentionPlan) -> dict[str, AttentionPlan]:
-        """The plans that the options name, by their text; the model's own plan where they name none."""
-        if self.full is not None or self.placement is not None or self.local is not None:
-            if self.plan is not None:
-                raise MasformerError("give either --plan or --full/--placement/--local")
-            mixed = AttentionPlan.from_options(len(own), self.full, self.placement, self.local, dashes="--")
-            return {str(mixed): mixed}
-        return read_plans(self.plan or [own], len(own), own.kv_heads, what="--plan")
-
-    def one(self, own: AttentionPlan, what: str) -> AttentionPlan:
-        """The same where there can be one only; `what` says of what, as in "a server"."""
-        plans = self.named(own)
-        if len(plans) > 1:
-            raise MasformerError(f"{what} has one plan; give one --plan")
+    def one(self, own: AttentionPlan) -> AttentionPlan:
+        """The plan that the options name, or else the model's own."""
+        ruled = self.ruled(own, self.plan)
+        if ruled is not None:
+            return ruled
+        plans = read_plans([own if self.plan is None else self.plan], len(own), own.kv_heads, what="--plan")
         return next(iter(plans.values()))
 
 
 @dataclass(frozen=True)
-class ModelOptions(PlanOptions):
-    """The options of commands that load a model: its plan, its positions and the dtype of its weights."""
+class WeightOptions(Options):
+    """The options of commands that load a model: its positions and the dtype of its weights."""
 
     max_positions: str | None = None
     dtype: Dtype = "auto"
 
+    @property
+    def place(self) -> torch.device:
+        """Where the model is put."""
+        return benchmarks.default_device()
+
     def load(self, model: str, plan: AttentionPlan) -> tuple[Any, Any]:
-        """The model on the default device, and its tokenizer or None."""
+        """The model in its place, and its tokenizer or None."""
         extended = None if self.max_positions is None else parse_max_positions(self.max_positions)
         positions, method = extended or (None, None)
         weights = self.dtype if self.dtype == "auto" else benchmarks.DTYPES[self.dtype]
+        place = self.place
         loaded, tokenizer = load_model(model, plan, max_positions=positions, position_method=method, dtype=weights)
-        return loaded.to(benchmarks.default_device()), tokenizer
+        return loaded.to(place), tokenizer
 
     @property
     def precision(self) -> str:
@@ -87,10 +126,62 @@ class ModelOptions(PlanOptions):
         return loaded, tokenizer
 
 
+@dataclass(frozen=True)
+class RunningOptions(WeightOptions):
+    """The options of commands that run a model on a device of choice."""
+
+    device: str | None = None
+
+    @property
+    def place(self) -> torch.device:
+        """Where the model is put: as asked, else where `default_device` says."""
+        return device_of(self.device)
+
+
+@dataclass(frozen=True)
+class BenchOptions(WeightOptions, PlanOptions):
+    """Several plans of one model, timed on the default device, whose clock and memory are read."""
+
+
+@dataclass(frozen=True)
+class ModelOptions(RunningOptions, PlanOptions):
+    """Several plans of one model."""
+
+
+@dataclass(frozen=True)
+class OneModelOptions(RunningOptions, OnePlanOptions):
+    """One plan of one model."""
+
+
+@dataclass(frozen=True)
+class StoredModelOptions(WeightOptions, OnePlanOptions):
+    """One plan of a model that is written and not run."""
+
+
+def device_of(text: str | None) -> torch.device:
+    """`cuda:1` as a device that is there; None: CUDA where there is one, else the CPU.
+
+    Raises:
+        MasformerError: it is none, or this machine has none such.
+    """
+    if text is None:
+        return benchmarks.default_device()
+    if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", text):
+        raise MasformerError(f"--device {shown(text)} is not allowed; allowed: cpu, cuda, cuda:1, mps")
+    device = torch.device(text)
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[device.type]
+    if (device.index or 0) >= there:
+        raise MasformerError(
+            f"--device {text}: torch sees {there or 'no'} {device.type} device{'s' * (there != 1)} here"
+        )
+    return device
+
+
 def lengths_of(option: str, text: str) -> list[int]:
     """`2048,8192` -> [2048, 8192]."""
     if not re.fullmatch(r"\s*[1-9]\d*\s*(,\s*[1-9]\d*\s*)*", text):
         raise MasformerError(
-            f"{option} {shown(text)} is not allowed; allowed: whole numbers from 1, separated by commas"
+            f"{option} {shown(text)} is not allowed; allowed: whole numbers from 1, separated by commas, as in "
+            "2048,8192"
         )
     return [read_int(option, part, 1) for part in text.split(",")]

@@ -7,12 +7,15 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from textwrap import fill
 from typing import Any, get_args, get_type_hints
 
 import jsonargparse
 from docstring_parser import parse as parse_docstring
 
-from masformer.cli.options import Figures, PlanOptions
+from masformer.cli.options import Figures, Options
+from masformer.errors import shown
+from masformer.files import near_names
 
 Command = Callable[..., Any]
 Commands = Mapping[str, Any]
@@ -20,18 +23,20 @@ Commands = Mapping[str, Any]
 
 SHARED = {
     "model": "hub id, folder or .gguf file.",
-    "plan": "plan as text (full@0-3,17; window:512+4) or file; may be repeated. Default: the model's own spans.",
+    "plan": "plan as text (full@0-3,17,window:512+4, or with a ; in quotes) or file. Default: the model's own spans.",
     "full": "number of full layers, in place of --plan.",
-    "placement": "which layers are full: bottom, top, middle (default), spread, or a list like 0-3,17.",
+    "placement": "which layers are full: bottom, top, middle, spread, or a list like 0-3,17. Default: middle.",
     "local": "span of the other layers, for example window:512+4 or block:1024x2.",
     "max_positions": "N or N:METHOD, positions beyond the trained length.",
     "dtype": "dtype of the weights.",
+    "device": "cpu, cuda, cuda:1, ... or mps. Default: cuda where there is one, else cpu.",
     "backend": "implementation of attention.",
+    "quiet": "print no progress.",
+    "json": "file for the raw figures.",
 }
 """What options mean that several commands have."""
 
 SPECIAL: dict[str, dict[str, Any]] = {
-    "plan": {"action": "append", "type": str},
     "span": {"action": "append", "type": str},
     "stage": {"action": "extend", "nargs": "+", "type": str},
     "set": {"action": "append", "type": str, "metavar": "NAME=VALUE"},
@@ -42,13 +47,45 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 """Options that are lists, and how each is written."""
 
+GROUPS = {
+    "plan": ("plan", "full", "placement", "local", "max_positions"),
+    "data": ("data", "field", "documents", "where", "document_field", "target_field", "query_field", "max_tokens"),
+    "running": ("dtype", "device", "backend", "batch", "batch_size", "compile", "random_weights", "seed"),
+    "output": ("out", "plot", "json", "overwrite", "quiet"),
+}
+"""Headings of a command's help, and the options below each; the others come first."""
+
+ABOUT = {
+    "eval": "How well a model does under plans: perplexity, summarization, retrieval.",
+    "bench": "Times in one run: attention, prefill, decode, train, eval.",
+}
+"""What the commands below a name have in common."""
+
+WIDTH = 80
+"""Columns that the help fits into."""
 
 INSTEAD: dict[Command, dict[str, tuple[Callable[[], None], str]]] = {}
 """Command -> options that show something in place of running it, as --help does, with their help."""
 
 
 class Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of examples as they are."""
+    """Keeps the lines of examples as they are; says a default where it is one, and no types."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        says = "default" in text.lower() or not action.option_strings
+        if says or any(action.default is nothing for nothing in (None, False, argparse.SUPPRESS)):
+            return text
+        return f"{text.rstrip('.')} (default: %(default)s)."
+
+
+class Once(argparse.Action):
+    """An option whose second value would take the place of the first."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
+        if getattr(namespace, self.dest, None) is not None:
+            raise jsonargparse.ArgumentError(None, f"{option} is given twice; {parser.prog.split()[-1]} takes one")
+        setattr(namespace, self.dest, values)
 
 
 class Show(argparse.Action):
@@ -63,15 +100,21 @@ class Show(argparse.Action):
 
 
 def example(command: Command) -> str:
-    """The command line in the docstring's section `Example`."""
+    """The command line in the docstring's section `Example`, in lines that narrow terminals hold."""
     meta = parse_docstring(command.__doc__ or "").meta
-    return next(str(part.description) for part in meta if part.args == ["examples"])
+    text = next(str(part.description) for part in meta if part.args == ["examples"])
+    lines = [""]
+    for part in re.split(r" (?=--)", " ".join(text.replace("\\\n", " ").split())):
+        if lines[-1] and len(lines[-1]) + len(part) > WIDTH - 8:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {part}".lstrip()
+    return " \\\n".join(lines)
 
 
-def option_groups(command: Command) -> dict[str, type[PlanOptions]]:
+def option_groups(command: Command) -> dict[str, type[Options]]:
     """Parameter -> its type, of the parameters that stand for several options."""
     hints = get_type_hints(command)
-    return {name: hint for name, hint in hints.items() if isinstance(hint, type) and issubclass(hint, PlanOptions)}
+    return {name: hint for name, hint in hints.items() if isinstance(hint, type) and issubclass(hint, Options)}
 
 
 def option_parameters(command: Command) -> dict[str, inspect.Parameter]:
@@ -83,6 +126,8 @@ def option_parameters(command: Command) -> dict[str, inspect.Parameter]:
             found |= dict(inspect.signature(groups[name], eval_str=True).parameters)
         else:
             found[name] = parameter
+    if get_type_hints(command)["return"] == Figures:
+        found["json"] = inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=str | None)
     return found
 
 
@@ -94,21 +139,42 @@ def grouped(command: Command, options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def command_parser(command: Command) -> jsonargparse.ArgumentParser:
-    """The parser of one command: parameters without default are positional, or required options where they are lists
-    or keywords."""
+def usage(words: str, command: Command) -> str:
+    """The line above a command's help: what it needs; the rest stands below."""
+    needed = [
+        each.upper()
+        if is_positional(each, parameter)
+        else f"{option_name(each)} {SPECIAL.get(each, {}).get('metavar', each.upper())}"
+        for each, parameter in option_parameters(command).items()
+        if parameter.default is parameter.empty
+    ]
+    line = fill(" ".join(["masformer", words, *needed, "[options]"]), WIDTH - 8, break_on_hyphens=False)
+    return line.replace("\n", "\n           ")
+
+
+def command_parser(words: str, command: Command) -> jsonargparse.ArgumentParser:
+    """The parser of one command, by its words: parameters without default are positional, or required options where
+    they are lists or keywords."""
     docs = parse_docstring(command.__doc__ or "")
     texts = SHARED | {each.arg_name: each.description for each in docs.params}
-    hints = get_type_hints(command)
-    shown = example(command).replace("\n", "\n      ")
+    shown_example = example(command).replace("\n", "\n      ")
     parser = jsonargparse.ArgumentParser(
-        description=docs.short_description,
-        epilog=f"example:\n  {shown}",
+        usage=usage(words, command),
+        description=fill(docs.short_description or "", WIDTH - 2, break_on_hyphens=False),
+        epilog=f"example:\n  {shown_example}",
         formatter_class=Help,
         exit_on_error=False,
     )
-    for name, parameter in option_parameters(command).items():
+    places: dict[str, Any] = {}
+    found = option_parameters(command)
+    order = [each for names in GROUPS.values() for each in names]
+    for name in sorted(found, key=lambda each: order.index(each) if each in order else -1):
+        parameter = found[name]
         hint = parameter.annotation
+        heading = next((heading for heading, names in GROUPS.items() if name in names), None)
+        if heading is not None and heading not in places:
+            places[heading] = parser.add_argument_group(heading)
+        place = parser if heading is None else places[heading]
         options: dict[str, Any] = {"help": texts[name], "type": hint}
         needed = parameter.default is parameter.empty
         if not needed:
@@ -119,11 +185,13 @@ def command_parser(command: Command) -> jsonargparse.ArgumentParser:
         if needed and not positional:
             options["required"] = True
         options |= SPECIAL.get(name, {})
-        parser.add_argument(name if positional else option_name(name), **options)
+        if name == "plan":
+            several = hint == list[str] | None
+            options |= {"type": str, "action": "append" if several else Once}
+            options["help"] += " May be repeated." if several else ""
+        place.add_argument(name if positional else option_name(name), **options)
     for name, (show, text) in INSTEAD.get(command, {}).items():
         parser.add_argument(f"--{name}", action=Show, const=show, help=text)
-    if hints["return"] == Figures:
-        parser.add_argument("--json", type=str | None, default=None, help="file for the raw figures")
     return parser
 
 
@@ -138,18 +206,25 @@ def option_name(name: str) -> str:
 
 
 def add_commands(
-    parser: jsonargparse.ArgumentParser, commands: Commands, passed_on: Mapping[str, Command] | None = None
+    parser: jsonargparse.ArgumentParser,
+    commands: Commands,
+    passed_on: Mapping[str, Command] | None = None,
+    above: Sequence[str] = (),
 ) -> None:
     """Adds a tree of commands below a parser; those passed on are listed, but read their words themselves."""
-    choices = parser.add_subcommands(dest="command", required=True)
+    choices = parser.add_subcommands(dest="command", required=True, title="commands", description="", metavar="COMMAND")
     for name, command in commands.items():
+        words = [*above, name]
         if callable(command):
-            below = command_parser(command)
-            choices.add_subcommand(name, below, help=below.description)
+            below = command_parser(" ".join(words), command)
+            choices.add_subcommand(name, below, help=" ".join(str(below.description).split()))
         else:
-            below = jsonargparse.ArgumentParser(exit_on_error=False)
-            choices.add_subcommand(name, below, help=f"one of: {', '.join(command)}")
-            add_commands(below, command)
+            line = f"masformer {' '.join(words)} COMMAND [options]"
+            below = jsonargparse.ArgumentParser(
+                usage=line, description=ABOUT[name], formatter_class=Help, exit_on_error=False
+            )
+            choices.add_subcommand(name, below, help=ABOUT[name])
+            add_commands(below, command, above=words)
     for name, command in (passed_on or {}).items():
         about = parse_docstring(command.__doc__ or "").short_description
         choices.add_subcommand(name, jsonargparse.ArgumentParser(exit_on_error=False), help=about)
@@ -164,9 +239,13 @@ def all_commands(commands: Commands) -> Iterator[Command]:
             yield from all_commands(command)
 
 
-def error_line(error: Exception, commands: Commands) -> str:
-    """An error's message in one line, in the words of the command line."""
+def error_line(error: Exception, commands: Commands, words: Sequence[str] = ()) -> str:
+    """An error's message in one line, in the words of the command line, which were these."""
     text = " ".join(str(error).split())
+    if unknown := re.fullmatch(r"(?:argument [\w.]*: )?invalid choice: '(.*?)' \(choose from (.*)\)", text):
+        return _unknown(unknown[1], re.findall(r"'(.*?)'", unknown[2]))
+    if strange := re.match(r"unrecognized arguments: (.*)$", text, re.IGNORECASE):
+        return _strange(strange[1], words, commands)
     if missing := re.fullmatch(r"the following arguments are required: ([\w., ]+)", text):
         return _missing(missing[1].split(", "), commands)
     if alone := re.match(r'expected "([\w.]*?)\.?command" to be one of', text):
@@ -183,6 +262,31 @@ def error_line(error: Exception, commands: Commands) -> str:
             strings = [choice for choice in choices if isinstance(choice, str)]
             allowed = ", ".join(strings) or ("a number" if float in choices else allowed)
     return f"{option_name(name)} {value!r} is not allowed; allowed: {allowed}"
+
+
+def _unknown(name: str, names: Sequence[str]) -> str:
+    near = near_names(name, names)
+    return f"no command {shown(name)}; " + (f"did you mean {near[0]}?" if near else f"allowed: {', '.join(names)}")
+
+
+def _strange(left: str, words: Sequence[str], commands: Commands) -> str:
+    """Of words that no option took."""
+    found: Any = commands
+    name = ["masformer"]
+    for word in words:
+        if not isinstance(found, Mapping) or word not in found:
+            break
+        found = found[word]
+        name.append(word)
+    option = left.split()[0].partition("=")[0]
+    line = f"{' '.join(name)} does not take {shown(left)}"
+    if callable(found):
+        parameters = option_parameters(found)
+        names = [option_name(each) for each in parameters if not is_positional(each, parameters[each])]
+        names += [f"--{each}" for each in INSTEAD.get(found, {})]
+        if near := near_names(option, [*names, "--help"]):
+            return f"{line}; did you mean {near[0]}?"
+    return f"{line}; see {' '.join(name)} --help"
 
 
 def _missing(keys: Sequence[str], commands: Commands) -> str:

@@ -8,7 +8,7 @@ from masformer import study
 from masformer.cli.options import Figures, console, say
 from masformer.demo import pretrained_model
 from masformer.errors import MasformerError
-from masformer.progress import progress_bar
+from masformer.progress import stage_progress
 
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -22,6 +22,7 @@ def reproduce(
     model: str | None = None,
     dry_run: bool = False,
     recipes: bool = False,
+    quiet: bool = False,
 ) -> Figures:
     """Runs the paper's experiments and reports them: report.md and report.html, and a record of each stage.
 
@@ -59,13 +60,8 @@ def reproduce(
         written = study.write_recipes(units, place.folder / "recipes")
         say(f"{len(written)} recipes: {place.folder / 'recipes'}")
         return {"scale": scale, "recipes": [path.name for path in written]}
-    with progress_bar() as progress:
-        task = progress.add_task("", total=len(units))
-        study.run_study(
-            chosen,
-            place,
-            lambda name, done, total: progress.update(task, description=name, completed=done, total=total),
-        )
+    with stage_progress(quiet=quiet) as progress:
+        study.run_study(chosen, place, progress)
     command = ["masformer", "reproduce", "--scale", Path(scale).name, "--out", Path(out).name]
     command += ["--stage", *stage] if stage else []
     command += [] if model is None else ["--model", Path(model).name if Path(model).exists() else model]

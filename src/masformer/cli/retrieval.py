@@ -6,7 +6,7 @@ import json
 from typing import Literal
 
 from masformer import records
-from masformer.cli.options import Figures, ModelOptions, console, lengths_of, say
+from masformer.cli.options import Figures, ModelOptions, lengths_of, say, show
 from masformer.errors import MasformerError
 from masformer.evaluation.predictions import BATCH
 from masformer.evaluation.retrieval import (
@@ -45,11 +45,13 @@ def eval_retrieval(
     seed: int = records.SEED,
     out: str | None = None,
     plot: str | None = None,
+    quiet: bool = False,
 ) -> Figures:
     """Finding what is hidden in long prompts, pass keys and RULER's tasks, by length and depth; plans share one load.
 
     Args:
-        tasks: passkey, niah_single, niah_multikey, niah_multivalue, variable_tracking; separated by commas.
+        tasks: passkey, niah_single, niah_multikey, niah_multivalue, variable_tracking; separated by commas
+            (default: all).
         lengths: tokens of prompt and answer together, separated by commas.
         depths: how many depths from 0 to 100%, or the depths themselves as in 0,10,50.
         examples: prompts for each task, length and depth.
@@ -82,7 +84,7 @@ def eval_retrieval(
         digits=digits,
         max_new_tokens=max_new_tokens,
     )
-    with plan_progress() as progress:
+    with plan_progress(f"{model} on {records.device_name(loaded.device)}", quiet=quiet) as progress:
         results, reach = retrieve(
             loaded,
             prober,
@@ -98,7 +100,7 @@ def eval_retrieval(
             progress=progress,
         )
     for table in retrieval_tables(results, reach):
-        console.print(table)
+        show(table)
     if plot is not None:
         figure = heat_map([{**result.to_dict(), "score": result.score} for result in results], "score")
         assert figure is not None
@@ -108,6 +110,7 @@ def eval_retrieval(
         "model": model,
         "data": data,
         "dtype": str(loaded.dtype),
+        "device": records.device_name(loaded.device),
         "settings": {
             "tasks": [task.name for task in chosen],
             "lengths": sizes,
@@ -140,6 +143,7 @@ def write_pairs(
     digits: int | None = None,
     max_new_tokens: int | None = None,
     seed: int = records.SEED,
+    quiet: bool = False,
 ) -> None:
     """Writes prompt/target pairs to train retrieval with, for masformer train; masformer eval retrieval --raw tests it.
 
@@ -165,7 +169,7 @@ def write_pairs(
     if tokenizer is None:
         raise MasformerError(f"{model} has no tokenizer")
     lines: list[str] = []
-    with progress_bar() as progress:
+    with progress_bar(quiet=quiet) as progress:
         pairs = training_pairs(
             tokenizer, chosen, sizes, count, haystack=haystack, seed=seed, digits=digits, max_new_tokens=max_new_tokens
         )

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 from masformer import placement, records
-from masformer.cli.options import Dtype, Figures, ModelOptions, console, say
+from masformer.cli.options import Dtype, Figures, RunningOptions, say, show
 from masformer.data import read_documents
 from masformer.errors import MasformerError
 from masformer.evaluation.perplexity import prefix_token, tokenize
 from masformer.models.checkpoint import load_config
 from masformer.plan import PLAN_SUFFIXES
-from masformer.progress import progress_bar
+from masformer.progress import stage_progress
 from masformer.spans import Span
 
 
@@ -39,6 +39,8 @@ def search(
     dtype: Dtype = "auto",
     journal: str | None = None,
     plot: str | None = None,
+    device: str | None = None,
+    quiet: bool = False,
 ) -> Figures:
     """Finds the layers that need full attention, on your text, and holds them against other placements.
 
@@ -76,10 +78,9 @@ def search(
         raise MasformerError("--probes does nothing without the criterion retrieval")
     texts = {name: list(read_documents([name], field=field, limit=documents)) for name in test or ()}
     chosen = list(read_documents(data, field=field, limit=documents))
-    options = ModelOptions(dtype=dtype)
+    options = RunningOptions(dtype=dtype, device=device)
     loaded, tokenizer = options.load_both(model, load_config(model)[1])
-    with progress_bar() as progress:
-        task = progress.add_task("", total=None)
+    with stage_progress(f"{model} on {records.device_name(loaded.device)}", quiet=quiet) as progress:
         result = placement.search_layers(
             loaded,
             tokenize(tokenizer, chosen)[0],
@@ -100,12 +101,18 @@ def search(
             batch_size=batch_size,
             precision=options.precision,
             journal=journal or f"{out}.journal",
-            progress=lambda stage, done, total: progress.update(task, description=stage, completed=done, total=total),
+            progress=progress,
         )
-    console.print(placement.placement_table(result))
+    show(placement.placement_table(result))
     result.save(out, model=model, data=data)
     say(f"{out}: {result.plan}")
     if plot is not None:
         placement.plot_search(result, plot)
         say(f"map of the layers: {plot}")
-    return {"model": model, "data": data, "dtype": str(loaded.dtype), **result.to_dict()}
+    return {
+        "model": model,
+        "data": data,
+        "dtype": str(loaded.dtype),
+        "device": records.device_name(loaded.device),
+        **result.to_dict(),
+    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 
-from masformer.cli.options import ModelOptions, console
+from masformer.cli.options import OneModelOptions, console
 from masformer.errors import MasformerError, check_int
 from masformer.models.checkpoint import load_config
 
@@ -14,7 +14,7 @@ PACKAGES = ("fastapi", "openai", "pydantic", "uvicorn")
 
 def serve(
     model: str,
-    options: ModelOptions,
+    options: OneModelOptions,
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -40,7 +40,7 @@ def serve(
 
     key = os.environ.get("MASFORMER_API_KEY") if api_key is None else api_key
     check_int("--queue", queue, 0)
-    chosen = options.one(load_config(model)[1], "a server")
+    chosen = options.one(load_config(model)[1])
     with serving.listen(host, port) as listener:
         app = serving.build_app(*options.load(model, chosen), name or model, api_key=key, waiting=queue)
         address, bound = listener.getsockname()[:2]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from masformer import records
-from masformer.cli.options import Figures, ModelOptions, console, lengths_of
+from masformer.cli.options import Figures, ModelOptions, lengths_of, show
 from masformer.errors import MasformerError, check_int
 from masformer.evaluation.predictions import BATCH
 from masformer.evaluation.prompts import (
@@ -47,6 +47,7 @@ def eval_summarization(
     batch: int = BATCH,
     backend: Literal["auto", "tiled", "reference"] = "auto",
     seed: int = records.SEED,
+    quiet: bool = False,
 ) -> Figures:
     """Summaries of long documents, or answers to queries about them: ROUGE by plan and length of the prompt.
 
@@ -94,7 +95,7 @@ def eval_summarization(
     shown = _shots(shots, shot_where, shot_tokens, seed, examples, read)
     loaded, tokenizer = options.load_both(model, next(iter(plans.values())))
     prompter = Prompter(tokenizer, words, chat=False if raw else None, cut=cut, shots=shown, shot_tokens=shot_tokens)
-    with plan_progress() as progress:
+    with plan_progress(f"{model} on {records.device_name(loaded.device)}", quiet=quiet) as progress:
         results, differences = summarize(
             loaded,
             prompter,
@@ -110,11 +111,12 @@ def eval_summarization(
             progress=progress,
         )
     for table in summarization_tables(results, differences):
-        console.print(table)
+        show(table)
     return {
         "model": model,
         "data": data,
         "dtype": str(loaded.dtype),
+        "device": records.device_name(loaded.device),
         "settings": {
             "document_field": document_field,
             "target_field": target_field,

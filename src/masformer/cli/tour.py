@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from masformer import demo
-from masformer.cli.options import Figures, console
+from masformer.cli.options import Figures, console, device_of
 
 
-def run_demo(model: str | None = None, data: list[str] | None = None, length: int = 2048) -> Figures:
+def run_demo(
+    model: str | None = None,
+    data: list[str] | None = None,
+    length: int = 2048,
+    device: str | None = None,
+    quiet: bool = False,
+) -> Figures:
     """Shows, on a real model and real text, what mixed attention spans do to quality, cost and speed.
 
     Args:
@@ -17,4 +23,4 @@ def run_demo(model: str | None = None, data: list[str] | None = None, length: in
     Example:
         masformer demo --length 1024
     """
-    return demo.run_demo(model, data, length, console)
+    return demo.run_demo(model, data, length, console, device=device_of(device), quiet=quiet)

@@ -9,18 +9,22 @@ from dataclasses import fields
 from typing import Any
 
 import torch.distributed as dist
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from masformer.cli.options import Figures, console
+from masformer.cli.parser import INSTEAD
 from masformer.errors import MasformerError
-from masformer.training.recipe import Recipe, load_recipe
+from masformer.training.recipe import Recipe, load_recipe, recipe_settings
 
 
 def train(*, config: str, set: list[str] | None = None, resume: bool = False, dry_run: bool = False) -> Figures:
     """Trains a model as a recipe says: continual training on long rows, fine-tuning on pairs, or from scratch.
 
     Args:
-        config: recipe, a YAML file.
+        config: recipe, a YAML file; --settings shows what it may say.
         set: a setting in place of the recipe's: NAME=VALUE; --training.steps 60 is --set training.steps=60.
         resume: go on from the newest whole checkpoint of the output folder.
         dry_run: show shapes, steps, cost and memory, and train nothing.
@@ -70,3 +74,18 @@ def gather_settings(words: Sequence[str]) -> list[str]:
 def gathered(words: Sequence[str]) -> list[Any]:
     """The words of any command line, with the settings of `train` gathered."""
     return ["train", *gather_settings(words[1:])] if words[:1] == ["train"] else list(words)
+
+
+def show_settings() -> None:
+    """Prints the settings of a recipe, with their defaults."""
+    for section, rows in recipe_settings().items():
+        table = Table(title=section, title_justify="left", box=SIMPLE_HEAD)
+        table.add_column("setting", no_wrap=True)
+        for column in ("default", "what it says"):
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
+
+
+INSTEAD[train] = {"settings": (show_settings, "show every setting of a recipe with its default, and stop.")}

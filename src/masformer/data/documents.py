@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from masformer.errors import MasformerError, check_int
-from masformer.files import COMPRESSED, decode_text, open_content, parse_json
+from masformer.files import COMPRESSED, decode_text, missing, open_content, parse_json
 
 JSON_LINES = (".jsonl", ".ndjson")
 PARQUET = ".parquet"
@@ -132,7 +132,7 @@ def check_files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
         if path.is_dir():
             raise MasformerError(f"data file {path} is a folder; allowed: {DATA_FORMS}")
         if not path.exists():
-            raise MasformerError(f"data file {path} does not exist")
+            raise missing("data file", path)
         if _kind(path) in NOT_TEXT and path.suffix.lower() != PARQUET:
             raise MasformerError(f"data file {path} is of the kind {_kind(path)}; allowed: {DATA_FORMS}")
     return files

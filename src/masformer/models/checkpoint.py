@@ -24,7 +24,8 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from masformer.errors import MasformerError, check_int, shown
-from masformer.models import adapters
+from masformer.files import missing
+from masformer.models import adapters, hub
 from masformer.models.bridge import NAME, apply_plan
 from masformer.models.native import native_plan
 from masformer.models.positions import extend_positions
@@ -159,9 +160,9 @@ def load_model(
     """
     if position_method is not None and max_positions is None:
         raise MasformerError("a position method does nothing without max_positions")
-    hub = _given(revision=revision, token=token)
-    config, carried = load_config(model, **hub)
-    source, options = _locate(model, **hub)
+    version = _given(revision=revision, token=token)
+    config, carried = load_config(model, **version)
+    source, options = _locate(model, **version)
     if source.endswith(".json"):
         raise MasformerError(f"{source} is a config alone; loading a model needs its folder, with the weights")
     chosen = AttentionPlan.from_options(
@@ -171,6 +172,8 @@ def load_model(
     if config.model_type == adapters.GPT_NEO:
         options["attn_implementation"] = NAME
     _check_generation_config(Path(source))
+    if "gguf_file" in options:
+        _show_bars_in_terminals_alone()
     use_safetensors = None if "gguf_file" in options else True
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(
@@ -198,7 +201,7 @@ def load_model(
         apply_plan(loaded, chosen, backend)
     if max_positions is not None:
         extend_positions(loaded, max_positions, position_method)
-    tokenizer = load_tokenizer(model, **hub)
+    tokenizer = load_tokenizer(model, **version)
     if tokenizer is not None:
         fit_tokenizer(tokenizer, loaded, max_positions)
     return loaded, tokenizer
@@ -221,6 +224,15 @@ def _check_generation_config(folder: Path) -> None:
             GenerationConfig.from_pretrained(folder)
         except Exception as error:
             raise _cannot("read", folder / GENERATION_CONFIG_NAME, error) from error
+
+
+def _show_bars_in_terminals_alone() -> None:
+    """transformers draws a bar for a .gguf file into logs as well."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    bar = getattr(reader, "tqdm", None)
+    if bar is not None and not isinstance(bar, partial):
+        reader.tqdm = partial(bar, disable=None)
 
 
 def _unread(loaded: PreTrainedModel, path: Path) -> list[str]:
@@ -324,7 +336,7 @@ def _locate(
     """What transformers is to be asked for."""
     source, path = os.fspath(model), Path(model)
     if source.endswith((".gguf", ".json")) and not path.is_file():
-        raise MasformerError(f"model file {source} does not exist")
+        raise missing("model file", source)
     if path.is_file() and not source.endswith((".gguf", ".json")):
         raise MasformerError(f"{source} is a file; allowed: a hub id, a folder, a .gguf file, or a config.json")
     if revision is not None and path.exists():
@@ -337,7 +349,8 @@ def _locate(
         raise _adapter(model)
     if path.is_dir() and not (path / "config.json").is_file():
         raise MasformerError(f"folder {source} holds no config.json")
-    return source, _given(revision=revision, token=token)
+    local = True if not path.exists() and hub.is_cached_alone(source, revision) else None
+    return source, _given(revision=revision, token=token, local_files_only=local)
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from masformer.data.packing import make_rows
 from masformer.data.report import report_rows, report_text
 from masformer.data.store import token_store
 from masformer.errors import MasformerError
+from masformer.files import missing
 from masformer.models.checkpoint import load_config
 from masformer.plan import AttentionPlan
 from masformer.plots import picture
@@ -224,7 +225,7 @@ def _config(recipe: Recipe, notes: list[str]) -> tuple[PretrainedConfig, Attenti
         check_expected(recipe.model, config)
         return config, own
     if source.endswith((".gguf", ".json")):
-        raise MasformerError(f"model file {source} does not exist")
+        raise missing("model file", source)
     if recipe.model.config is None:
         raise MasformerError(
             f"a dry run does not ask for {source}: give model.config, its model type and sizes, or name a folder"

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
+from docstring_parser import parse as parse_docstring
 
 from masformer.attention import BACKENDS
 from masformer.data.packing import PACKINGS
@@ -400,3 +401,25 @@ def _kind(name: str, sources: Mapping[str, Source]) -> bool:
     if len(kinds) > 1:
         raise MasformerError(f"{name} mixes plain texts and prompt/target pairs; give one kind")
     return kinds.pop()
+
+
+def recipe_settings() -> dict[str, list[tuple[str, str, str]]]:
+    """Every setting by section, as (name, default, what it says); a default of what must be given is `required`."""
+    found: dict[str, list[tuple[str, str, str]]] = {}
+    _collect(Recipe, "", found)
+    return found
+
+
+def _collect(cls: Any, path: str, found: dict[str, list[tuple[str, str, str]]]) -> None:
+    docs = {each.arg_name: each.description or "" for each in parse_docstring(cls.__doc__ or "").params}
+    hints = get_type_hints(cls)
+    for option in fields(cls):
+        kind = next((each for each in (hints[option.name], *get_args(hints[option.name])) if is_dataclass(each)), None)
+        name = path + option.name
+        if kind is not None:
+            _collect(kind, f"{name}.NAME." if get_origin(hints[option.name]) is dict else f"{name}.", found)
+            continue
+        default = option.default_factory() if option.default_factory is not MISSING else option.default
+        shown = "required" if default is MISSING else yaml.safe_dump(default, default_flow_style=True).split("\n")[0]
+        text = " ".join(docs.get(option.name, "").split())
+        found.setdefault(path.rstrip(".") or "recipe", []).append((name, shown, text))

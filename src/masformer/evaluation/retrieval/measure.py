@@ -257,7 +257,7 @@ def retrieval_tables(results: Sequence[RetrievalResult], lengths: Sequence[Effec
     reach = Table(title=f"Effective length: the longest up to which the score is above {THRESHOLD}")
     reach.add_column("plan")
     for task in tasks:
-        reach.add_column(task, justify="right")
+        reach.add_column(task.replace("_", "_\n"), justify="right")
     values = {(each.name, each.task): each.effective_length for each in lengths}
     for name in dict.fromkeys(each.name for each in lengths):
         found = (values[name, task] for task in tasks)
