@@ -29,7 +29,7 @@ from masformer.cost import ModelShape, cost
 from masformer.errors import MasformerError
 from masformer.models import bridge
 from masformer.plots import plot_times
-from masformer.spans import Span
+from masformer.spans import FullSpan, Span, WindowSpan, layer_span
 from tiny import PLAN, tiny
 
 PURE = [name for name in PEERS if name not in ("flex-attention", "flash-attn", DIRECT)]
@@ -352,3 +352,15 @@ def test_tables_pictures_and_the_line_say_the_same(tmp_path):
 def test_wrong_values_are_named(options, message):
     with pytest.raises(MasformerError, match=message):
         bench_attention(**{"spans": [Span.parse("window:8")], "lengths": [16]} | options)
+
+
+def test_spans_by_unit_are_timed_beside_their_parts():
+    spans = [layer_span([FullSpan(), WindowSpan(8)])]
+    found = bench_attention(spans, [64], heads=4, kv_heads=2, head_dim=8, peers=["hf-sdpa"], repeats=1)
+    names = [(row["pass"], row["name"], row["ideal"]) for row in found["results"]]
+    ideal = 64 * 65 / (64 * 65 / 2 + WindowSpan(8).visible_pairs(64))
+    for pass_ in ("forward", "forward + backward"):
+        assert (pass_, "full,window:8", pytest.approx(ideal)) in names
+        assert (pass_, "full,window:8, its parts alone", pytest.approx(ideal)) in names
+    with pytest.raises(MasformerError, match="2 spans are named for 3 KV heads; give one span, or one for each"):
+        bench_attention(spans, [64], heads=3, kv_heads=3)

@@ -83,6 +83,20 @@ def test_without_gradients_after_a_past_with_values_of_any_width(span, value_dim
     torch.testing.assert_close(attend(query, key, value, span, backend=backend), expected, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("threads", [1, 8])
+@pytest.mark.parametrize("group", [1, 3])
+def test_full_attention_of_few_key_heads_on_any_number_of_threads(monkeypatch, threads, group):
+    """With more threads than key heads, these are repeated for the backward pass."""
+    inputs = tensors(1, 2, group, 41, 41)
+    left = attend(*inputs, "full", backend="reference")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    right = attend(*inputs, "full", backend="tiled")
+    torch.testing.assert_close(right, left, atol=1e-12, rtol=0)
+    weight = torch.randn_like(left)
+    for a, b in zip(*(torch.autograd.grad((out * weight).sum(), inputs) for out in (left, right)), strict=True):
+        torch.testing.assert_close(b, a, atol=1e-11, rtol=0)
+
+
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("span", [FullSpan(), WindowSpan(3), WindowSpan(2, 2), BlockSpan(3, 1)])
 def test_gradcheck(span, softcap):

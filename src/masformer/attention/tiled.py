@@ -130,6 +130,11 @@ class Kernel:
         return self.softcap is None and (not self.dropout or query.is_cuda)
 
     def causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if query.device.type == "cpu" and torch.is_grad_enabled():
+            # The backward pass gives each thread whole key heads: with fewer heads than threads, they wait and spin.
+            group, few = query.shape[1] // key.shape[1], key.shape[0] * key.shape[1] < torch.get_num_threads()
+            if few and group > 1:
+                key, value = (x.repeat_interleave(group, 1) for x in (key, value))
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=self.scale, dropout_p=self.dropout, enable_gqa=True
         )

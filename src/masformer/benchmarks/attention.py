@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from masformer.attention import BACKENDS, attend
+from masformer.attention.units import split
 from masformer.benchmarks.limits import Probe
 from masformer.benchmarks.peers import DIRECT, PEERS, UnableError
 from masformer.benchmarks.rows import with_exponents
 from masformer.benchmarks.timing import DTYPES, compare_times, default_device, prefixed
 from masformer.errors import MasformerError, check_int
-from masformer.spans import FullSpan, Span
+from masformer.spans import FullSpan, LayerSpan, UnitSpans, spans_of
 
 FULL = "full causal SDPA"
 FORWARD, BOTH = "forward", "forward + backward"
@@ -29,7 +30,7 @@ these again with the gradient of out, and the gradients of q, k and v."""
 
 
 def bench_attention(
-    spans: Sequence[Span],
+    spans: Sequence[LayerSpan],
     lengths: Sequence[int],
     *,
     heads: int = 9,
@@ -50,7 +51,7 @@ def bench_attention(
     Queries, keys and values lie in memory as models make them, [batch, length, heads, dim].
 
     Args:
-        spans: the spans to time.
+        spans: the spans to time; spans by unit also as the groups of units alone, each with tensors of its own.
         lengths: tokens, N.
         heads: query heads.
         kv_heads: key and value heads.
@@ -79,6 +80,9 @@ def bench_attention(
     sizes = {"heads": heads, "kv heads": kv_heads, "head dim": head_dim, "batch": batch}
     for name, size in (sizes | {"length": min(lengths, default=1)}).items():
         check_int(name, size, 1)
+    for span in spans:
+        if isinstance(span, UnitSpans) and len(span) != kv_heads:
+            raise MasformerError(f"{len(span)} spans are named for {kv_heads} KV heads; give one span, or one for each")
     if heads % kv_heads:
         raise MasformerError(f"{heads} query heads are no multiple of {kv_heads} kv heads")
     named: list[tuple[str, str, Collection[str]]] = [("dtype", dtype, DTYPES), ("backend", backend, BACKENDS)]
@@ -102,7 +106,7 @@ def bench_attention(
             query, key, value = inputs
             gradient = torch.randn_like(query, requires_grad=False) if pass_ == BOTH else None
             variants = _variants(spans, (query, key, value), backend, pass_, peers, left_out)
-            calls = {each.name: partial(_run, each.attention, query, key, value, gradient) for each in variants}
+            calls = {each.name: partial(_run, each.attention, *(each.inputs or inputs), gradient) for each in variants}
             times = compare_times(
                 probe.calls() | calls,
                 repeats,
@@ -114,16 +118,16 @@ def bench_attention(
             rates.append({"length": length, "pass": pass_} | limits.to_dict())
             per_query, per_key = STREAMS[pass_]
             moved = (per_query * query.numel() + per_key * key.numel()) * query.element_size()
-            direct = {str(each.span): times[each.name].median for each in variants if each.peer == DIRECT}
+            direct = {_name(each.span): times[each.name].median for each in variants if each.peer == DIRECT}
             for each in variants:
-                median, pairs = times[each.name].median, each.computed.visible_pairs(length)
+                median, pairs = times[each.name].median, _pairs(each.computed, length)
                 speedup, ideal = times[FULL].median / median, FullSpan().visible_pairs(length) / pairs
-                flops = PRODUCTS[pass_] * 2 * batch * heads * head_dim * pairs
+                flops = round(PRODUCTS[pass_] * 2 * batch * heads * head_dim * pairs)
                 rows.append(
-                    {"length": length, "pass": pass_, "name": each.name, "span": str(each.span), "peer": each.peer}
+                    {"length": length, "pass": pass_, "name": each.name, "span": _name(each.span), "peer": each.peer}
                     | {"seconds": list(times[each.name].seconds), "median": median, "difference": each.difference}
                     | {"speedup": speedup, "ideal": ideal, "share": speedup / ideal}
-                    | {"of_direct": direct[str(each.span)] / median if str(each.span) in direct else None}
+                    | {"of_direct": direct[_name(each.span)] / median if _name(each.span) in direct else None}
                     | limits.of(median, flops, moved)
                 )
     return {"results": with_exponents(rows, ("pass", "name")), "limits": rates, "left_out": left_out}
@@ -140,31 +144,64 @@ class _Variant:
         computed: the one that it really computes.
         peer: whose it is; None: ours, or torch's full attention.
         difference: of its output from ours; None where there is nothing to compare.
+        inputs: queries, keys and values of its own, each as parts; None: those of all.
     """
 
     name: str
-    attention: Callable[[Tensor, Tensor, Tensor], Tensor]
-    span: Span
-    computed: Span
+    attention: Callable[..., Tensor | list[Tensor]]
+    span: LayerSpan
+    computed: LayerSpan
     peer: str | None = None
     difference: float | None = None
+    inputs: tuple[list[Tensor], list[Tensor], list[Tensor]] | None = None
+
+
+PARTS = "its parts alone"
+
+
+def _name(span: LayerSpan) -> str:
+    return ",".join(map(str, spans_of(span)))
+
+
+def _pairs(span: LayerSpan, length: int) -> float:
+    """Visible pairs of a head, on average."""
+    spans = spans_of(span)
+    return sum(each.visible_pairs(length) for each in spans) / len(spans)
+
+
+def _parts(span: UnitSpans, inputs: tuple[Tensor, Tensor, Tensor], backend: str) -> _Variant:
+    """The groups of units of a layer, each attended to alone: what the layer would cost if nothing had to be joined."""
+
+    def attention(*tensors: list[Tensor]) -> list[Tensor]:
+        each = zip(*tensors, span.groups, strict=True)
+        return [attend(*part, group.span, backend=backend) for *part, group in each]
+
+    def own(x: Tensor) -> list[Tensor]:
+        parts = (part.detach().transpose(1, 2).contiguous().transpose(1, 2) for part in split(x, span))
+        return [part.requires_grad_(x.requires_grad) for part in parts]
+
+    query, key, value = map(own, inputs)
+    return _Variant(f"{_name(span)}, {PARTS}", attention, span, span, PARTS, inputs=(query, key, value))
 
 
 def _variants(
-    spans: Sequence[Span],
+    spans: Sequence[LayerSpan],
     inputs: tuple[Tensor, Tensor, Tensor],
     backend: str,
     pass_: str,
     peers: Sequence[str],
     left_out: dict[str, list[str]],
 ) -> list[_Variant]:
-    def ours(span: Span) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def ours(span: LayerSpan) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         return lambda query, key, value: attend(query, key, value, span, backend=backend)
 
     full = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
     found = [_Variant(FULL, full, FullSpan(), FullSpan())]
     for span in spans:
-        found.append(_Variant(str(span), ours(span), span, span))
+        found.append(_Variant(_name(span), ours(span), span, span))
+        if isinstance(span, UnitSpans):
+            found.append(_parts(span, inputs, backend))
+            continue
         for peer in peers:
             try:
                 attention, computed = PEERS[peer](span, *inputs[:2], pass_ == BOTH)
@@ -179,15 +216,20 @@ def _variants(
 
 
 def _run(
-    attention: Callable[[Tensor, Tensor, Tensor], Tensor],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    attention: Callable[..., Tensor | list[Tensor]],
+    query: Tensor | list[Tensor],
+    key: Tensor | list[Tensor],
+    value: Tensor | list[Tensor],
     gradient: Tensor | None,
 ) -> None:
-    """Forward alone, or with the backward pass of this gradient."""
+    """Forward alone, or with the backward pass of this gradient; tensors may be in parts."""
     if gradient is None:
         with torch.no_grad():
             attention(query, key, value)
+        return
+    out = attention(query, key, value)
+    if isinstance(out, Tensor):
+        torch.autograd.grad(out, (query, key, value), gradient)  # type: ignore[arg-type]
     else:
-        torch.autograd.grad(attention(query, key, value), (query, key, value), gradient)
+        per_part = gradient.split([part.shape[1] for part in out], 1)
+        torch.autograd.grad(out, [*query, *key, *value], per_part)

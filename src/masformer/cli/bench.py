@@ -14,7 +14,7 @@ from masformer.errors import MasformerError, check_seed
 from masformer.models.checkpoint import load_config
 from masformer.plots import checked_figure, plot_times
 from masformer.progress import progress_bar
-from masformer.spans import Span
+from masformer.spans import Span, layer_span
 
 Peers = Literal["all", "none"]
 BASELINE = {"all": "transformers", "none": "all full"}
@@ -40,7 +40,7 @@ def bench_attention(
     """Times attention under spans against full causal attention, against other implementations, and against limits.
 
     Args:
-        span: span to time, may be repeated. Default: window:512.
+        span: span to time, may be repeated; or one for each KV head, separated by commas. Default: window:512.
         lengths: tokens, separated by commas.
         heads: query heads.
         kv_heads: key and value heads.
@@ -59,7 +59,7 @@ def bench_attention(
     """
     check_seed(seed)
     torch.manual_seed(seed)
-    spans = [Span.parse(text) for text in span or ["window:512"]]
+    spans = [layer_span([Span.parse(part) for part in text.split(",")]) for text in span or ["window:512"]]
     sizes = lengths_of("--lengths", lengths)
     names = {"all": list(benchmarks.PEERS), "none": []}.get(peers) or [n for n in peers.split(",") if peers != "none"]
     shape: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "batch": batch}
