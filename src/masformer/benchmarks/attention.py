@@ -106,7 +106,10 @@ def bench_attention(
             query, key, value = inputs
             gradient = torch.randn_like(query, requires_grad=False) if pass_ == BOTH else None
             variants = _variants(spans, (query, key, value), backend, pass_, peers, left_out)
-            calls = {each.name: partial(_run, each.attention, *(each.inputs or inputs), gradient) for each in variants}
+            calls = {}
+            for each in variants:
+                tensors = each.inputs or (query, key, value)
+                calls[each.name] = partial(_run, each.attention, *tensors, gradient=gradient)
             times = compare_times(
                 probe.calls() | calls,
                 repeats,
@@ -172,9 +175,9 @@ def _pairs(span: LayerSpan, length: int) -> float:
 def _parts(span: UnitSpans, inputs: tuple[Tensor, Tensor, Tensor], backend: str) -> _Variant:
     """The groups of units of a layer, each attended to alone: what the layer would cost if nothing had to be joined."""
 
-    def attention(*tensors: list[Tensor]) -> list[Tensor]:
-        each = zip(*tensors, span.groups, strict=True)
-        return [attend(*part, group.span, backend=backend) for *part, group in each]
+    def attention(query: list[Tensor], key: list[Tensor], value: list[Tensor]) -> list[Tensor]:
+        each = zip(query, key, value, span.groups, strict=True)
+        return [attend(q, k, v, group.span, backend=backend) for q, k, v, group in each]
 
     def own(x: Tensor) -> list[Tensor]:
         parts = (part.detach().transpose(1, 2).contiguous().transpose(1, 2) for part in split(x, span))
