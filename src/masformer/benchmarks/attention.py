@@ -108,8 +108,8 @@ def bench_attention(
             variants = _variants(spans, (query, key, value), backend, pass_, peers, left_out)
             calls = {}
             for each in variants:
-                tensors = each.inputs or (query, key, value)
-                calls[each.name] = partial(_run, each.attention, *tensors, gradient=gradient)
+                q, k, v = each.inputs or (query, key, value)
+                calls[each.name] = partial(_run, each.attention, q, k, v, gradient)
             times = compare_times(
                 probe.calls() | calls,
                 repeats,
