@@ -10,9 +10,9 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 demo: install
 	$(BIN)/masformer demo
 
-# Tiny models gain nothing from threads: several test files run at once instead, each on one.
+# Tiny models gain nothing from threads: several test files run at once instead, each on one, in the order of conftest.py.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

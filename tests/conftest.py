@@ -1,6 +1,7 @@
 """Tests never ask a hub, and take one thread: on tiny tensors more threads mostly wait, and crawl on a busy machine."""
 
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -15,7 +16,34 @@ from masformer.demo import pretrained_model
 transformers.logging.disable_progress_bar()  # as the command line does; tests read what it prints
 
 
+# The files that take longest, in this order: they begin first, so that several workers end together.
+LONGEST = [
+    "study/test_tiny.py",
+    "models/test_export.py",
+    "study/test_study.py",
+    "training/test_distributed.py",
+    "test_placement.py",
+    "test_cache.py",
+    "test_gpu_script.py",
+    "test_pretrained.py",
+    "models/test_compiling.py",
+    "reports/test_report.py",
+    "training/test_run.py",
+    "test_damage.py",
+    "attention/test_flex.py",
+    "test_numbers.py",
+    "evaluation/test_retrieval_trained.py",
+    "evaluation/test_harness.py",
+    "training/test_loss.py",
+    "test_memory.py",
+    "serving/test_answers.py",
+    "training/test_interruptions.py",
+]
+
+
 def pytest_collection_modifyitems(items):
+    place = {Path(__file__).parent / name: index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -57,6 +57,22 @@ def client_of(app, key="none"):
     return openai.OpenAI(base_url="http://testserver/v1", api_key=key, max_retries=0, http_client=http)
 
 
+def generated(model, tokenizer, prompt, max_new_tokens=LENGTH):
+    """The greedy answer of the model itself."""
+    tokens = (
+        tokenizer(prompt, return_tensors="pt")
+        if isinstance(prompt, str)
+        else tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    )
+    out = model.generate(**tokens, do_sample=False, max_new_tokens=max_new_tokens)
+    return tokenizer.decode(out[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def chat(client, messages=CHAT, name="m", **options):
+    options = {"temperature": 0, "max_tokens": LENGTH} | options
+    return client.chat.completions.create(model=name, messages=messages, **options).choices[0].message.content
+
+
 @contextmanager
 def listening(app):
     """The address of a real server in a thread."""

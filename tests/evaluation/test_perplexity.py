@@ -1,7 +1,6 @@
 import io
 import json
 import math
-import pydoc_data.topics
 from types import SimpleNamespace
 
 import pytest
@@ -324,17 +323,6 @@ def test_wrong_plans_and_lengths_are_named_before_anything_runs():
         with pytest.raises(MasformerError, match=message):
             compare_plans(model, [tokens(9)], chosen, lengths, prefix=PREFIX, progress=lambda *call: ran.append(call))
     assert ran == []
-
-
-@pytest.mark.pretrained
-def test_a_pretrained_model_predicts_english(smollm2):
-    model, tokenizer = smollm2
-    text = Document("classes", pydoc_data.topics.topics["objects"])
-    documents, text_bytes = tokenize(tokenizer, [text], max_tokens=256)
-    result = perplexity(model, documents, 256, prefix=prefix_token(tokenizer), text_bytes=text_bytes)
-    assert result.tokens == 256
-    assert 5 < result.perplexity < 30
-    assert 0.4 < result.bits_per_byte < 1.5
 
 
 def test_a_head_that_calls_the_decoder_past_the_base():

@@ -417,11 +417,3 @@ def test_wrong_options_are_one_line(folder, tmp_path, capsys, monkeypatch, more,
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
-
-
-@pytest.mark.pretrained
-def test_smollm2_finds_a_pass_key(smollm2):
-    model, tokenizer = smollm2
-    plans = {"full": AttentionPlan.parse("full", 30), "local": AttentionPlan.parse("window:64+4", 30)}
-    results, _ = retrieve(model, Prober(tokenizer), [PASSKEY], plans, [320], [50.0], 2)
-    assert {result.name: result.score.mean for result in results if result.depth == 50} == {"full": 100, "local": 0}

@@ -1,4 +1,4 @@
-"""The pass key, learnt from nothing: full and mixed spans find it everywhere, local ones nearby."""
+"""The pass key, learnt from nothing: local spans find it nearby; study/test_tiny.py has full and mixed ones."""
 
 import json
 
@@ -62,13 +62,6 @@ def scores(plan, material, tmp_path):
     )
     found = {result.depth: result.score.mean for result in results if result.depth is not None}
     return found, reach[0].effective_length
-
-
-@pytest.mark.parametrize("plan", ["full", f"full@1; window:{WINDOW}"])
-def test_full_and_mixed_spans_find_the_pass_key_at_every_depth(plan, material, tmp_path):
-    found, reach = scores(plan, material, tmp_path)
-    assert min(found.values()) >= 95
-    assert reach == LENGTH
 
 
 def test_local_spans_find_it_within_their_reach_alone(material, tmp_path):

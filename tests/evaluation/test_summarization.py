@@ -381,19 +381,3 @@ def test_a_template_with_a_query_needs_a_query_field(folder, data, tmp_path, cap
     at = options.index("--query-field")
     assert cli.main(options[:at] + options[at + 2 :]) == 2
     assert "query.txt holds {query}; give --query-field" in capsys.readouterr().err
-
-
-@pytest.mark.pretrained
-def test_smollm2_reads_the_document_in_its_chat_template(smollm2, tmp_path):
-    model, tokenizer = smollm2
-    text = "Alice opened a bakery in Paris in 1999. " + "The weather there is often mild. " * 60
-    example = Example("x", text, "Alice opened a bakery in Paris.", "Where did Alice open a bakery?")
-    prompter = Prompter(tokenizer, Template("{document}\n\n{query}"), cut="tail")
-    plans = {"full": AttentionPlan.parse("full", 30), "mixed": AttentionPlan.parse("full@8-20; window:64+4", 30)}
-    results, _ = summarize(model, prompter, [example], plans, [128], tmp_path / "o", max_new_tokens=24)
-    full = lines(tmp_path / "o")[0]
-    assert prompter.chat
-    assert full["prompt_tokens"] == 128
-    assert "Paris" in full["prediction"]
-    assert "<|im_end|>" not in full["prediction"]
-    assert results[0].metrics["rouge1"].mean > 20

@@ -93,15 +93,3 @@ def test_missing_models_are_named(tmp_path):
     ]:
         with pytest.raises(MasformerError, match=message):
             load_model(name)
-
-
-@pytest.mark.pretrained
-def test_a_gguf_file_becomes_a_checkpoint_with_a_plan(smollm2, tmp_path):
-    model, tokenizer = smollm2
-    plan = AttentionPlan.parse("full@11-18; window:8+4", 30)
-    save_model(apply_plan(model, plan), tmp_path / "out", tokenizer)
-    again, _ = load_model(tmp_path / "out")
-    tokens = tokenizer("The standard library is very extensive, and offers a wide range.", return_tensors="pt")
-    with torch.no_grad():
-        assert torch.equal(again(**tokens).logits, model(**tokens).logits)
-    assert AttentionPlan.from_dict(again.config.masformer) == plan

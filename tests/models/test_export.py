@@ -502,17 +502,6 @@ def test_verify_in_bfloat16_leaves_the_model_as_it_was(tmp_path):
     assert AttentionPlan.from_dict(model.config.masformer) == SAMPLES["mixed"]
 
 
-@pytest.mark.pretrained
-def test_a_gguf_file_is_exported(smollm2, tmp_path):
-    model, tokenizer = smollm2
-    apply_plan(model, AttentionPlan.parse("full@11-18; window:16", 30))
-    export_model(model, tmp_path / "out", "mlx-lm", tokenizer)
-    assert verify_export(model, tmp_path / "out", "transformers").difference < 1e-3
-    again = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert again.chat_template == tokenizer.chat_template
-    assert "Weights: " in (tmp_path / "out/README.md").read_text()
-
-
 OUT = ["export", "MODEL", "OUT", "--target"]
 
 

@@ -17,8 +17,10 @@ from served import (
     PATHS,
     PROMPT,
     TEMPLATE,
+    chat,
     client_of,
     events_of,
+    generated,
     make_app,
     make_model,
     make_tokenizer,
@@ -28,22 +30,6 @@ from served import (
 from tiny import PLAN, letter_tokenizer, tiny
 
 FULL = AttentionPlan.uniform(4, FullSpan())
-
-
-def generated(model, tokenizer, prompt, max_new_tokens=LENGTH):
-    """The greedy answer of the model itself."""
-    tokens = (
-        tokenizer(prompt, return_tensors="pt")
-        if isinstance(prompt, str)
-        else tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    )
-    out = model.generate(**tokens, do_sample=False, max_new_tokens=max_new_tokens)
-    return tokenizer.decode(out[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def chat(client, messages=CHAT, name="m", **options):
-    options = {"temperature": 0, "max_tokens": LENGTH} | options
-    return client.chat.completions.create(model=name, messages=messages, **options).choices[0].message.content
 
 
 def complete(client, prompt=PROMPT, name="m", **options):
@@ -360,15 +346,6 @@ def test_a_tokenizer_without_chat_template_serves_completions(expected, folder):
     with pytest.raises(openai.BadRequestError, match="no chat template"):
         chat(client)
     assert complete(client) == expected[1]
-
-
-@pytest.mark.pretrained
-def test_a_real_model_answers(smollm2):
-    model, tokenizer = apply_plan(smollm2[0], AttentionPlan.parse("full@11-18; window:16+4", 30)), smollm2[1]
-    messages = [{"role": "user", "content": "What is the capital of France?"}]
-    answer = chat(client_of(serving.build_app(model, tokenizer, "m")), messages)
-    assert answer == generated(model, tokenizer, messages)
-    assert "Paris" in answer
 
 
 @pytest.mark.parametrize("stream", [False, True])

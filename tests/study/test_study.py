@@ -1,6 +1,7 @@
 """Studies: every stage, what is done once stays, and what cannot be done is named."""
 
 import json
+import shutil
 import signal
 from importlib import resources
 
@@ -131,13 +132,21 @@ def run(*words):
     return cli.main(["reproduce", *map(str, words)])
 
 
-def test_every_stage_runs_and_reports(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def language(tmp_path_factory):
+    """The stage language and what trains on from it, done once."""
+    folder = tmp_path_factory.mktemp("language")
+    words = ("--scale", mini(folder, "language"), "--out", folder / "study", "--stage", "language", "training")
+    assert run(*words) == 0
+    return folder / "study"
+
+
+def test_every_stage_runs_and_reports(language, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     documents = [f"{word} and {word} again, and so on without an end to it. " * 4 for word in ("one", "two", "three")]
     rows = [{"document": text, "summary": f"about {text[:5]}"} for text in documents]
     (tmp_path / "papers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    start = mini(tmp_path, "language")
-    assert run("--scale", start, "--out", "start", "--stage", "language", "training") == 0
+    shutil.copytree(language, tmp_path / "start")
     model = tmp_path / "start/models/language-train-1-full-seed-0/model"
     words = ["--data", "papers.jsonl", "--model", model, "--out", "study"]
     assert run("--scale", scale_file(tmp_path), *words) == 0
@@ -209,9 +218,9 @@ def test_training_that_is_stopped_by_a_signal_stops_the_study(tmp_path, monkeypa
     assert "language/start/seed 0 was stopped; the same command goes on" in capsys.readouterr().err
 
 
-def test_perplexities_of_unequal_precision_are_refused_by_name(tmp_path, capsys):
+def test_perplexities_of_unequal_precision_are_refused_by_name(language, tmp_path, capsys):
     words = ("--scale", mini(tmp_path, "language"), "--out", tmp_path / "study", "--stage", "language")
-    assert run(*words) == 0
+    shutil.copytree(language, tmp_path / "study")
     units = tmp_path / "study/units"
     one, other = (units / f"language-train-{plan}-seed-0-perplexity.json" for plan in ("all-full", "all-local"))
     kept = json.loads(other.read_text())
@@ -230,13 +239,12 @@ def test_perplexities_of_unequal_precision_are_refused_by_name(tmp_path, capsys)
     assert run(*words) == 0
 
 
-def test_other_settings_are_refused_by_name(tmp_path, capsys):
+def test_other_settings_are_refused_by_name(language, tmp_path, capsys):
     path = mini(tmp_path, "language")
-    assert run("--scale", path, "--out", tmp_path / "study", "--stage", "language") == 0
     changed = yaml.safe_load(path.read_text())
     changed["language"]["recipe"]["training"]["steps"] = 3
     path.write_text(yaml.safe_dump(changed, sort_keys=False))
-    assert run("--scale", path, "--out", tmp_path / "study", "--stage", "language") == 2
+    assert run("--scale", path, "--out", language, "--stage", "language") == 2
     err = capsys.readouterr().err
     assert "was made with other settings: training.steps was 2 and is 3; give another --out" in err
 

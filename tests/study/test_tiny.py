@@ -36,6 +36,16 @@ def test_in_recall_the_mix_does_what_full_attention_does_and_local_attention_fai
     assert verdict["answer"] == HOLDS
 
 
+def test_full_and_mixed_spans_reach_the_whole_length_and_local_ones_none(tiny):
+    units = {path.stem: json.loads(path.read_text()) for path in (tiny / "units").glob("recall-test-*.json")}
+    reach = {name: unit["result"]["effective_length"] for name, unit in units.items() if "settings" not in name}
+    assert reach == {
+        f"recall-test-{plan}-seed-{seed}": 0 if plan == "all-local" else 84
+        for plan in ("all-full", "all-local", "mixed")
+        for seed in range(3)
+    }
+
+
 def test_the_report_of_tiny_shows_every_stage_and_its_records_are_read_by_masformer_report(tiny):
     text = (tiny / "report.md").read_text()
     for title in ("Verdicts", "Recall", "Language modelling", "Cost", "How it was made"):

@@ -65,19 +65,12 @@ def metrics(folder, name="loss"):
     return {row["step"]: row[name] for row in map(json.loads, lines) if name in row}
 
 
-def command(*words, processes=1):
-    """A command line of masformer, in as many processes."""
-    if processes == 1:
-        return [sys.executable, "-m", "masformer", *map(str, words)]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [sys.executable, *torchrun, "-m", "masformer", *map(str, words)]
-
-
 def environment():
     return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def run(*words, processes=1):
-    return subprocess.run(
-        command(*words, processes=processes), env=environment(), capture_output=True, text=True, timeout=300
-    )
+def torchrun(*words, processes):
+    """The command in as many processes, as torchrun starts them."""
+    options = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    line = list(map(str, [sys.executable, *options, "-m", "masformer", *words]))
+    return subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=300)

@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
+import forked
 import pytest
 from safetensors.torch import load_file
-from small import metrics, recipe_file, run
+from small import environment, metrics, recipe_file, torchrun
 
 from masformer import load_model
 from masformer.training.checkpoints import steps_saved
@@ -23,10 +26,10 @@ TIED = {
 }
 
 
-def trained(folder, *words, processes=1):
+def trained(folder, *words, processes=1, start=None):
     folder.mkdir(exist_ok=True)
-    file = recipe_file(folder, **TIED, data__cache=str(folder.parent / "cache"))
-    result = run("train", "--config", file, *words, processes=processes)
+    words = ("train", "--config", recipe_file(folder, **TIED, data__cache=str(folder.parent / "cache")), *words)
+    result = start(*words, processes=processes) if start else forked.run(forked.command, *words, count=processes)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
@@ -58,7 +61,7 @@ def check_follows(folder, single):
 @pytest.mark.parametrize("sharding", ["none", "fsdp"])
 def test_two_processes_follow_the_curve_of_one_and_their_checkpoints_move(place, single, sharding):
     folder = place / sharding
-    out = trained(folder, "--training.sharding", sharding, processes=2)
+    out = trained(folder, "--training.sharding", sharding, processes=2, start=torchrun if sharding == "fsdp" else None)
     check_follows(folder, single)
     assert ("shared by 2 processes (FSDP2)" in out) == (sharding == "fsdp")
     # mid-run from one process to two, and from two shards to one
@@ -86,17 +89,13 @@ def test_adapters_are_sharded_and_merged_whole(place):
 
 
 def test_rows_that_cannot_be_shared_are_named(tmp_path):
-    result = run("train", "--config", recipe_file(tmp_path, training__rows=3), processes=2)
+    file = recipe_file(tmp_path, training__rows=3)
+    result = forked.run(forked.command, "train", "--config", file, count=2)
     assert result.returncode != 0
     assert "training.rows 3 cannot be shared by 2 processes of 1 rows at a time; give a multiple of 2" in result.stderr
 
 
 def test_accelerate_launch_shards_as_well(place, single):
-    import subprocess
-    import sys
-
-    from small import environment
-
     folder = place / "accelerate"
     folder.mkdir()
     file = recipe_file(folder, **TIED, data__cache=str(place / "cache"))

@@ -4,13 +4,12 @@ import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 
+import forked
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import environment, metrics, recipe, recipe_file, run
+from small import metrics, recipe, recipe_file
 
 from masformer.training.checkpoints import steps_saved
 from masformer.training.evaluation import evaluate
@@ -32,43 +31,14 @@ def same(one, two):
 def whole(tmp_path_factory):
     """A run that nothing interrupted, in a process of its own."""
     folder = tmp_path_factory.mktemp("whole")
-    result = run("train", "--config", recipe_file(folder, **LONG))
+    result = forked.run(forked.command, "train", "--config", recipe_file(folder, **LONG))
     assert result.returncode == 0, result.stderr
     return folder
 
 
-INTERRUPTED = """
-import os, random, signal, sys, threading, time
-from transformers import Trainer
-from masformer.cli import main
-
-number, step, last = map(int, sys.argv[1:4])
-training_step = Trainer.training_step
-
-def interrupt():
-    if number == signal.SIGKILL:
-        time.sleep(random.random() / 50)
-    os.kill(os.getpid(), number)
-
-def counted(self, *args, **options):
-    if self.state.global_step >= step and thread.ident is None:
-        thread.start()
-    if self.state.global_step == last - 1:
-        thread.join()
-    return training_step(self, *args, **options)
-
-thread = threading.Thread(target=interrupt)
-Trainer.training_step = counted
-sys.exit(main(sys.argv[4:]))
-"""
-"""A run that gets a signal at some moment after a step and before its last one, however slow the machine is."""
-
-
 def interrupted(folder, number, step, *words):
-    numbers = (str(int(each)) for each in (number, step, STEPS))
     words = ("train", "--config", str(folder / "recipe.yaml"), *words)
-    script = [sys.executable, "-c", INTERRUPTED, *numbers, *words]
-    return subprocess.run(script, env=environment(), capture_output=True, text=True)
+    return forked.run(forked.interrupted, int(number), step, STEPS, *words)
 
 
 def test_killed_twice_at_random_steps_and_resumed_it_ends_with_the_same_bits(whole, tmp_path):
@@ -79,7 +49,7 @@ def test_killed_twice_at_random_steps_and_resumed_it_ends_with_the_same_bits(who
         killed = interrupted(tmp_path, signal.SIGKILL, step, "--resume")
         assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "out" / "model").exists()
-    result = run("train", "--config", tmp_path / "recipe.yaml", "--resume")
+    result = forked.run(forked.command, "train", "--config", tmp_path / "recipe.yaml", "--resume")
     assert result.returncode == 0, result.stderr
     assert "going on from" in result.stdout
     assert same(weights(tmp_path), weights(whole)), f"killed at {kills}"
@@ -129,15 +99,6 @@ def test_an_evaluation_that_was_stopped_is_made_on_resuming(tmp_path, monkeypatc
     assert metrics(tmp_path) == metrics(tmp_path / "whole")
 
 
-LIMITED = """
-import resource, signal, sys
-from masformer.cli import main
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
-sys.exit(main(sys.argv[2:]))
-"""
-
-
 def test_a_full_disk_is_said_and_the_checkpoint_before_is_kept(whole, tmp_path):
     """The kernel refuses to let files grow, as it does on a full disk."""
     file = recipe_file(tmp_path, **LONG)
@@ -145,8 +106,7 @@ def test_a_full_disk_is_said_and_the_checkpoint_before_is_kept(whole, tmp_path):
     (tmp_path / "out" / "model").rename(tmp_path / "away")
     before = [step for step, _ in steps_saved(tmp_path / "out")]
     words = ["train", "--config", str(file), "--resume", "--training.steps", "12"]
-    script = [sys.executable, "-c", LIMITED, str(20_000), *words]
-    result = subprocess.run(script, env=environment(), capture_output=True, text=True, timeout=300)
+    result = forked.run(forked.limited, 20_000, *words)
     assert result.returncode == 2, result.stderr
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("masformer: error: ")]
     assert "cannot write the checkpoint of step 9" in line
