@@ -117,7 +117,18 @@ def test_convert_extends_positions(capsys, folder, text, tmp_path):
 def test_search_writes_the_plan_it_found_and_goes_on_from_its_journal(capsys, folder, text, tmp_path):
     out, record, plot = tmp_path / "found.yaml", tmp_path / "search.json", tmp_path / "map.png"
     words = ["search", folder, "--data", text, "--test", text, "--budget", "2", "--local", "window:4+1"]
-    words += ["--length", "64", "--windows", "2", "--held-out-windows", "2", "--random-placements", "3"]
+    words += [
+        "--criteria",
+        "tail",
+        "--length",
+        "64",
+        "--windows",
+        "2",
+        "--held-out-windows",
+        "2",
+        "--random-placements",
+        "3",
+    ]
     words += ["--out", str(out), "--json", str(record), "--plot", str(plot)]
     assert run(capsys, *words)[0] == 0
     plan = AttentionPlan.load(out)
@@ -279,7 +290,45 @@ def test_demo_on_another_model_and_text(capsys, folder, text, tmp_path):
         (["search", "MODEL", *SEARCH, "--budget", "much", "--out", "p.yaml"], "much"),
         (["search", "MODEL", *SEARCH, "--budget", "2", "--out", "plan.txt"], "cannot tell the format of plan file"),
         (["search", "MODEL", *SEARCH, "--budget", "9", "--out", "p.yaml", "--length", "64"], "9"),
-        (["search", "MODEL", *SEARCH, "--budget", "2", "--out", "p.yaml", "--probes", "4"], "--probes does nothing"),
+        (
+            [
+                "search",
+                "MODEL",
+                *SEARCH,
+                "--budget",
+                "2",
+                "--out",
+                "p.yaml",
+                "--criteria",
+                "tail",
+                "--probes",
+                "4",
+                "--length",
+                "32",
+            ],
+            "probes do nothing",
+        ),
+        (
+            ["search", "MODEL", *SEARCH, "--budget", "2", "--out", "p.yaml", "--by", "heads", "--for", "vllm"],
+            "no plan by heads; use --by layers",
+        ),
+        (
+            [
+                "search",
+                "MODEL",
+                "--data",
+                "TEXT",
+                "--local",
+                "window:4+1",
+                "--budget",
+                "2",
+                "--out",
+                "p.yaml",
+                "--for",
+                "vllm",
+            ],
+            "vllm cannot run full@",
+        ),
         (["bench", "attention", "--heads", "3", "--kv-heads", "2"], "3 query heads are no multiple of 2 kv heads"),
         (["bench", "attention", "--span", "block:-1"], "block size must be at least 1, got -1"),
         (["generate", "MODEL", "--file", "missing.txt"], "cannot read the prompt file missing.txt"),

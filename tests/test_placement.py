@@ -24,9 +24,9 @@ from masformer.placement import (
     search_layers,
 )
 from masformer.placement.budget import Purse
+from masformer.placement.choice import joint, shuffled
 from masformer.placement.measure import Journal, Measurer, PrefixPasses, model_fingerprint
-from masformer.placement.search import _joint, _shuffled
-from masformer.placement.texts import NAMES, NEEDLES, Window, retrieval_probes, split_windows, text_windows
+from masformer.placement.texts import Window, retrieval_probes, split_windows, text_windows
 from tiny import ARCHITECTURES, PLAN, VOCABULARY, random_plan, tiny
 
 KEYS, NAMED, VALUES, FILLER = [*range(6), *range(12, 18)], [*range(6, 12), *range(18, 24)], range(24, 32), range(32, 40)
@@ -35,13 +35,14 @@ LENGTH, LAYERS = 96, 6
 LOCAL = WindowSpan(8, sinks=2)
 
 
-def induction_model(first=2, second=4):
+def induction_model(first=2, second=4, heads=1, at=(0, 0)):
     """A Llama of six layers in which exactly two carry information over long ranges, built by hand.
 
     Layer 0 tells each token which one came before it: its query and key are the same for all tokens, and rotary
     positions turn the product largest at distance 1, well within a window. Layer `first` lets the second occurrence of
     a key 0..11 find the token after the first occurrence, layer `second` does so for the keys 12..23: both match token
-    identities in dimensions that hardly rotate, so that distance does not matter. The other layers only add noise.
+    identities in dimensions that hardly rotate, so that distance does not matter. The other layers only add
+    noise, and so do of several heads those that are not `at` these two places.
     """
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -49,8 +50,8 @@ def induction_model(first=2, second=4):
         hidden_size=3 * TOKENS + 4,
         intermediate_size=4,
         num_hidden_layers=LAYERS,
-        num_attention_heads=1,
-        num_key_value_heads=1,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         head_dim=128,
         max_position_embeddings=256,
         rope_parameters={"rope_type": "default", "rope_theta": 1e8},
@@ -67,19 +68,22 @@ def induction_model(first=2, second=4):
         model.lm_head.weight[:, out : out + TOKENS] = 3 * torch.eye(TOKENS)
         for index, layer in enumerate(model.model.layers):
             attention = layer.self_attn
-            attention.v_proj.weight[:TOKENS, own : own + TOKENS] = torch.eye(TOKENS)
+            for head in range(heads):
+                attention.v_proj.weight[128 * head :][:TOKENS, own : own + TOKENS] = torch.eye(TOKENS)
             attention.o_proj.weight.copy_(1e-3 * torch.randn_like(attention.o_proj.weight))
+            here = 128 * (at[index == second] if index in (first, second) else 0)
+            query, key, out_of = attention.q_proj.weight[here:], attention.k_proj.weight[here:], attention.o_proj.weight
             if index == 0:
                 angles = 1e8 ** (-torch.arange(24) / 64)
-                attention.q_proj.weight[:24, one] = 8
-                attention.k_proj.weight[:24, one] = angles.cos()
-                attention.k_proj.weight[64:88, one] = angles.sin()
-                attention.o_proj.weight[before : before + TOKENS, :TOKENS] = torch.eye(TOKENS)
+                query[:24, one] = 8
+                key[:24, one] = angles.cos()
+                key[64:88, one] = angles.sin()
+                out_of[before : before + TOKENS, :TOKENS] = torch.eye(TOKENS)
             elif index in (first, second):
-                for slot, key in enumerate(range(0, 12) if index == first else range(12, 24)):
-                    attention.q_proj.weight[50 + slot, own + key] = 100
-                    attention.k_proj.weight[50 + slot, before + key] = 1
-                attention.o_proj.weight[out : out + TOKENS, :TOKENS] = torch.eye(TOKENS)
+                for slot, token in enumerate(range(0, 12) if index == first else range(12, 24)):
+                    query[50 + slot, own + token] = 100
+                    key[50 + slot, before + token] = 1
+                out_of[out : out + TOKENS, here : here + TOKENS] = torch.eye(TOKENS)
     return model
 
 
@@ -96,17 +100,25 @@ def pairs_document(seed, windows=1):
 
 
 class Words:
-    """A tokenizer that keeps the names asked for (as keys that no document has), numbers (as values) and full stops."""
+    """A tokenizer that keeps keys asked for (those that no document has), numbers (as values), full stops, filler."""
 
-    def __call__(self, text, add_special_tokens, verbose):
-        assert not add_special_tokens
-        words = re.findall(r"[A-Z][a-z]+(?= is)|\d+|\.", text)
-        return {"input_ids": [self.token(word) for word in words]}
+    chat_template = None
+    eos_token_id = None
 
-    @staticmethod
-    def token(word):
-        if word in NAMES:
-            return NAMED[NAMES.index(word)]
+    def __init__(self):
+        self.names = {}
+
+    def __call__(self, text, add_special_tokens=True, return_special_tokens_mask=False, verbose=True):
+        asked = r"\w+-\w+(?= (?:is:|mentioned in the provided text is))"
+        tokens = [self.token(word) for word in re.findall(rf"{asked}|\d+|\.|filler", text)]
+        return {"input_ids": tokens, "special_tokens_mask": [0] * len(tokens)}
+
+    def decode(self, tokens, skip_special_tokens=False):
+        return " ".join(["filler filler."] * len(tokens))
+
+    def token(self, word):
+        if "-" in word:
+            return NAMED[self.names.setdefault(word, len(self.names) % len(NAMED))]
         return VALUES[int(word) % len(VALUES)] if word.isdigit() else FILLER[-1]
 
 
@@ -115,11 +127,14 @@ SETTING = {"length": LENGTH, "prefix": None, "windows": 2, "held_out_windows": 3
 
 
 def search(model, budget=2, local=LOCAL, documents=DOCUMENTS, **changes):
-    return search_layers(model, documents, budget, local, **(SETTING | changes))
+    options = SETTING | {"criteria": "tail"} | changes
+    if "retrieval" not in options["criteria"]:
+        options.pop("probes", None)
+    return search_layers(model, documents, budget, local, **options)
 
 
 @pytest.mark.parametrize("known", [(2, 4), (1, 5)])
-@pytest.mark.parametrize("method", ["sensitivity", "greedy", "joint"])
+@pytest.mark.parametrize("method", ["gradient", "sensitivity", "greedy", "joint"])
 @pytest.mark.parametrize("criteria", ["tail", "kl", "retrieval", "tail:1,kl:0.5,retrieval:2"])
 def test_every_method_finds_the_layers_that_carry_long_range_information(method, known, criteria):
     model = induction_model(*known)
@@ -137,6 +152,50 @@ def test_every_method_finds_the_layers_that_carry_long_range_information(method,
     if "kl" in criteria:
         assert full.kl == 0
         assert found.kl < 0.01 < 0.1 < local.kl
+
+
+@pytest.mark.parametrize("at", [(0, 1), (3, 3), (2, 0)])
+@pytest.mark.parametrize("criteria", ["tail", "kl", "retrieval", "tail,retrieval"])
+def test_exactly_the_heads_that_carry_long_range_information_are_found(at, criteria):
+    model = induction_model(2, 4, heads=4, at=at)
+    result = search(
+        model, by="heads", method="gradient", criteria=criteria, tokenizer=Words(), probes=6, random_placements=3
+    )
+    known = {(2, at[0]): FullSpan(), (4, at[1]): FullSpan()}
+    assert result.plan == AttentionPlan.of_units(LAYERS, 4, known, local=LOCAL)
+    assert (result.by, result.rank(), result.budget) == ("heads", 1, "2 full KV heads")
+    assert result.score("found").tail_nll == pytest.approx(result.score("all full").tail_nll, abs=0.05)
+    assert {name.split()[0] for name in (score.name for score in result.placements["held-out"])} == {
+        "found", "all", "random"
+    }, "no rule costs as little as two heads"  # fmt: skip
+    for check in result.gradient.completeness:
+        assert check.measured > 0.5
+    assert [row.name for row in result.evidence] == [f"full, head {head}" for head in range(4)]
+    if criteria == "tail":
+        once = {"method": "gradient", "rounds": 1, "random_placements": 0}
+        layers, heads = (search(induction_model(2, 4, 4, at), by=by, **once) for by in ("layers", "heads"))
+        sums = [sum(row.values[layer] for row in heads.evidence) for layer in range(LAYERS)]
+        assert layers.evidence[0].values == pytest.approx(sums, abs=1e-5)
+        assert layers.plan.full_layers == (2, 4)
+
+
+def test_a_search_by_heads_goes_on_and_is_drawn(tmp_path):
+    options = {"by": "heads", "method": "gradient", "journal": tmp_path / "journal", "criteria": "tail"}
+    first = search(induction_model(heads=2), 5, **options)
+    again = search(induction_model(heads=2), 5, **options)
+    assert (again, measured(again)) == (first, 0)
+    assert "middle" in [score.name for score in first.placements["held-out"]]
+    plot_search(first, tmp_path / "map.png")
+    assert imread(tmp_path / "map.png").shape[0] > 200
+    first.save(tmp_path / "plan.yaml")
+    assert AttentionPlan.load(tmp_path / "plan.yaml") == first.plan
+    assert SearchResult.from_dict(json.loads(json.dumps(first.to_dict()))) == first
+    spans = search(induction_model(heads=2), "45%", **options, spans=["full", "window:30"])
+    costs = [
+        sum(each.visible_pairs(LENGTH) for layer in plan.units(2) for each in layer)
+        for plan in (spans.plan, AttentionPlan.uniform(LAYERS, FullSpan()))
+    ]
+    assert costs[0] <= 0.45 * costs[1]
 
 
 def test_greedy_adds_one_layer_after_the_other():
@@ -183,7 +242,8 @@ def test_joint_is_the_best_of_all_choices(seed):
     allowed = [
         spans for spans in itertools.product(choices, repeat=LAYERS) if sum(map(purse.price, spans)) <= purse.limit
     ]
-    plan = _joint(evidence, choices, purse)
+    losses = [[0.0] * LAYERS, *(row.values for row in evidence)]
+    plan = joint(losses, choices, purse)
     assert plan.spans in allowed
     assert loss(plan) == pytest.approx(min(map(loss, allowed)), abs=1e-9)
 
@@ -281,7 +341,12 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("method", ["sensitivity", "greedy", "joint"])
+def measured(result):
+    """Lines of the journal that a search wrote."""
+    return result.work.measurements + (result.gradient.passes if result.gradient else 0)
+
+
+@pytest.mark.parametrize("method", ["gradient", "sensitivity", "greedy", "joint"])
 @pytest.mark.parametrize("torn", [False, True])
 def test_an_interrupted_search_goes_on(method, torn, tmp_path):
     journal = tmp_path / "journal.jsonl"
@@ -318,14 +383,15 @@ def test_an_interrupted_search_goes_on(method, torn, tmp_path):
     seen.clear()
     result = run(math.inf)
     assert result == whole
-    assert result.work.measurements == whole.work.measurements - kept
+    assert measured(result) == measured(whole) - kept
     lines = [json.loads(line) for line in journal.read_text().splitlines()]
-    assert len({(line["window"], line["plan"]) for line in lines}) == len(lines) == whole.work.measurements
+    assert len({(line["window"], line.get("plan", line.get("path"))) for line in lines}) == len(lines)
+    assert len(lines) == measured(whole)
     done = [each[1] for each in seen]
     assert done == sorted(done)
     assert done[-1] == seen[-1][2] == seen[0][2]
     assert list(dict.fromkeys(each[0] for each in seen)) == ["choosing", "held-out"]
-    assert run(math.inf).work.measurements == 0
+    assert measured(run(math.inf)) == 0
 
 
 def test_a_journal_serves_other_texts_models_and_criteria(tmp_path):
@@ -395,18 +461,18 @@ def test_one_document_is_enough():
 
 def test_probes_hold_what_they_ask_for_far_back():
     fillers = [Window(tuple(document[: LENGTH + 1]), 1) for document in DOCUMENTS[:2]]
-    probes = retrieval_probes(Words(), fillers, 10, seed=0)
-    assert probes == retrieval_probes(Words(), fillers, 10, seed=0) != retrieval_probes(Words(), fillers, 10, seed=1)
+    probes = retrieval_probes(Words(), fillers, LENGTH, 10, seed=0)
+    assert probes == retrieval_probes(Words(), fillers, LENGTH, 10, seed=0)
+    assert probes != retrieval_probes(Words(), fillers, LENGTH, 10, seed=1)
     for probe in probes:
-        assert (len(probe.tokens), probe.scored, probe.probe) == (LENGTH + 1, 1, True)
-        name, number = probe.tokens[-2:]
-        needle = (name, number, FILLER[-1])
+        assert (probe.scored, probe.probe) == (1, True)
+        assert LENGTH / 2 < len(probe.tokens) <= LENGTH
+        needle = (*probe.tokens[-2:], FILLER[-1])
         places = [start for start in range(LENGTH) if probe.tokens[start : start + 3] == needle]
         assert len(places) == 1
-        assert places[0] + 3 <= LENGTH / 2
-    with pytest.raises(MasformerError, match="a length of 12 is too short"):
-        retrieval_probes(Words(), [Window(tuple(range(13)), 1)], 1, 0)
-    assert NEEDLES > 1
+        assert places[0] + 3 <= 0.8 * len(probe.tokens)
+    with pytest.raises(MasformerError, match="a length of 12 tokens has no room"):
+        retrieval_probes(Words(), fillers, 12, 1, 0)
 
 
 def test_other_texts_are_reported_too():
@@ -420,12 +486,12 @@ def test_other_texts_are_reported_too():
 
 def test_random_placements_are_distinct_and_cost_the_same():
     plan = AttentionPlan((FullSpan(), LOCAL, LOCAL, WindowSpan(20), LOCAL, FullSpan()))
-    drawn = _shuffled(plan, 20, seed=3)
+    drawn = shuffled(plan, 20, seed=3)
     assert len({*drawn, plan}) == 21
     assert all(sorted(map(str, each)) == sorted(map(str, plan)) for each in drawn)
-    assert drawn == _shuffled(plan, 20, seed=3) != _shuffled(plan, 20, seed=4)
+    assert drawn == shuffled(plan, 20, seed=3) != shuffled(plan, 20, seed=4)
     few = AttentionPlan.mixed(4, placement=[1], local=LOCAL)
-    assert {each.full_layers for each in _shuffled(few, 20, seed=0)} == {(0,), (2,), (3,)}
+    assert {each.full_layers for each in shuffled(few, 20, seed=0)} == {(0,), (2,), (3,)}
 
 
 @pytest.mark.parametrize(
@@ -455,7 +521,7 @@ def test_wrong_budgets(text):
 def test_a_budget_is_used_up_and_kept(text):
     model = induction_model()
     purse = Purse(Budget.parse(text), model, LOCAL, LENGTH)
-    full_layers = purse.full_layers(LOCAL)
+    full_layers = purse.most(FullSpan(), LOCAL)
     shape = ModelShape.of(LlamaForCausalLM.config_class.from_dict(model.config.to_dict()))
     at = int(text.partition("@")[2] or LENGTH)
 
@@ -479,8 +545,8 @@ def test_a_budget_is_used_up_and_kept(text):
         ({"budget": "1%"}, "less than window:8\\+2 in every layer needs"),
         ({"budget": "24%"}, "allows no full layer"),
         ({"budget": "99.9%", "local": WindowSpan(200)}, "costs as much as full"),
-        ({"method": "guess"}, "unknown method 'guess'; allowed: sensitivity, greedy, joint"),
-        ({"spans": [LOCAL]}, "for the method joint"),
+        ({"method": "guess"}, "unknown method 'guess'; allowed: gradient, sensitivity, greedy, joint"),
+        ({"spans": [LOCAL], "method": "greedy"}, "for the methods gradient and joint"),
         ({"criteria": "speed"}, "unknown criterion: speed; allowed: tail, kl, retrieval"),
         ({"criteria": {}}, "unknown criterion: none at all"),
         ({"criteria": "tail:x"}, "must be a number, got 'x'"),
@@ -536,7 +602,7 @@ def test_the_plan_file_says_how_the_plan_was_found(tmp_path):
 
 
 def test_the_table_and_the_heat_map(tmp_path):
-    result = search(induction_model(), criteria="tail,kl,retrieval", tokenizer=Words(), probes=4)
+    result = search(induction_model(), criteria="tail,kl,retrieval", tokenizer=Words(), probes=4, method="sensitivity")
     console = Console(width=80, record=True)
     console.print(placement_table(result))
     text = console.export_text()

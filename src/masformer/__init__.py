@@ -1,7 +1,7 @@
 """Mixed attention spans for pretrained language models (MASFormer, arXiv 2310.12442).
 
 Load a model with a plan (`load_model`, `apply_plan`), keep it (`save_model`, `export_model`), find its plan
-(`search_layers`), measure it (`perplexity`, `compare_plans`, `retrieve`, `summarize`), train it (`load_recipe`,
+(`search`), measure it (`perplexity`, `compare_plans`, `retrieve`, `summarize`), train it (`load_recipe`,
 `train`) and use it (`generate`).
 """
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from masformer.evaluation.summarization import summarize
     from masformer.generation import generate, prompt_tokens
     from masformer.models.export import check_export, export_model
-    from masformer.placement import search_layers
+    from masformer.placement import search, search_layers
     from masformer.training import load_recipe
     from masformer.training.run import train
 
@@ -47,6 +47,7 @@ __all__ = [
     "prompt_tokens",
     "retrieve",
     "save_model",
+    "search",
     "search_layers",
     "summarize",
     "tokenize",
@@ -62,6 +63,7 @@ _LATER = {
     "prefix_token": "masformer.evaluation.perplexity",
     "prompt_tokens": "masformer.generation",
     "retrieve": "masformer.evaluation.retrieval",
+    "search": "masformer.placement",
     "search_layers": "masformer.placement",
     "summarize": "masformer.evaluation.summarization",
     "tokenize": "masformer.evaluation.perplexity",

@@ -362,6 +362,7 @@ def test_commands_say_their_precision_and_keep_what_was_asked_for(dtype, expecte
     for words in (
         ["eval", "perplexity", folder, "--lengths", "16", "--plan", "full"],
         ["search", folder, "--budget", "1", "--local", "window:4", "--length", "16", "--out", str(tmp_path / "a.yaml"),
+         "--criteria", "tail",
          "--windows", "1", "--held-out-windows", "1", "--random-placements", "1"],
     ):  # fmt: skip
         assert main([*words, *common]) == 0

@@ -129,7 +129,7 @@ def test_so_do_spans_and_whatever_takes_plans(folder):
     texts = [[3 + 7 * i % 40 for i in range(n)] for n in (150, 160)]
     options = {"length": 16, "prefix": None, "windows": 1, "held_out_windows": 1, "random_placements": 1}
     for local in ("window:6+2", WindowSpan(6, 2)):
-        assert search_layers(model, texts, 1, local, **options).plan.full_layers
+        assert search_layers(model, texts, 1, local, method="sensitivity", **options).plan.full_layers
     chosen = search_layers(model, texts, "60%", "window:4", method="joint", spans=("full", "window:4"), **options)
     assert set(map(str, chosen.plan)) <= {"full", "window:4"}
 

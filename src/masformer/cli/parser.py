@@ -44,6 +44,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "shot_where": {"action": "append", "type": str, "metavar": "FIELD=VALUE"},
     "data": {"nargs": "+", "type": str, "metavar": "FILE"},
     "test": {"nargs": "+", "type": str, "metavar": "FILE"},
+    "pairs": {"nargs": "+", "type": str, "metavar": "FILE"},
 }
 """Options that are lists, and how each is written."""
 
@@ -189,6 +190,8 @@ def command_parser(words: str, command: Command) -> jsonargparse.ArgumentParser:
             several = hint == list[str] | None
             options |= {"type": str, "action": "append" if several else Once}
             options["help"] += " May be repeated." if several else ""
+        if not positional:
+            options["dest"] = name
         place.add_argument(name if positional else option_name(name), **options)
     for name, (show, text) in INSTEAD.get(command, {}).items():
         parser.add_argument(f"--{name}", action=Show, const=show, help=text)
@@ -201,8 +204,8 @@ def is_positional(name: str, parameter: inspect.Parameter) -> bool:
 
 
 def option_name(name: str) -> str:
-    """`max_positions` -> `--max-positions`."""
-    return f"--{name.replace('_', '-')}"
+    """`max_positions` -> `--max-positions`; `for_`, which Python has for itself without its end -> `--for`."""
+    return f"--{name.removesuffix('_').replace('_', '-')}"
 
 
 def add_commands(

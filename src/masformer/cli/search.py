@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from masformer import placement, records
 from masformer.cli.options import Dtype, Figures, RunningOptions, say, show
 from masformer.data import read_documents
+from masformer.data.documents import read_rows
 from masformer.errors import MasformerError
-from masformer.evaluation.perplexity import prefix_token, tokenize
 from masformer.models.checkpoint import load_config
-from masformer.plan import PLAN_SUFFIXES
+from masformer.models.export import check_export
+from masformer.plan import PLAN_SUFFIXES, AttentionPlan
 from masformer.progress import stage_progress
 from masformer.spans import Span
+
+PAIR = ("prompt", "target")
+"""The fields of `masformer pairs`."""
 
 
 def search(
@@ -24,44 +28,58 @@ def search(
     local: str,
     out: str,
     length: int = 2048,
-    method: Literal["sensitivity", "greedy", "joint"] = "sensitivity",
-    criteria: str = "tail",
+    method: Literal["gradient", "sensitivity", "greedy", "joint"] = "gradient",
+    by: Literal["layers", "heads"] = "layers",
+    criteria: str | None = None,
     span: list[str] | None = None,
+    rounds: int | None = None,
+    points: int | None = None,
     test: list[str] | None = None,
     field: str = "text",
     documents: int | None = None,
     windows: int = 8,
     held_out_windows: int = 8,
     probes: int | None = None,
+    pairs: list[str] | None = None,
     random_placements: int = 20,
     seed: int = records.SEED,
     batch_size: int | None = None,
     dtype: Dtype = "auto",
+    for_: Literal["transformers", "vllm", "mlx-lm", "gguf"] | None = None,
     journal: str | None = None,
     plot: str | None = None,
     device: str | None = None,
     quiet: bool = False,
 ) -> Figures:
-    """Finds the layers that need full attention, on your text, and holds them against other placements.
+    """Finds the layers or KV heads that need full attention, on your text, and holds them against other placements.
 
     Args:
         data: text or JSONL files to choose by; a part is held out, and results are reported on it.
-        budget: number of full layers (8), share of all-full's attention FLOPs (30%), or KV-cache size (64MiB@8192).
-        local: span of the layers that are not full, for example window:256+4.
+        budget: number of full layers, or KV heads by heads (8), share of all-full's attention FLOPs (30%), or KV-cache
+            size (64MiB@8192).
+        local: span of the units that are not full, for example window:256+4.
         out: plan file to write, .yaml or .json.
         length: tokens of a window of text.
-        method: one layer at a time, the best next layer, or one span of a list per layer.
-        criteria: what must not suffer: tail, kl, retrieval, or a weighted mix like tail:1,kl:0.5.
-        span: for --method joint, a span to choose from; may be repeated.
+        method: gradient measures all units at once; the others layer by layer, one at a time, the best next one, or one
+            span of a list per layer.
+        by: what has a span of its own, layers or KV heads; other tools run plans by layers alone.
+        criteria: what must not suffer: tail, kl, retrieval, or a weighted mix like tail:1,kl:0.5 (default: tail and
+            retrieval alike; of the older methods tail).
+        span: for gradient and joint, a span to choose from; may be repeated (default: full).
+        rounds: of gradient: after the first, gains are measured again around the plan found (default: 2).
+        points: of gradient: points of the path from local to full (default: 4).
         test: files of other text to report on as well.
         field: key of the text in JSONL files.
         documents: use at most so many documents of each text.
         windows: windows of text to choose by.
         held_out_windows: windows of text to report on.
-        probes: for the criterion retrieval, questions to choose by, and as many to report on (default: 16).
+        probes: for the criterion retrieval, prompts to choose by, and as many to report on (default: as many as
+            windows; half of --pairs).
+        pairs: for the criterion retrieval, JSONL files with prompt and target, in place of generated prompts.
         random_placements: random placements of the same budget, for comparison.
         seed: of the random placements and retrieval probes.
         batch_size: windows that run together (default: as many as fit on CUDA, else 1).
+        for_: the tool that is to run the plan; refused where it could not.
         journal: file that keeps finished measurements, so that an interrupted search goes on (default: OUT.journal).
         plot: image file for the map of the layers.
 
@@ -74,28 +92,33 @@ def search(
         raise MasformerError(f"cannot tell the format of plan file {out}; allowed: {', '.join(PLAN_SUFFIXES)}")
     rest, choices = Span.parse(local), [Span.parse(text) for text in span or ()]
     placement.Budget.parse(budget)
-    if probes is not None and "retrieval" not in placement.parse_criteria(criteria):
-        raise MasformerError("--probes does nothing without the criterion retrieval")
+    config, own = load_config(model)
+    if for_ is not None:
+        _check_target(config, for_, by, rest)
     texts = {name: list(read_documents([name], field=field, limit=documents)) for name in test or ()}
     chosen = list(read_documents(data, field=field, limit=documents))
+    asked = None if pairs is None else [tuple(row.texts.values()) for row in read_rows(pairs, PAIR)]
     options = RunningOptions(dtype=dtype, device=device)
-    loaded, tokenizer = options.load_both(model, load_config(model)[1])
+    loaded, tokenizer = options.load_both(model, own)
     with stage_progress(f"{model} on {records.device_name(loaded.device)}", quiet=quiet) as progress:
-        result = placement.search_layers(
+        result = placement.search(
             loaded,
-            tokenize(tokenizer, chosen)[0],
+            tokenizer,
+            [document.text for document in chosen],
             budget,
             rest,
             length=length,
-            prefix=prefix_token(tokenizer),
+            other_texts={name: [document.text for document in text] for name, text in texts.items()},
             method=method,
+            by=by,
             criteria=criteria,
             spans=choices,
+            rounds=rounds,
+            points=points,
             windows=windows,
             held_out_windows=held_out_windows,
-            other_texts={name: tokenize(tokenizer, text)[0] for name, text in texts.items()},
-            tokenizer=tokenizer,
-            probes=16 if probes is None else probes,
+            probes=probes,
+            pairs=asked,
             random_placements=random_placements,
             seed=seed,
             batch_size=batch_size,
@@ -103,6 +126,8 @@ def search(
             journal=journal or f"{out}.journal",
             progress=progress,
         )
+    if for_ is not None:
+        check_export(config, result.plan, for_)
     show(placement.placement_table(result))
     result.save(out, model=model, data=data)
     say(f"{out}: {result.plan}")
@@ -116,3 +141,14 @@ def search(
         "device": records.device_name(loaded.device),
         **result.to_dict(),
     }
+
+
+def _check_target(config: Any, target: str, by: str, local: Span) -> None:
+    """Refuses before anything runs what the tool could not: plans by heads, and a local span that it does not know."""
+    if by == "heads":
+        raise MasformerError(
+            f"{target} gives all KV heads of a layer the same span, so it runs no plan by heads; use --by layers"
+        )
+    layers = config.num_hidden_layers
+    if layers > 1:
+        check_export(config, AttentionPlan.mixed(layers, 1, local=local), target)

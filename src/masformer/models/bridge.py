@@ -58,6 +58,8 @@ _NO_SPANS = {
 _OTHER_STATE = {name for name in vars(Cache) if name.startswith("update_")}
 """The methods of a cache of transformers by which a module keeps something else than keys and values."""
 _KEYS = re.compile(r"(^|_)(q?kv?|key|keys)(_|$)")
+_INSTEAD = "masformer_attend"
+"""The attribute of an attention module that holds what takes the place of `attend`, see `attending_by`."""
 CACHE_NAMES = ("cache", "past_key_values")
 """What transformers calls the cache: the first since 5.2x."""
 
@@ -249,7 +251,8 @@ def _attention(
     if attention_mask is not None and attention_mask.documents.shape[1] != key.shape[2]:
         expected = attention_mask.documents.shape[1]
         raise MasformerError(f"the cache holds {key.shape[2]} keys of {expected}; use SpanCache or DynamicCache")
-    out = attend(query, key, value, span, layout=attention_mask, **options)  # type: ignore[arg-type]
+    run: Callable[..., Tensor] = getattr(module, _INSTEAD, attend)
+    out = run(query, key, value, span, layout=attention_mask, **options)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -259,6 +262,34 @@ def _attend_kept(query: Tensor, key: Tensor, value: Tensor, view: View, span: Sp
         return attend(query, key, value, span, layout=view.layout, **options)
     out = attend_stored(query, key, value, view.visible, **options)
     return out if view.dead is None else out.masked_fill(view.dead, 0)
+
+
+@contextmanager
+def attending_by(model: PreTrainedModel, function: Callable[..., Tensor]) -> Iterator[None]:
+    """Within it, a function gives the attention of every layer in passes without a cache.
+
+    It is called with the number of the layer and then as `attend`, whose place it takes. Layers that were compiled run
+    as they are written.
+
+    Args:
+        model: a model with a plan.
+        function: (layer, query, key, value, span, **options of `attend`) -> [batch, query_heads, query_len, value_dim].
+    """
+    model = bare_model(model)
+    layers = decoder_layers(model)
+    compiled = [layer._compiled_call_impl for layer in layers]
+    modules = _attention_modules(model, model.config)
+    try:
+        for layer in layers:
+            layer._compiled_call_impl = None
+        for number, module in modules.items():
+            setattr(module, _INSTEAD, partial(function, number))
+        yield
+    finally:
+        for layer, call in zip(layers, compiled, strict=True):
+            layer._compiled_call_impl = call
+        for module in modules.values():
+            vars(module).pop(_INSTEAD, None)
 
 
 def _mask(

@@ -1,23 +1,27 @@
-"""Choosing the layers that need full attention, by measurement on the user's own text.
+"""Choosing the layers or KV heads that need full attention, by measurement on the user's own text.
 
-`texts` cuts windows and retrieval probes, `measure` scores plans on them with shared prefixes and a journal, `search`
-chooses a plan under a budget (`budget`) and holds it against controls (`result`), `report` shows the result.
+`texts` cuts windows and retrieval probes, `measure` scores plans on them with shared prefixes and a journal, `gradient`
+measures what a wider span is worth to each unit, `choice` makes plans of what was measured under a budget (`budget`),
+`finding` searches and holds the plan against controls (`result`), `report` shows the result.
 """
 
 from masformer.placement.budget import Budget
+from masformer.placement.finding import METHODS, parse_criteria, search, search_layers
 from masformer.placement.report import placement_table, plot_search
-from masformer.placement.result import Evidence, PlacementScore, SearchResult, Work
-from masformer.placement.search import METHODS, parse_criteria, search_layers
+from masformer.placement.result import Completeness, Evidence, GradientWork, PlacementScore, SearchResult, Work
 
 __all__ = [
     "METHODS",
     "Budget",
+    "Completeness",
     "Evidence",
+    "GradientWork",
     "PlacementScore",
     "SearchResult",
     "Work",
     "parse_criteria",
     "placement_table",
     "plot_search",
+    "search",
     "search_layers",
 ]

@@ -14,8 +14,8 @@ from masformer.plan import AttentionPlan
 from masformer.spans import FullSpan, Span
 
 BUDGET_FORMS = (
-    "a number of full layers (8), a share of all-full's attention FLOPs (30%), or KV-cache bytes (64MiB); "
-    "the last two may name a length in tokens (30%@8192)"
+    "a number of full layers, or of KV heads by heads (8), a share of all-full's attention FLOPs (30%), or KV-cache "
+    "bytes (64MiB); the last two may name a length in tokens (30%@8192)"
 )
 
 
@@ -24,7 +24,7 @@ class Budget:
     """What a plan may cost: exactly one of the first three.
 
     Attributes:
-        full_layers: full layers, the others local.
+        full_layers: full layers, the others local; in a search by heads, full KV heads.
         flops_share: attention FLOPs, as a fraction of full attention in every layer; above 0, below 1.
         cache_bytes: KV-cache bytes of one sequence, with values of 2 bytes.
         length: tokens at which the cost is counted; None: those of the search.
@@ -77,44 +77,61 @@ class Budget:
 
 
 class Purse:
-    """A budget for one model: what a layer of each span costs, and what there is to spend."""
+    """A budget for one model: what a unit of each span costs, and what there is to spend.
 
-    def __init__(self, budget: Budget, model: PreTrainedModel, local: Span, length: int) -> None:
+    Args:
+        budget: the budget.
+        model: the model.
+        local: the span of units that are not full.
+        length: tokens at which the cost is counted, where the budget does not say.
+        heads: KV heads of a layer, where these are the units; None: layers are.
+
+    Attributes:
+        layers: of the model.
+        units: in all.
+        limit: FLOPs or bytes to spend.
+    """
+
+    def __init__(
+        self, budget: Budget, model: PreTrainedModel, local: Span, length: int, heads: int | None = None
+    ) -> None:
         self.layers = int(model.config.num_hidden_layers)
+        self.units = self.layers * (heads or 1)
         self.length = budget.length or length
         self.shape = ModelShape.of(model.config)
         self.figure = "attention_flops" if budget.cache_bytes is None else "kv_cache_bytes"
-        full = self.layers * self.price(FullSpan())
+        what = "layer" if heads is None else "KV head"
+        full = self.units * self.price(FullSpan())
+        self.text = str(budget)
         if budget.full_layers is not None:
-            if budget.full_layers > self.layers:
-                raise MasformerError(f"{budget} are more than the model's {self.layers} layers")
-            local_layers = self.layers - budget.full_layers
-            self.limit = budget.full_layers * self.price(FullSpan()) + local_layers * self.price(local)
+            self.text = f"{budget.full_layers} full {what}s"
+            if budget.full_layers > self.units:
+                raise MasformerError(f"{self.text} are more than the model's {self.units} {what}s")
+            local_units = self.units - budget.full_layers
+            self.limit = budget.full_layers * self.price(FullSpan()) + local_units * self.price(local)
         elif budget.flops_share is not None:
             self.limit = math.floor(budget.flops_share * full)
         else:
             self.limit = budget.cache_bytes or 0
         if self.limit >= full:
-            raise MasformerError(f"a budget of {budget} lets every layer be full: there is nothing to choose")
+            raise MasformerError(f"a budget of {self.text} lets every {what} be full: there is nothing to choose")
         if self.price(local) >= self.price(FullSpan()):
             raise MasformerError(f"{local} costs as much as full at {self.length} tokens: there is nothing to choose")
-        self.budget = budget
+        self.budget, self.what = budget, what
 
     def price(self, span: Span) -> int:
-        """Of one layer: FLOPs or bytes."""
+        """Of one unit: FLOPs or bytes."""
         whole = getattr(cost(self.shape, AttentionPlan.uniform(self.layers, span), self.length), self.figure)
-        return int(whole) // self.layers
+        return int(whole) // self.units
 
     def check(self, cheapest: Span) -> None:
-        """Raises MasformerError unless every layer can have this span."""
-        if self.layers * self.price(cheapest) > self.limit:
+        """Raises MasformerError unless every unit can have this span."""
+        if self.units * self.price(cheapest) > self.limit:
             raise MasformerError(
-                f"a budget of {self.budget} is less than {cheapest} in every layer needs; give more or a smaller span"
+                f"a budget of {self.text} is less than {cheapest} in every layer needs; give more or a smaller span"
             )
 
-    def full_layers(self, local: Span) -> int:
-        """How many layers can be full when the others are local; below 0 where not even none can."""
-        if self.budget.full_layers is not None:
-            return self.budget.full_layers
-        left = self.limit - self.layers * self.price(local)
-        return left // (self.price(FullSpan()) - self.price(local))
+    def most(self, span: Span, local: Span) -> int:
+        """How many units can have a span when the others are local; below 0 where not even none can."""
+        left = self.limit - self.units * self.price(local)
+        return min(self.units, left // (self.price(span) - self.price(local)))

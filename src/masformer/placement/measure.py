@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -59,10 +59,10 @@ class PrefixPasses:
 
     def run(self, plan: AttentionPlan) -> Any:
         """The base model's output under a plan; its `last_hidden_state` is that of a whole pass."""
-        shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(self._spans, plan, strict=False))))
+        shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(self._spans, plan.layers, strict=False))))
         apply_plan(self.model, plan, self.backend)
         output = self._pass(shared)
-        self._spans = plan.spans
+        self._spans = plan.layers
         if not self._checked:
             self._check(output)
         return output
@@ -74,7 +74,7 @@ class PrefixPasses:
         base = self.model.base_model
         with ExitStack() as stack:
             for layer in self.layers[:shared]:
-                stack.enter_context(_returning(layer, outputs[-1]))
+                stack.enter_context(replaced_forward(layer, partial(_returned, outputs[-1])))
             for layer in self.layers[shared:]:
                 hook = layer.register_forward_hook(lambda module, args, output: outputs.append(output))
                 stack.callback(hook.remove)
@@ -111,16 +111,20 @@ def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 @contextmanager
-def _returning(layer: nn.Module, output: Any) -> Iterator[None]:
-    """Makes a layer return `output`, whatever it is given; its attributes stay in place."""
+def replaced_forward(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Gives a layer another forward for a while; its attributes stay in place."""
     own = vars(layer).get("forward")
-    layer.forward = lambda *args, **kwargs: output
+    layer.forward = forward
     try:
         yield
     finally:
         del layer.forward
         if own is not None:
             layer.forward = own
+
+
+def _returned(output: Any, *args: Any, **kwargs: Any) -> Any:
+    return output
 
 
 @dataclass(frozen=True)
@@ -138,8 +142,27 @@ class Score:
     kl: float | None = None
 
 
-def _measurement(row: dict[str, Any]) -> tuple[tuple[str, str], Score]:
-    return (row.pop("window"), row.pop("plan")), build(Score, row, "")
+@dataclass(frozen=True)
+class Slope:
+    """The gains of units at one point of a path between plans, on one window (`masformer.placement.gradient`).
+
+    Attributes:
+        loss: there, in nats per scored token.
+        gains: [span][layer][KV head]: the fall of the loss with the unit's step from local to the span, in nats.
+    """
+
+    loss: float
+    gains: tuple[tuple[tuple[float, ...], ...], ...]
+
+
+Entry = TypeVar("Entry", Score, Slope)
+
+
+def _measurement(row: dict[str, Any]) -> tuple[tuple[str, str], Score | Slope]:
+    if "path" not in row:
+        return (row.pop("window"), row.pop("plan")), build(Score, row, "")
+    gains = tuple(tuple(tuple(map(float, heads)) for heads in layers) for layers in row["gains"])
+    return (row["window"], row["path"]), Slope(float(row["loss"]), gains)
 
 
 class Journal:
@@ -154,21 +177,27 @@ class Journal:
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
         self.path = None if path is None else Path(path)
-        self._scores: dict[tuple[str, str], Score] = {}
+        self._entries: dict[tuple[str, str], Score | Slope] = {}
         if self.path is not None:
-            self._scores |= recover_lines(self.path, _measurement, "a measurement")
+            self._entries |= recover_lines(self.path, _measurement, "a measurement")
 
-    def get(self, window: str, plan: AttentionPlan) -> Score | None:
-        """The score, if it is known."""
-        return self._scores.get((window, str(plan)))
+    def get(self, window: str, what: str, kind: type[Entry]) -> Entry | None:
+        """The score of a plan or the slope at a point of a path, by its text, if it is known."""
+        found = self._entries.get((window, what))
+        return found if isinstance(found, kind) else None
 
-    def add(self, plan: AttentionPlan, scores: Mapping[str, Score]) -> None:
-        """Keeps a plan's scores by window; they are in the file when this returns."""
-        self._scores |= {(window, str(plan)): score for window, score in scores.items()}
+    def add(self, name: str, what: str, entries: Mapping[str, Score | Slope]) -> None:
+        """Keeps what was measured on windows; it is in the file when this returns.
+
+        Args:
+            name: `plan` for scores, `path` for slopes.
+            what: its text.
+            entries: by window.
+        """
+        self._entries |= {(window, what): entry for window, entry in entries.items()}
         if self.path is not None:
-            append_lines(
-                self.path, [{"window": window, "plan": str(plan)} | asdict(score) for window, score in scores.items()]
-            )
+            rows = [{"window": window, name: what} | asdict(entry) for window, entry in entries.items()]
+            append_lines(self.path, rows)
 
 
 class Measurer:
@@ -212,10 +241,10 @@ class Measurer:
         self.kl, self.advance = kl, advance
         self.autocast = autocast_on(model.device, model.dtype, precision)
         kept = (model.config.num_hidden_layers + kl) * model.config.hidden_size  # `PrefixPasses`, and all-full's output
-        self._room = room_of(model, rows=batch_size, kept=kept)
+        self.room = room_of(model, rows=batch_size, kept=kept)
         self.journal = Journal(journal)
         self.measured = self.recalled = self.unshared = 0
-        self._model, self._fingerprint = model, model_fingerprint(model)
+        self.model, self._fingerprint = model, model_fingerprint(model)
         self._keys: dict[Window, str] = {}
 
     def scores(self, plans: Sequence[AttentionPlan], windows: Sequence[Window]) -> list[list[Score]]:
@@ -234,18 +263,19 @@ class Measurer:
         self.recalled += recalled
         self.advance(recalled)
         for (missing, length, *_), each in todo.items():
-            for _ in self._room.run(each, length - 1, partial(self._measure, missing)):
+            for _ in self.room.run(each, length - 1, partial(self._measure, missing)):
                 pass
         return [[self._found(window, plan) for window in windows] for plan in plans]
 
-    def _key(self, window: Window) -> str:
+    def key(self, window: Window) -> str:
+        """What stands for the model and a window in the journal."""
         if window not in self._keys:
             how = self._fingerprint if self.autocast is None else f"{self._fingerprint} {dtype_name(self.autocast)}"
             self._keys[window] = hashlib.sha256(f"{how} {window}".encode()).hexdigest()[:32]
         return self._keys[window]
 
     def _known(self, window: Window, plan: AttentionPlan) -> Score | None:
-        score = self.journal.get(self._key(window), plan)
+        score = self.journal.get(self.key(window), str(plan), Score)
         return None if score is not None and score.kl is None and self._needs_kl(window) else score
 
     def _found(self, window: Window, plan: AttentionPlan) -> Score:
@@ -260,8 +290,8 @@ class Measurer:
     def _measure(self, plans: Sequence[AttentionPlan], windows: Sequence[Window]) -> None:
         """Measures what is not known yet; what was done before the memory was not enough is."""
         plans = [plan for plan in plans if any(self._known(window, plan) is None for window in windows)]
-        tokens = padded([window.tokens for window in windows], 0).to(self._model.device)
-        with autocast(self._model.device, self.autocast):
+        tokens = padded([window.tokens for window in windows], 0).to(self.model.device)
+        with autocast(self.model.device, self.autocast):
             self.passes.start(tokens[:, :-1])
             reference = self.passes.run(self.passes.full) if self._needs_kl(windows[0]) else None
             self.unshared += (
@@ -270,7 +300,7 @@ class Measurer:
             for plan in plans:
                 scores = self._scores(self.passes.run(plan), reference, tokens, windows[0].scored)
                 self.unshared += len(tokens) * len(self.passes.layers)
-                self.journal.add(plan, dict(zip(map(self._key, windows), scores, strict=True)))
+                self.journal.add("plan", str(plan), dict(zip(map(self.key, windows), scores, strict=True)))
                 self.measured += len(windows)
                 self.advance(len(windows))
 
@@ -278,15 +308,15 @@ class Measurer:
         """One score per row of tokens [batch, length + 1]."""
         length = tokens.shape[1] - 1
         nll, right, kl = [], [], []
-        step = max(1, self._room.positions // len(tokens))
+        step = max(1, self.room.positions // len(tokens))
         for start in range(length - scored, length, step):
             positions = slice(start, min(start + step, length))
-            predicted = self._log_probabilities(output, tokens, positions)
+            predicted = self.log_probabilities(output, tokens, positions)
             targets = tokens[:, 1:][:, positions, None].to(predicted.device)
             nll.append(-predicted.gather(-1, targets)[..., 0])
             right.append(predicted.argmax(-1) == targets[..., 0])
             if reference is not None:
-                wanted = self._log_probabilities(reference, tokens, positions)
+                wanted = self.log_probabilities(reference, tokens, positions)
                 divergence = nn.functional.kl_div(predicted, wanted, reduction="none", log_target=True)
                 kl.append(divergence.sum(-1))
         # from the device once, not for each chunk: it would wait there
@@ -294,27 +324,31 @@ class Measurer:
         answered = torch.cat(right, 1).all(1).tolist()
         divergences = torch.cat(kl, 1).cpu().double().mean(1) if kl else torch.zeros(len(tokens))
         if not bool((losses + divergences).isfinite().all()):
-            raise MasformerError(
-                "the loss is not finite: the model's weights are damaged, or too coarse in "
-                f"{self.autocast or self._model.dtype}"
-            )
+            raise self.not_finite()
         return [
             Score(nll, right, None if reference is None else kl)
             for nll, right, kl in zip(losses.tolist(), answered, divergences.tolist(), strict=True)
         ]
 
-    def _log_probabilities(self, output: Any, tokens: Tensor, positions: slice) -> Tensor:
-        """float32 [batch, positions, vocabulary], from the model's own head."""
-        with prepared_base(self._model, output) as prepared:
+    def not_finite(self) -> MasformerError:
+        """The error of a loss that is not finite."""
+        return MasformerError(
+            "the loss is not finite: the model's weights are damaged, or too coarse in "
+            f"{self.autocast or self.model.dtype}"
+        )
+
+    def log_probabilities(self, output: Any, tokens: Tensor, positions: slice) -> Tensor:
+        """[batch, positions, vocabulary] in float32 at least, from the model's own head."""
+        with prepared_base(self.model, output) as prepared:
             prepared.positions = positions
-            logits: Tensor = self._model(input_ids=tokens[:, positions], use_cache=False, return_dict=True).logits
-        return logits.float().log_softmax(-1)
+            logits: Tensor = self.model(input_ids=tokens[:, positions], use_cache=False, return_dict=True).logits
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 def _in_order(plans: Sequence[AttentionPlan]) -> list[AttentionPlan]:
     """The distinct plans so that neighbours share the longest prefixes: lexicographic, full spans first."""
     kinds = sorted(
-        {span for plan in plans for span in plan}, key=lambda span: (not isinstance(span, FullSpan), str(span))
+        {span for plan in plans for span in plan.layers}, key=lambda span: (not isinstance(span, FullSpan), repr(span))
     )
     rank = {span: index for index, span in enumerate(kinds)}
-    return sorted(set(plans), key=lambda plan: [rank[span] for span in plan])
+    return sorted(set(plans), key=lambda plan: [rank[span] for span in plan.layers])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import textwrap
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -16,6 +17,10 @@ from masformer.plots import FULL_COLOR, INK, write_figure
 def placement_table(result: SearchResult) -> Table:
     """The found plan among its controls on every text not chosen by; random placements as best, median and worst."""
     texts = list(result.placements)
+    sums = "".join(
+        f"\ngains by {each.criterion}: {each.gains:.3f} nats in all, measured {each.measured:.3f}"
+        for each in (result.gradient.completeness if result.gradient else ())
+    )
     ranks = ", ".join(f"{result.rank(text)} of {len(result.random(text)) + 1} on {text}" for text in texts)
     work = result.work
     saved = 1 - work.layer_evaluations / work.unshared_layer_evaluations if work.unshared_layer_evaluations else 0.0
@@ -23,7 +28,7 @@ def placement_table(result: SearchResult) -> Table:
         title=f"Held-out text, windows of {result.length:,} tokens: perplexity of the second half",
         caption=f"found: {result.plan}\nrank among random placements: {ranks}\n"
         f"{work.measurements:,} measurements, {work.recalled:,} recalled; shared prefixes saved {saved:.0%} of "
-        f"{work.unshared_layer_evaluations:,} layer evaluations",
+        f"{work.unshared_layer_evaluations:,} layer evaluations{sums}",
         title_justify="left",
         caption_justify="left",
         min_width=72,
@@ -68,6 +73,16 @@ def plot_search(result: SearchResult, path: str | os.PathLike[str]) -> None:
     write_figure(search_figure(result), path)
 
 
+def _mark_units(axes: Any, result: SearchResult) -> None:
+    """A dot in the cell of each unit whose span is that of the row."""
+    heads = result.plan.kv_heads or 1
+    for layer, spans in enumerate(result.plan.units(heads)):
+        for head, span in enumerate(spans):
+            for row, evidence in enumerate(result.evidence):
+                if evidence.name == f"{span}, head {head}":
+                    axes.plot(layer, row, ".", color=FULL_COLOR, markersize=5)
+
+
 def search_figure(result: SearchResult) -> Figure:
     """What `plot_search` draws."""
     rows, layers, texts = len(result.evidence), len(result.plan), list(result.placements)
@@ -85,13 +100,15 @@ def search_figure(result: SearchResult) -> Figure:
     image = axes.imshow(values, cmap="YlOrRd", vmin=0, vmax=top, aspect="auto")
     axes.set_yticks(range(rows), [row.name for row in result.evidence], fontsize=8)
     axes.set_xticks(range(layers), [str(layer) for layer in range(layers)], fontsize=7)
-    axes.set_xlabel("layer (0 next to the embedding); marked: full in the plan", fontsize=8, color=INK)
+    axes.set_xlabel("layer (0 next to the embedding); marked: in the plan", fontsize=8, color=INK)
+    if result.by == "heads" and result.plan.kv_heads:
+        _mark_units(axes, result)
     for layer in result.plan.full_layers:
         axes.get_xticklabels()[layer].set(color=FULL_COLOR, fontweight="bold")
         axes.plot(layer, -0.5, marker="v", color=FULL_COLOR, markersize=7, clip_on=False)
     bar = figure.add_axes((1 - right + 0.1 / width, 1 - (0.5 + heat) / height, 0.12 / width, heat / height))
     figure.colorbar(image, cax=bar).ax.tick_params(labelsize=7)
-    bar.set_title("nats", fontsize=8, color=INK)
+    bar.set_title("nats" if result.gradient is None or len(result.criteria) == 1 else "share", fontsize=8, color=INK)
 
     for index, text in enumerate(texts):
         bottom = 0.5 + 1.25 * (len(texts) - 1 - index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -22,9 +23,11 @@ class Evidence:
     """One row of the heat map: what was measured layer by layer.
 
     Attributes:
-        name: the span that one layer at a time was restricted to, or the step of the greedy search.
-        values: the rise of the criterion above all-full when that layer alone is restricted, or its fall when that
-            layer is made full in this step; in nats, larger for a layer that is needed more. None: not measured.
+        name: the span that one layer at a time was restricted to, the step of the greedy search, or the span whose
+            gain it is, with the KV head where units are heads (`full, head 0`).
+        values: the rise of the criterion above all-full when that layer alone is restricted, its fall when that
+            layer is made full in this step, or the gain of the layer or head, in nats; by several criteria, the gains
+            of each as shares of their sum, weighed. Larger for a layer that is needed more. None: not measured.
     """
 
     name: str
@@ -58,6 +61,11 @@ class PlacementScore:
         """exp(tail_nll)."""
         return exp_or_inf(self.tail_nll)
 
+    def figure(self, criterion: str) -> float:
+        """The one of that criterion, in nats."""
+        value = {"tail": self.tail_nll, "kl": self.kl, "retrieval": self.retrieval_nll}[criterion]
+        return math.nan if value is None else value
+
 
 @dataclass(frozen=True)
 class Work:
@@ -76,6 +84,43 @@ class Work:
     layer_evaluations: int
     unshared_layer_evaluations: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class Completeness:
+    """Whether the gains of all units add up to what they should, by one criterion; in nats.
+
+    Attributes:
+        criterion: its name.
+        gains: the sum of the gains of all units, along the path from all local to the widest span everywhere.
+        measured: the difference of the two ends, measured on the same windows.
+    """
+
+    criterion: str
+    gains: float
+    measured: float
+
+
+@dataclass(frozen=True)
+class GradientWork:
+    """How gains were measured.
+
+    Attributes:
+        rounds: the first along the path to the widest span everywhere, the others to the plan found before.
+        points: of each path.
+        passes: forward passes with their backward passes; of a resumed search, those of the last run; not compared.
+        completeness: of the first round, by criterion.
+    """
+
+    rounds: int
+    points: int
+    passes: int = field(compare=False)
+    completeness: tuple[Completeness, ...]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GradientWork:
+        """The inverse of `asdict`."""
+        return cls(**{**values, "completeness": tuple(Completeness(**row) for row in values["completeness"])})
 
 
 @dataclass(frozen=True)
@@ -98,6 +143,8 @@ class SearchResult:
         placements: text -> the plan among its controls.
         work: what it took; not compared.
         autocast: dtype of matrix products, where it was not that of the weights.
+        by: `layers` or `heads`, what the units were; None in records of before there were two.
+        gradient: of the method `gradient`.
     """
 
     plan: AttentionPlan
@@ -115,6 +162,8 @@ class SearchResult:
     placements: dict[str, tuple[PlacementScore, ...]]
     work: Work = field(compare=False)
     autocast: str | None = None
+    by: str | None = None
+    gradient: GradientWork | None = None
 
     def score(self, name: str, text: str = HELD_OUT) -> PlacementScore:
         """The placement of that name on that text."""
@@ -139,7 +188,13 @@ class SearchResult:
         own = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "plan"}
         evidence = [{"name": row.name, "values": list(row.values)} for row in self.evidence]
         ranks = {text: {"rank": self.rank(text), "of": len(self.random(text)) + 1} for text in self.placements}
-        derived = {"evidence": evidence, "placements": placements, "ranks": ranks, "work": asdict(self.work)}
+        derived: dict[str, Any] = {
+            "evidence": evidence,
+            "placements": placements,
+            "ranks": ranks,
+            "work": asdict(self.work),
+        }
+        derived["gradient"] = None if self.gradient is None else asdict(self.gradient)
         return self.plan.to_dict() | own | derived
 
     @classmethod
@@ -165,6 +220,8 @@ class SearchResult:
                 for text, rows in values["placements"].items()
             }
             own["work"] = Work(**values["work"])
+            if own.get("gradient") is not None:
+                own["gradient"] = GradientWork.from_dict(own["gradient"])
         except (KeyError, TypeError, AttributeError) as error:
             raise MasformerError(f"this is no result of a search: {type(error).__name__}: {error}") from None
         return cls(**own)

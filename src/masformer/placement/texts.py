@@ -1,21 +1,26 @@
-"""What plans are measured on: windows cut from documents, and retrieval probes made of them."""
+"""What plans are measured on: windows cut from documents, retrieval probes made of them, and pairs of your own."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise, zip_longest
+from itertools import zip_longest
 from typing import Any
 
-from masformer.data.tokens import part_tokens
+from masformer.data.tokens import opening_tokens, part_tokens
 from masformer.errors import MasformerError
+from masformer.evaluation.retrieval import TASKS, Haystack, Prober
+from masformer.evaluation.retrieval.prompts import TRAINING
+from masformer.evaluation.rouge import split_sentences
 
-NAMES = ("Alice", "Bruno", "Clara", "David", "Elena", "Felix", "Grace", "Henry", "Irene", "Jonas", "Karen", "Louis")
-NEEDLES = 3
-"""Of a probe: pairs of a name and a number, one of which is asked for."""
-DEPTHS = (0.05, 0.45)
-"""Of a probe: where its needles lie, as fractions of the filler text."""
+Pair = tuple[str, str]
+"""A prompt and its target."""
+PROBES = ("niah_single", "niah_multikey")
+"""Tasks of retrieval probes, in turn."""
+DEEPEST = 75
+"""Of a probe: where its needle lies at most, in percent of the haystack."""
+ROOM = 16
+"""Tokens of a probe's length that its answer may take."""
 
 
 @dataclass(frozen=True)
@@ -87,45 +92,52 @@ def split_windows(
     return flat[:count], flat[len(flat) - held_out :], False
 
 
-def retrieval_probes(tokenizer: Any, fillers: Sequence[Window], count: int, seed: int) -> list[Window]:
-    """Key-value needles far back in filler text, and a question at the end; the answer's tokens are scored.
+def retrieval_probes(tokenizer: Any, fillers: Sequence[Window], length: int, count: int, seed: int) -> list[Window]:
+    """Prompts of `masformer.evaluation.retrieval`, hidden in the windows' own text; the answers' tokens are scored.
 
-    A probe tells the pass keys of several people, each somewhere in the first half of the filler, and ends by asking
-    for one of them with the very words that told it.
+    They are of the stream that is trained on, so none is drawn as one that is tested. Single keys and several take
+    turns, at depths that are evenly spread.
 
     Args:
         tokenizer: of transformers.
-        fillers: windows that give the text around the needles, and the length.
+        fillers: windows that give the text around the needles.
+        length: the most tokens of prompt and answer.
         count: probes.
-        seed: of the names, numbers and places.
+        seed: of all that is drawn.
 
     Raises:
-        MasformerError: the windows are too short to hold the needles in their first half.
+        MasformerError: the length is too short for what is hidden and the question.
     """
-    choose = random.Random(seed)
-
-    def encode(text: str) -> list[int]:
-        return part_tokens(tokenizer, text)
-
+    text = "\n".join(tokenizer.decode(list(filler.tokens), skip_special_tokens=True) for filler in fillers)
+    sentences = tuple(sentence for sentence in split_sentences(text).splitlines() if sentence.strip())
+    prober = Prober(tokenizer, haystack=Haystack(sentences, "text"), seed=seed, max_new_tokens=ROOM)
     probes = []
     for index in range(count):
-        filler = fillers[index % len(fillers)].tokens
-        names = choose.sample(NAMES, NEEDLES)
-        questions = [encode(f"\nThe pass key of {name} is") for name in names]
-        answers = [encode(f" {choose.randrange(10_000, 100_000)}") for _ in names]
-        end = encode(".\n")
-        asked = choose.randrange(NEEDLES)
-        needles = [question + answer + end for question, answer in zip(questions, answers, strict=True)]
-        inserted = sum(map(len, needles))
-        room = len(filler) - inserted - len(questions[asked]) - len(answers[asked])
-        if inserted + DEPTHS[1] * room > len(filler) / 2:
-            raise MasformerError(
-                f"a length of {len(filler) - 1} is too short for retrieval probes, whose needles take {inserted} "
-                f"tokens; allowed: about {12 * inserted} or more"
-            )
-        places = [0, *sorted(int(choose.uniform(*DEPTHS) * room) for _ in names), room]
-        tokens: list[int] = []
-        for (start, stop), needle in zip(pairwise(places), [*needles, questions[asked] + answers[asked]], strict=True):
-            tokens += [*filler[start:stop], *needle]
-        probes.append(Window(tuple(tokens), len(answers[asked]), probe=True))
+        depth = DEEPEST * (index + 0.5) / count
+        probe = prober.probe(TASKS[PROBES[index % len(PROBES)]], length, depth, index, TRAINING)
+        answer = part_tokens(tokenizer, f" {probe.answers[0]}")
+        probes.append(Window((*probe.tokens, *answer), len(answer), probe=True))
     return probes
+
+
+def pair_windows(tokenizer: Any, pairs: Sequence[Pair], length: int) -> list[Window]:
+    """A window of each prompt with its target, whose tokens are scored; tokenized as in training on pairs.
+
+    Args:
+        tokenizer: of transformers.
+        pairs: prompts and targets.
+        length: the most input tokens.
+
+    Raises:
+        MasformerError: a prompt or a target is blank, or a pair too long.
+    """
+    windows = []
+    for number, (prompt, target) in enumerate(pairs, start=1):
+        if not prompt.strip() or not target.strip():
+            raise MasformerError(f"pair {number} has a blank prompt or target; both must hold text")
+        answer = part_tokens(tokenizer, target)
+        tokens = (*opening_tokens(tokenizer, prompt), *answer)
+        if len(tokens) - 1 > length:
+            raise MasformerError(f"pair {number} takes {len(tokens) - 1} tokens; allowed: the length, {length}")
+        windows.append(Window(tokens, len(answer), probe=True))
+    return windows

@@ -253,6 +253,7 @@ class Search(Work):
             Span.parse(self.local),
             length=self.length,
             prefix=prefix_token(tokenizer),
+            method="sensitivity",
             windows=self.windows,
             held_out_windows=self.windows,
             random_placements=self.random,

@@ -1,0 +1,498 @@
+"""Searching for a plan under a budget, by gradients or by measuring layers one at a time; and its controls."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from masformer.data.tokens import part_tokens
+from masformer.errors import MasformerError, check_int, check_seed, shown
+from masformer.evaluation.perplexity import prefix_token
+from masformer.evaluation.room import dtype_name
+from masformer.models.bridge import apply_plan
+from masformer.models.positions import position_limit
+from masformer.models.sealing import kv_heads
+from masformer.models.wrappers import bare_model
+from masformer.placement.budget import Budget, Purse
+from masformer.placement.choice import DIGITS, greedy, joint, most_valued, shuffled, with_span
+from masformer.placement.gradient import GainMeter
+from masformer.placement.measure import Measurer, Score
+from masformer.placement.result import (
+    FOUND,
+    FULL,
+    HELD_OUT,
+    LOCAL,
+    RANDOM,
+    Completeness,
+    Evidence,
+    GradientWork,
+    PlacementScore,
+    SearchResult,
+    Work,
+)
+from masformer.placement.texts import (
+    Pair,
+    Window,
+    pair_windows,
+    retrieval_probes,
+    split_windows,
+    take_windows,
+    text_windows,
+)
+from masformer.plan import PLACEMENTS, AttentionPlan
+from masformer.spans import FullSpan, Span
+
+METHODS = ("gradient", "sensitivity", "greedy", "joint")
+UNITS = ("layers", "heads")
+POINTS, ROUNDS = 4, 2
+"""Of the method gradient, where nothing is said."""
+MOST_POINTS, MOST_ROUNDS = 100, 10
+CRITERIA = ("tail", "kl", "retrieval")
+MOST_RANDOM = 10_000
+
+
+def parse_criteria(text: str) -> dict[str, float]:
+    """Reads `tail`, or a weighted mix such as `tail:1,retrieval:0.5`; a weight left out is 1.
+
+    Raises:
+        MasformerError: an unknown criterion, one named twice, or a weight that is no positive number.
+    """
+    criteria: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, weight = (piece.strip() for piece in part.partition(":"))
+        if name in criteria:
+            raise MasformerError(f"criterion {name!r} is named twice")
+        try:
+            criteria[name] = float(weight or 1)
+        except ValueError:
+            raise MasformerError(f"the weight of criterion {name!r} must be a number, got {shown(weight)}") from None
+    return _check_criteria(criteria)
+
+
+def _check_criteria(criteria: Mapping[str, float]) -> dict[str, float]:
+    if not criteria or not set(criteria) <= set(CRITERIA):
+        unknown = ", ".join(sorted(set(criteria) - set(CRITERIA))) or "none at all"
+        raise MasformerError(f"unknown criterion: {unknown}; allowed: {', '.join(CRITERIA)}, or a mix (tail:1,kl:0.5)")
+    for name, weight in criteria.items():
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+            raise MasformerError(f"the weight of criterion {name!r} must be a positive number, got {shown(weight)}")
+    return dict(criteria)
+
+
+def search(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    texts: Iterable[str],
+    budget: Budget | str | int,
+    local: Span | str = "window:256+4",
+    *,
+    length: int = 2048,
+    other_texts: Mapping[str, Iterable[str]] | None = None,
+    **options: Any,
+) -> SearchResult:
+    """Chooses the layers or KV heads that need full attention, on texts: what `masformer search` does.
+
+    Args:
+        model: a causal language model in evaluation mode; it keeps the plan that is found.
+        tokenizer: of transformers.
+        texts: documents to choose by; a part of them is held out.
+        budget: see `search_layers`.
+        local: the span of units that are not full, or its text.
+        length: input tokens of a window.
+        other_texts: name -> documents to report on as well.
+        **options: of `search_layers`.
+
+    Raises:
+        MasformerError: as `search_layers`.
+    """
+
+    def tokens(documents: Iterable[str]) -> list[list[int]]:
+        return [part_tokens(tokenizer, document) for document in documents]
+
+    return search_layers(
+        model,
+        tokens(texts),
+        budget,
+        local,
+        length=length,
+        prefix=prefix_token(tokenizer),
+        tokenizer=tokenizer,
+        other_texts={name: tokens(documents) for name, documents in (other_texts or {}).items()},
+        **options,
+    )
+
+
+def search_layers(
+    model: PreTrainedModel,
+    documents: Sequence[Sequence[int]],
+    budget: Budget | str | int,
+    local: Span | str,
+    *,
+    length: int,
+    prefix: int | None,
+    method: str = "gradient",
+    by: str = "layers",
+    criteria: Mapping[str, float] | str | None = None,
+    spans: Sequence[Span | str] = (),
+    rounds: int | None = None,
+    points: int | None = None,
+    windows: int = 8,
+    held_out_windows: int = 8,
+    other_texts: Mapping[str, Sequence[Sequence[int]]] | None = None,
+    tokenizer: Any = None,
+    probes: int | None = None,
+    pairs: Sequence[Pair] | None = None,
+    random_placements: int = 20,
+    seed: int = 0,
+    batch_size: int | None = None,
+    precision: str = "auto",
+    backend: str = "auto",
+    journal: str | os.PathLike[str] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> SearchResult:
+    """Chooses the units that need full attention, and holds the plan against other placements on text not chosen by.
+
+    `gradient` measures the gains of all units, layers or KV heads, in the same passes (`masformer.placement.gradient`)
+    and gives the budget to the units whose gains are largest; with several spans, to those that gain most together. In
+    further rounds the path leads to the plan found before, and gains are means over the rounds.
+
+    The others measure layers: `sensitivity` restricts one layer at a time, the others full, and keeps full those whose
+    restriction hurts most. `greedy` starts with every layer local and makes full the layer that helps most, given those
+    before it. `joint` measures like `sensitivity`, with each span of a list, and minimises the sum of the measured
+    rises under the budget; that the rises of several layers add up is an assumption.
+
+    All work on a few windows of the documents. The random placements put the found plan's spans at random units, so
+    that their cost is the same.
+
+    Args:
+        model: a causal language model in evaluation mode; it keeps the plan that is found.
+        documents: token ids of each document (`masformer.evaluation.perplexity.tokenize`).
+        budget: a `Budget`, its text form, or a number of full layers, or of full KV heads.
+        local: the span of units that are not full, or its text.
+        length: input tokens of a window.
+        prefix: put before each document (`prefix_token`); None: nothing is.
+        method: one of `METHODS`.
+        by: `layers`, or `heads` for a plan by KV heads (`gradient` alone).
+        criteria: criterion -> weight, or its text form (`parse_criteria`). `tail`: loss of the second half of the
+            windows. `kl`: KL(all-full || plan) there. `retrieval`: loss of the answers to `retrieval_probes`, or of the
+            targets of `pairs`. `gradient` takes the gains by each criterion as shares of their sum, so that weights
+            do not depend on how large losses are; by default tail and retrieval. The other methods weigh nats, and take
+            the tail alone by default.
+        spans: of `joint`: the spans to choose from, or their texts; by default full and `local`. Of `gradient`: what a
+            unit may get in place of `local`; by default full.
+        rounds: of `gradient`; 2 by default.
+        points: of each path of `gradient`; 4 by default.
+        windows: text windows to choose by; also what the probes are made of.
+        held_out_windows: text windows to report on.
+        other_texts: name -> token ids of documents to report on as well.
+        tokenizer: needed for the criterion `retrieval`.
+        probes: retrieval probes to choose by, and as many to report on; by default as many as windows, and of `pairs`
+            half of them.
+        pairs: prompts and targets for the criterion `retrieval`, in place of probes; the first ones to choose by, the
+            last ones to report on.
+        random_placements: controls; fewer where there are not as many.
+        seed: of the random placements and the probes.
+        batch_size: windows that run together; by default as many as fit on CUDA, else one. Passes for gradients take
+            one at a time.
+        precision: of matrix products, see `masformer.evaluation.perplexity.perplexity`.
+        backend: see `masformer.attend`.
+        journal: file that keeps finished measurements. An interrupted search goes on from there when it is called
+            again; it may serve several searches, models and texts.
+        progress: called with (stage, measurements done, measurements in all).
+
+    Raises:
+        MasformerError: a value out of range or unknown, too little text, a budget that allows nothing to choose, a
+            model that cannot take a plan or whose layers cannot run one by one, or a loss that is not finite.
+    """
+    model = bare_model(model)
+    began = time.perf_counter()
+    layers: int = model.config.num_hidden_layers
+    gradient = method == "gradient"
+    if criteria is None:
+        criteria = "tail,retrieval" if gradient else "tail"
+    criteria = parse_criteria(criteria) if isinstance(criteria, str) else _check_criteria(criteria)
+    budget = Budget.parse(str(budget)) if not isinstance(budget, Budget) else budget
+    if method not in METHODS:
+        raise MasformerError(f"unknown method {method!r}; allowed: {', '.join(METHODS)}")
+    if by not in UNITS:
+        raise MasformerError(f"a search is by {' or '.join(UNITS)}, not by {shown(by)}")
+    if not gradient:
+        for name, value in (("rounds", rounds), ("points", points)):
+            if value is not None:
+                raise MasformerError(f"{name} are of the method gradient; {method} has none")
+        if by == "heads":
+            raise MasformerError(f"{method} measures layers; a search by heads is one of the method gradient")
+    if spans and method not in ("gradient", "joint"):
+        raise MasformerError(f"a list of spans is for the methods gradient and joint; {method} has full and {local}")
+    if "retrieval" in criteria and tokenizer is None:
+        raise MasformerError("the criterion retrieval needs the model's tokenizer")
+    if "retrieval" not in criteria and (probes, pairs) != (None, None):
+        given = "probes" if pairs is None else "pairs"
+        raise MasformerError(f"{given} do nothing without the criterion retrieval")
+    probes = _probes(probes, windows, pairs)
+    rounds, points = ROUNDS if rounds is None else rounds, POINTS if points is None else points
+    check_int("rounds", rounds, 1, MOST_ROUNDS)
+    check_int("points", points, 1, MOST_POINTS)
+    counts = {"windows": windows, "held-out windows": held_out_windows, "probes": probes, "length": length}
+    for name, number in counts.items():
+        check_int(name, number, 2 if name == "length" else 1)
+    check_int("random placements", random_placements, 0, MOST_RANDOM)
+    check_seed(seed)
+    if (limit := position_limit(model.config)) is not None and length > limit:
+        raise MasformerError(f"length {length} is beyond the {limit} positions of the model")
+    other_texts = dict(other_texts or {})
+    if HELD_OUT in other_texts:
+        raise MasformerError(f"a text cannot be named {HELD_OUT!r}: that is the part of the documents not chosen by")
+    local = Span.parse(local)
+    heads = None
+    if by == "heads" and (heads := kv_heads(model.config)) is None:
+        raise MasformerError(f"the KV heads of this {model.config.model_type} model are not alike in all layers")
+    purse = Purse(budget, model, local, length, heads)
+    choices = list(dict.fromkeys(map(Span.parse, spans or (FullSpan(), local))))
+    if gradient:
+        choices = [*_wider(choices, local, purse), local]
+    purse.check(min(choices, key=purse.price))
+    most = purse.most(FullSpan(), local)
+    if most < 1 and (method in ("sensitivity", "greedy") or len(choices) == 2):
+        raise MasformerError(
+            f"a budget of {purse.text} allows no full {purse.what} beside {local}: there is nothing to choose"
+        )
+
+    def cut(text: Sequence[Sequence[int]]) -> list[list[Window]]:
+        return [text_windows(document, prefix, length) for document in text]
+
+    def with_probes(text: list[Window], later: bool) -> list[Window]:
+        if "retrieval" not in criteria:
+            return text
+        if pairs is not None:
+            return text + pair_windows(tokenizer, pairs[-probes:] if later else pairs[:probes], length)
+        return text + retrieval_probes(tokenizer, text, length, probes, seed + later)
+
+    calibration, held_out, other_documents = split_windows(cut(documents), windows, held_out_windows)
+    chosen_by = with_probes(calibration, later=False)
+    if set(criteria) == {"retrieval"}:
+        chosen_by = [window for window in chosen_by if window.probe]
+    texts = {HELD_OUT: with_probes(held_out, later=True)}
+    for name, text in other_texts.items():
+        taken = take_windows(cut(text), held_out_windows)
+        if len(taken) < held_out_windows:
+            raise MasformerError(f"text {name!r} holds {len(taken)} windows of {length} tokens of {held_out_windows}")
+        texts[name] = with_probes(taken, later=True)
+
+    measured_by = {name: [window for window in chosen_by if window.probe == (name == "retrieval")] for name in criteria}
+    restricted = [span for span in choices if not isinstance(span, FullSpan)]
+    steps = range(most) if method == "greedy" else ()
+    plans = 1 + sum(layers - step for step in steps) if steps else 1 + layers * len(restricted)
+    full_layers = most // (heads or 1)
+    rules = [rule for rule in PLACEMENTS if full_layers >= 1]
+    controls = 3 + len(rules) + random_placements
+    total = controls * sum(map(len, texts.values()))
+    total += 2 * len(chosen_by) if gradient else plans * len(chosen_by)
+    total += rounds * points * sum(map(len, measured_by.values())) if gradient else 0
+    stage, done = "choosing", 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(stage, done, total)
+
+    measurer = Measurer(
+        model,
+        backend=backend,
+        batch_size=batch_size,
+        precision=precision,
+        kl="kl" in criteria,
+        journal=journal,
+        advance=advance,
+    )
+
+    def scored(plans: Sequence[AttentionPlan]) -> list[PlacementScore]:
+        rows = measurer.scores(plans, chosen_by)
+        return [_weigh("", plan, chosen_by, row, criteria) for plan, row in zip(plans, rows, strict=True)]
+
+    def criterion(plans: Sequence[AttentionPlan]) -> list[float]:
+        return [score.criterion for score in scored(plans)]
+
+    how = None
+    if gradient:
+        meter = GainMeter(measurer, local, choices[:-1], points)
+        plan, evidence, sums = _by_gradient(meter, measured_by, criteria, purse, heads, rounds)
+        ends = scored([AttentionPlan.uniform(layers, span) for span in (local, _widest(choices, length))])
+        completeness = tuple(
+            Completeness(name, each, ends[0].figure(name) - ends[1].figure(name)) for name, each in sums.items()
+        )
+        how = GradientWork(rounds, points, meter.passes, completeness)
+    elif method == "greedy":
+        plan, evidence = greedy(layers, local, most, criterion)
+    else:
+        evidence = _sensitivities(layers, restricted, criterion)
+        rises = {row.name: [value or 0.0 for value in row.values] for row in evidence}
+        if method == "sensitivity":
+            plan = most_valued(rises[str(local)], FullSpan(), local, most, layers)
+        else:
+            plan = joint([rises.get(str(span), [0.0] * layers) for span in choices], choices, purse)
+
+    drawn = shuffled(plan, random_placements, seed, heads)
+    total -= (random_placements - len(drawn)) * sum(map(len, texts.values()))
+    named = {
+        FOUND: plan,
+        FULL: AttentionPlan.uniform(layers, FullSpan()),
+        LOCAL: AttentionPlan.uniform(layers, local),
+        **{rule: AttentionPlan.mixed(layers, full_layers, rule, local=local) for rule in rules},
+        **{f"{RANDOM} {number}": each for number, each in enumerate(drawn, start=1)},
+    }
+    placements = {}
+    for text_name, text_windows_ in texts.items():
+        stage = text_name
+        rows = measurer.scores(list(named.values()), text_windows_)
+        placements[text_name] = tuple(
+            _weigh(name, each, text_windows_, row, criteria)
+            for (name, each), row in zip(named.items(), rows, strict=True)
+        )
+    apply_plan(model, plan, backend)
+    return SearchResult(
+        plan=plan,
+        method=method,
+        criteria=criteria,
+        budget=purse.text,
+        local=str(local),
+        length=length,
+        windows=windows,
+        probes=probes if "retrieval" in criteria else 0,
+        held_out_windows=held_out_windows,
+        other_documents=other_documents,
+        seed=seed,
+        evidence=evidence,
+        placements=placements,
+        work=Work(
+            measurements=measurer.measured,
+            recalled=measurer.recalled,
+            layer_evaluations=measurer.passes.layers_run,
+            unshared_layer_evaluations=measurer.unshared,
+            seconds=time.perf_counter() - began,
+        ),
+        autocast=dtype_name(measurer.autocast),
+        by=by,
+        gradient=how,
+    )
+
+
+def _probes(probes: int | None, windows: int, pairs: Sequence[Pair] | None) -> int:
+    """How many prompts the criterion retrieval has to choose by, and as many to report on."""
+    if pairs is None:
+        return windows if probes is None else probes
+    if len(pairs) < 2:
+        raise MasformerError("pairs must be at least 2: some to choose by, others to report on")
+    if probes is not None and 2 * probes > len(pairs):
+        raise MasformerError(f"{probes} pairs to choose by and as many to report on are asked for, of {len(pairs)}")
+    return len(pairs) // 2 if probes is None else probes
+
+
+def _wider(choices: Sequence[Span], local: Span, purse: Purse) -> list[Span]:
+    """What a unit may get in place of local."""
+    found = [span for span in choices if span != local]
+    for span in found:
+        if purse.price(span) <= purse.price(local):
+            raise MasformerError(f"{span} is not wider than {local}; a search widens the local span")
+    if not found:
+        raise MasformerError(f"there is no span wider than {local} to choose; name one, or none for full")
+    return found
+
+
+def _widest(spans: Sequence[Span], length: int) -> Span:
+    return max(spans, key=lambda span: span.visible_pairs(length))
+
+
+def _by_gradient(
+    meter: GainMeter,
+    measured_by: Mapping[str, Sequence[Window]],
+    criteria: Mapping[str, float],
+    purse: Purse,
+    heads: int | None,
+    rounds: int,
+) -> tuple[AttentionPlan, tuple[Evidence, ...], dict[str, float]]:
+    """The plan, the gains that it was chosen by, and the sums of the first round's gains by each criterion."""
+    wider, local = meter.wider, meter.local
+    widest = _widest(wider, purse.length)
+    plan = AttentionPlan.uniform(purse.layers, widest)
+    found: dict[str, list[NDArray[np.float64]]] = {name: [] for name in criteria}
+    for _ in range(rounds):
+        for name, windows in measured_by.items():
+            each = meter.gains(name, windows, plan)
+            found[name].append(each if heads else each.sum(-1, keepdims=True))
+        gains = _weighed({name: np.mean(each, 0) for name, each in found.items()}, criteria, wider.index(widest))
+        units = gains.reshape(len(wider), -1)
+        if len(wider) == 1:
+            plan = most_valued(units[0], widest, local, purse.most(widest, local), purse.layers)
+        else:
+            plan = joint(np.concatenate([-units, np.zeros_like(units[:1])]), [*wider, local], purse)
+    evidence = tuple(
+        Evidence(
+            str(span) if heads is None else f"{span}, head {head}",
+            tuple(round(float(gain), DIGITS) for gain in gains[index, :, head]),
+        )
+        for index, span in enumerate(wider)
+        for head in range(heads or 1)
+    )
+    sums = {name: float(each[0][wider.index(widest)].sum()) for name, each in found.items()}
+    return plan, evidence, sums
+
+
+def _weighed(
+    gains: Mapping[str, NDArray[np.float64]], criteria: Mapping[str, float], widest: int
+) -> NDArray[np.float64]:
+    """One criterion's gains as they are; of several, each as shares of the sum of what the widest span gains."""
+    if len(gains) == 1:
+        return next(iter(gains.values()))
+    shares = []
+    for name, each in gains.items():
+        whole = each[widest].clip(min=0).sum()
+        shares.append(criteria[name] * each / whole if whole > 0 else np.zeros_like(each))
+    total: NDArray[np.float64] = np.sum(shares, axis=0)
+    return total
+
+
+def _weigh(
+    name: str, plan: AttentionPlan, windows: Sequence[Window], scores: Sequence[Score], criteria: Mapping[str, float]
+) -> PlacementScore:
+    """Means over the windows, and their weighted sum."""
+    text = [score for window, score in zip(windows, scores, strict=True) if not window.probe]
+    answers = [score for window, score in zip(windows, scores, strict=True) if window.probe]
+    figures = {
+        "tail": _mean([score.nll for score in text]),
+        "kl": _mean([score.kl for score in text if score.kl is not None]) if "kl" in criteria else None,
+        "retrieval": _mean([score.nll for score in answers]),
+    }
+    return PlacementScore(
+        name=name,
+        plan=str(plan),
+        criterion=math.fsum(weight * (figures[each] or 0.0) for each, weight in criteria.items()),
+        tail_nll=math.nan if figures["tail"] is None else figures["tail"],
+        kl=figures["kl"],
+        retrieval_nll=figures["retrieval"],
+        retrieval_accuracy=_mean([float(score.right) for score in answers]),
+    )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
+
+
+def _sensitivities(
+    layers: int, spans: Sequence[Span], criterion: Callable[[Sequence[AttentionPlan]], list[float]]
+) -> tuple[Evidence, ...]:
+    """One row for each span that is not full."""
+    full = AttentionPlan.uniform(layers, FullSpan())
+    base, *restricted = criterion([full, *(with_span(full, layer, span) for span in spans for layer in range(layers))])
+    rises = [round(value - base, DIGITS) for value in restricted]
+    return tuple(
+        Evidence(str(span), tuple(rises[index * layers : (index + 1) * layers])) for index, span in enumerate(spans)
+    )

@@ -1,0 +1,268 @@
+"""Gains of units by gradients: against differences of losses, complete, by heads and layers, in every setting."""
+
+import numpy as np
+import pytest
+import torch
+
+from masformer import AttentionPlan, FullSpan, MasformerError, WindowSpan, apply_plan
+from masformer.models.bridge import attending_by
+from masformer.placement import search
+from masformer.placement.gradient import GainMeter
+from masformer.placement.measure import Measurer
+from masformer.placement.texts import Window, pair_windows
+from tiny import ARCHITECTURES, VOCABULARY, letter_tokenizer, tiny
+
+LAYERS, HEADS, LENGTH = 4, 2, 40
+LOCAL, FULL = WindowSpan(5, sinks=1), FullSpan()
+ALL = AttentionPlan.uniform(LAYERS, FULL)
+
+
+def sharp(kind="llama", **changes):
+    """A tiny model in float64 whose attention is far from even, so that spans matter."""
+    model = tiny(kind, **changes).double()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2 and "embed" not in name:
+                weight.mul_(6)
+    return model
+
+
+def window(seed=0, length=LENGTH):
+    torch.manual_seed(seed)
+    return Window(tuple(torch.randint(3, VOCABULARY, (length + 1,)).tolist()), length - length // 2)
+
+
+WINDOWS = (window(),)
+
+
+def gains(model, criterion="tail", windows=WINDOWS, wider=(FULL,), points=4, target=ALL, journal=None, **options):
+    meter = GainMeter(Measurer(model, journal=journal, kl=criterion == "kl", **options), LOCAL, wider, points)
+    found = meter.gains(criterion, list(windows), target)
+    return found
+
+
+def losses(model, plans, windows=WINDOWS, kl=False):
+    rows = Measurer(model, kl=kl).scores(plans, list(windows))
+    return [np.mean([score.kl if kl else score.nll for score in row]) for row in rows]
+
+
+def blended(model, shares, one):
+    """The loss where each unit's attention is its share of the way from local to full."""
+    from masformer.attention import attend
+
+    def attention(layer, query, key, value, span, **options):
+        near, far = (attend(query, key, value, each, **options) for each in (LOCAL, FULL))
+        share = torch.tensor(shares[layer], dtype=torch.float64).repeat_interleave(query.shape[1] // len(shares[layer]))
+        return near + share[:, None, None] * (far - near)
+
+    with attending_by(model, attention):
+        return losses_of(model, one)
+
+
+@torch.no_grad()
+def losses_of(model, one):
+    tokens = torch.tensor([one.tokens])
+    logits = model(tokens[:, :-1], use_cache=False).logits[0, -one.scored :]
+    return float(torch.nn.functional.cross_entropy(logits, tokens[0, -one.scored :]))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2", "gpt_neo"])
+def test_gains_are_the_slopes_of_the_loss(kind):
+    """At one point, half-way: each unit moved alone by a little, up and down."""
+    model, one = sharp(kind), window()
+    step, near = (1e-5, 1e-5) if kind.startswith("gpt") else (2e-3, 5e-3)  # the others round norms to float32
+    found = gains(apply_plan(model, ALL), points=1)[0]
+    heads = found.shape[1]
+    for unit in np.ndindex(found.shape):
+        ends = []
+        for sign in (1, -1):
+            shares = np.full(found.shape, 0.5)
+            shares[unit] += sign * step
+            ends.append(blended(model, shares.tolist(), one))
+        assert found[unit] == pytest.approx(-(ends[0] - ends[1]) / (2 * step), rel=near, abs=1e-3 * near)
+    assert found.shape == (LAYERS, heads)
+    assert not np.allclose(found, 0, atol=1e-4)
+
+
+@pytest.mark.parametrize("criterion", ["tail", "kl"])
+def test_gains_add_up_to_the_whole_difference_as_points_grow(criterion):
+    model = sharp()
+    local, full = losses(model, [AttentionPlan.uniform(LAYERS, LOCAL), ALL], kl=criterion == "kl")
+    errors = [abs(gains(model, criterion, points=points).sum() - (local - full)) for points in (2, 8, 64)]
+    assert errors[2] < 1e-3 * abs(local - full)
+    assert errors[2] < errors[0]
+
+
+def test_the_path_to_a_plan_moves_its_units_alone():
+    model = sharp()
+    target = AttentionPlan.of_units(
+        LAYERS, HEADS, {(1, 0): FULL, (3, 1): FULL, (2, 0): FULL, (2, 1): FULL}, local=LOCAL
+    )
+    found, moved = gains(model, points=64, target=target)[0], [(1, 0), (2, 0), (2, 1), (3, 1)]
+    shares = np.zeros((LAYERS, HEADS))
+    start = blended(model, shares.tolist(), window())
+    for unit in moved:
+        shares[unit] = 1
+    fall = start - blended(model, shares.tolist(), window())
+    assert sum(found[unit] for unit in moved) == pytest.approx(fall, rel=1e-3)
+    assert found.sum() != pytest.approx(fall, rel=1e-3)
+
+
+def test_layers_that_run_again_and_compiled_ones_change_nothing(monkeypatch):
+    model = sharp()
+    expected = gains(model)
+    frozen = [weight.requires_grad for weight in model.parameters()]
+    monkeypatch.setattr("masformer.placement.gradient.KEPT", 0)
+    runs = []
+    model.model.layers[1].self_attn.q_proj.register_forward_hook(lambda *given: runs.append(1))
+    assert np.allclose(gains(model), expected, rtol=1e-12)
+    assert len(runs) == 2 * 4
+    for layer in model.model.layers:
+        layer._compiled_call_impl = None if layer is model.model.layers[0] else (lambda *given: 1 / 0)
+    assert np.allclose(gains(model), expected, rtol=1e-12)
+    assert [weight.requires_grad for weight in model.parameters()] == frozen
+    assert all(weight.grad is None for weight in model.parameters())
+    assert not any("forward" in vars(layer) for layer in model.model.layers)
+
+
+def test_memory_that_is_not_enough_is_tried_again_and_then_named(monkeypatch):
+    model = sharp()
+    expected, slope, tries = gains(model), GainMeter._slope, []
+
+    def short(self, *given, again):
+        tries.append(again)
+        if not again:
+            raise torch.OutOfMemoryError
+        return slope(self, *given, again=again)
+
+    monkeypatch.setattr(GainMeter, "_slope", short)
+    assert np.allclose(gains(model), expected)
+    assert tries == [False, True, True, True, True]
+    monkeypatch.setattr(GainMeter, "_slope", lambda *given, again: (_ for _ in ()).throw(torch.OutOfMemoryError))
+    with pytest.raises(MasformerError, match=r"window of 40 tokens does not fit"):
+        gains(model)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_every_architecture_and_bfloat16(kind):
+    exact = gains(tiny(kind))
+    assert np.isfinite(exact).all()
+    assert exact.shape == (1, LAYERS, 2 if kind not in ("gpt_neox", "gpt2", "gpt_neo") else 4)
+    for coarse in (gains(tiny(kind).bfloat16()), gains(tiny(kind), precision="bfloat16")):
+        assert np.isfinite(coarse).all()
+        assert np.corrcoef(coarse.ravel(), exact.ravel())[0, 1] > 0.8
+
+
+def test_further_spans_come_from_the_same_passes():
+    model, window_20 = sharp(), WindowSpan(20, sinks=1)
+    both = gains(model, wider=(window_20, FULL))
+    assert np.allclose(both[1], gains(model)[0])
+    assert not np.allclose(both[0], both[1])
+    nothing = gains(model, wider=(WindowSpan(LENGTH), FULL))
+    assert np.allclose(nothing[0], nothing[1]), "a window over all there is"
+
+
+def test_windows_are_means_and_what_is_known_is_not_run_again(tmp_path):
+    model, windows = sharp(), [window(0), window(1), window(2, 30)]
+    apart = [gains(model, windows=[each]) for each in windows]
+    journal = tmp_path / "journal.jsonl"
+    meter = GainMeter(Measurer(model, journal=journal), LOCAL, (FULL,), 4)
+    together = meter.gains("tail", windows, ALL)
+    assert np.allclose(together, np.mean(apart, axis=0))
+    assert (meter.passes, meter.recalled) == (12, 0)
+    again = GainMeter(Measurer(model, journal=journal), LOCAL, (FULL,), 4)
+    assert np.array_equal(again.gains("tail", windows, ALL), together)
+    assert (again.passes, again.recalled) == (0, 12)
+    other = GainMeter(Measurer(model, journal=journal), WindowSpan(6), (FULL,), 4)
+    other.gains("tail", windows[:1], ALL)
+    assert other.passes == 4
+
+
+def test_damaged_weights_are_named():
+    model = sharp()
+    model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(MasformerError, match="not finite"):
+        gains(model)
+
+
+TEXTS = [
+    "".join(chr(97 + (7 * i * i + seed * i) % 26) + (" " if i % 5 == 4 else "") for i in range(400))
+    for seed in range(4)
+]
+TOKENIZER = letter_tokenizer(eos_token="!")
+SETTING = {"length": 64, "windows": 2, "held_out_windows": 2, "random_placements": 3, "rounds": 1, "points": 2}
+
+
+def letters():
+    return sharp(vocab_size=256).float()
+
+
+def test_layers_are_chosen_by_the_sums_of_their_heads():
+    found = search(letters(), TOKENIZER, TEXTS, 2, LOCAL, criteria="tail", **SETTING)
+    assert (found.by, found.method, found.gradient.passes) == ("layers", "gradient", 4)
+    meter = GainMeter(Measurer(letters()), LOCAL, (FULL,), 2)
+    assert len(found.evidence) == 1
+    assert len(found.plan.full_layers) == 2
+    best = sorted(range(LAYERS), key=lambda layer: -found.evidence[0].values[layer])[:2]
+    assert found.plan.full_layers == tuple(sorted(best))
+    (check,) = found.gradient.completeness
+    assert check.criterion == "tail"
+    assert check.gains == pytest.approx(sum(found.evidence[0].values), abs=1e-5)
+    assert meter.wider == (FULL,)
+
+
+@pytest.mark.parametrize(
+    ("budget", "spans"), [("55%", ()), ("60%", ("full", "window:20+1")), ("8KiB", ("full",)), (3, ())]
+)
+def test_budgets_are_kept(budget, spans):
+    from masformer.placement.budget import Budget, Purse
+
+    model = letters()
+    found = search(model, TOKENIZER, TEXTS, budget, LOCAL, spans=spans, criteria="tail", **SETTING)
+    purse = Purse(Budget.parse(str(budget)), model, LOCAL, SETTING["length"])
+    spent = sum(map(purse.price, found.plan.spans))
+    assert spent <= purse.limit
+    assert all(score.plan != str(found.plan) for score in found.random())
+
+
+def test_pairs_of_your_own_take_the_place_of_probes():
+    pairs = [(f"say {word}: {word} {word}", f" {word}") for word in ("abc", "bcd", "cde", "def", "efg")]
+    options = SETTING | {"criteria": "retrieval", "pairs": pairs}
+    found = search(letters(), TOKENIZER, TEXTS, 2, LOCAL, **options)
+    assert found.probes == 2
+    windows = pair_windows(TOKENIZER, pairs, 64)
+    assert [each.scored for each in windows] == [4] * 5
+    assert found.score("all full").retrieval_nll > 0
+    for changes, message in (
+        ({"pairs": pairs[:1]}, "pairs must be at least 2"),
+        ({"probes": 3}, "3 pairs to choose by and as many to report on are asked for, of 5"),
+        ({"pairs": [*pairs[:3], ("x", " ")]}, "pair 2 has a blank"),
+        ({"pairs": [("x" * 70, "y"), *pairs]}, "pair 1 takes 70 tokens; allowed: the length, 64"),
+        ({"criteria": "tail"}, "pairs do nothing without the criterion retrieval"),
+    ):
+        with pytest.raises(MasformerError, match=message):
+            search(letters(), TOKENIZER, TEXTS, 2, LOCAL, **(options | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"method": "greedy", "by": "heads", "rounds": None, "points": None},
+            "greedy measures layers; a search by heads",
+        ),
+        ({"method": "greedy", "points": None}, "rounds are of the method gradient; greedy has none"),
+        ({"by": "neurons"}, "a search is by layers or heads"),
+        ({"rounds": 0}, "rounds must be at least 1"),
+        ({"points": 101}, "points must be"),
+        ({"spans": ["window:4"]}, "window:4 is not wider than window:5\\+1"),
+        ({"spans": [LOCAL]}, "there is no span wider than window:5\\+1"),
+        ({"by": "heads", "budget": 9}, "9 full KV heads are more than the model's 8 KV heads"),
+        ({"by": "heads", "budget": 8}, "lets every KV head be full"),
+        ({"by": "heads", "budget": 0}, "allows no full KV head"),
+    ],
+)
+def test_wrong_values_are_one_line(changes, message):
+    options = {"budget": 2, "local": LOCAL, "criteria": "tail"} | SETTING | changes
+    with pytest.raises(MasformerError, match=message):
+        search(letters(), TOKENIZER, TEXTS, **options)
