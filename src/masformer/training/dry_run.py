@@ -114,7 +114,7 @@ def dry_run(recipe: Recipe, console: Console) -> Forecast:
     Raises:
         MasformerError: the recipe cannot be carried out.
     """
-    for source in (*recipe.data.sources.values(), *recipe.evaluation.sources.values()):
+    for source in recipe.sources:
         source.check()
     found = forecast(recipe)
     for line in forecast_lines(found, recipe):
@@ -134,7 +134,7 @@ def forecast(recipe: Recipe) -> Forecast:
     model = skeleton(recipe, config, plan)
     shape = ModelShape.of(config)
     trained, total = _counts(recipe, model)
-    for source in (*recipe.data.sources.values(), *recipe.evaluation.sources.values()):
+    for source in recipe.sources:
         if source.hub:
             notes.append(f"dataset {source.hub} was not asked for")
     steps = recipe.training.steps or _steps(recipe, notes)

@@ -18,7 +18,7 @@ from docstring_parser import parse as parse_docstring
 from masformer.attention import BACKENDS
 from masformer.data.packing import PACKINGS
 from masformer.data.pairs import CUTS
-from masformer.data.sources import Source
+from masformer.data.sources import KINDS, Source
 from masformer.data.store import PROMPT
 from masformer.errors import LARGEST_SEED, MasformerError, check_int, check_number
 from masformer.settings import build, check_choice, parse_yaml, read_settings, without_none
@@ -87,9 +87,10 @@ class DataRecipe:
     """What it is trained on.
 
     Attributes:
-        sources: name -> source; all plain texts or all pairs.
+        sources: name -> source; all plain texts, all pairs or all conversations.
         length: tokens of a row.
-        packing: `across` documents (default for texts), or `separate` (each sees only itself; always so for pairs).
+        packing: `across` documents (default for texts), or `separate` (each sees only itself; always so for pairs
+            and conversations).
         shuffle: rows in random order, a new one each time round.
         template: of pairs: the words around the prompt.
         cut: of pairs: which part of an over-long prompt is cut out.
@@ -107,16 +108,16 @@ class DataRecipe:
     cache: str | None = None
 
     def __post_init__(self) -> None:
-        pairs = _kind("data.sources", self.sources)
+        kind = _kind("data.sources", self.sources)
         check_int("data.length", self.length, 2)
         if self.packing is not None:
             check_choice("data.packing", self.packing, PACKINGS)
         check_choice("data.cut", self.cut, CUTS)
-        if pairs and self.packing == "across":
-            raise MasformerError("data.packing across is for texts; pairs are always separate")
+        if kind != "texts" and self.packing == "across":
+            raise MasformerError(f"data.packing across is for texts; {kind} are always separate")
         for name, usual in (("template", PROMPT), ("cut", "tail"), ("max_target", None)):
-            if not pairs and getattr(self, name) != usual:
-                raise MasformerError(f"data.{name} does nothing for texts; it is for sources with prompt and target")
+            if kind != "pairs" and getattr(self, name) != usual:
+                raise MasformerError(f"data.{name} does nothing for {kind}; it is for sources with prompt and target")
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,9 @@ class EvaluationRecipe:
             if self.lengths or any(each is not None for each in (self.every, self.max_tokens, self.precision)):
                 raise MasformerError("evaluation does nothing without evaluation.sources")
             return
-        if _kind("evaluation.sources", self.sources) and self.lengths:
-            raise MasformerError("evaluation.lengths does nothing for pairs: they are evaluated at data.length")
+        kind = _kind("evaluation.sources", self.sources)
+        if kind != "texts" and self.lengths:
+            raise MasformerError(f"evaluation.lengths does nothing for {kind}: they are evaluated at data.length")
         for length in self.lengths:
             check_int("evaluation.lengths", length, 1)
         for name in ("every", "max_tokens"):
@@ -319,9 +321,14 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.output:
             raise MasformerError("output must name a folder")
-        kinds = {source.is_pairs for source in (*self.data.sources.values(), *self.evaluation.sources.values())}
-        if len(kinds) > 1:
-            raise MasformerError("evaluation.sources must be of the kind that is trained on: texts or pairs")
+        if len({source.kind for source in self.sources}) > 1:
+            kinds = ", ".join(KINDS)
+            raise MasformerError(f"evaluation.sources must be of the kind that is trained on: one of {kinds}")
+
+    @property
+    def sources(self) -> list[Source]:
+        """All that is trained and evaluated on."""
+        return [*self.data.sources.values(), *self.evaluation.sources.values()]
 
     @property
     def evaluation_lengths(self) -> list[int]:
@@ -393,13 +400,14 @@ def _set(data: dict[str, Any], name: list[str], value: Any) -> None:
     data[name[-1]] = value
 
 
-def _kind(name: str, sources: Mapping[str, Source]) -> bool:
-    """Whether the sources are pairs."""
+def _kind(name: str, sources: Mapping[str, Source]) -> str:
+    """What the sources give: one of `KINDS`."""
     if not sources:
         raise MasformerError(f"{name} needs at least one source")
-    kinds = {source.is_pairs for source in sources.values()}
+    kinds = {source.kind for source in sources.values()}
     if len(kinds) > 1:
-        raise MasformerError(f"{name} mixes plain texts and prompt/target pairs; give one kind")
+        named = " and ".join(KINDS[kind] for kind in KINDS if kind in kinds)
+        raise MasformerError(f"{name} mixes {named}; give one kind")
     return kinds.pop()
 
 

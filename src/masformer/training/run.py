@@ -17,7 +17,7 @@ from rich.console import Console
 from transformers import TrainingArguments
 
 from masformer.data.packing import PackedRows, Schedule, make_rows
-from masformer.data.pairs import PairRows
+from masformer.data.pairs import WholeRows
 from masformer.data.report import report_rows, report_table, report_text
 from masformer.data.store import token_store
 from masformer.errors import LARGEST, MasformerError, check_number
@@ -93,7 +93,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     console = console or Console(highlight=False)
     if not first:
         console = Console(quiet=True)
-    for source in (*recipe.data.sources.values(), *recipe.evaluation.sources.values()):
+    for source in recipe.sources:
         source.check()
     if recipe.training.sharding == "fsdp" and arguments.world_size == 1:
         _say(console, "training.sharding fsdp does nothing in one process; start several with torchrun")
@@ -259,7 +259,7 @@ def _flat(name: str, value: Any) -> dict[str, Any]:
 
 def _read(
     recipe: Recipe, arguments: TrainingArguments, console: Console
-) -> tuple[PackedRows | PairRows, dict[str, Any]]:
+) -> tuple[PackedRows | WholeRows, dict[str, Any]]:
     """Tokenizes in one process, the others open what it wrote."""
     data = recipe.data
     with arguments.main_process_first(local=True, desc="tokenizing"), progress_bar(console) as bar:
