@@ -5,6 +5,7 @@ import yaml
 from small import SETTINGS, recipe_file, settings
 
 from masformer import MasformerError
+from masformer.data.sources import Source
 from masformer.training.recipe import Recipe, load_recipe
 
 
@@ -26,12 +27,23 @@ def test_settings_of_the_command_line_take_the_place_of_those_in_the_file(tmp_pa
     assert load_recipe(recipe_file(tmp_path, lora__rank=2), ["--lora", "null"]).lora is None
 
 
+def test_one_value_is_a_list_of_one(tmp_path):
+    files = {"a": {"files": "a.txt"}}
+    recipe = load_recipe(recipe_file(tmp_path, data__sources=files), ["--evaluation.sources.a.files", "b.txt"])
+    assert recipe.data.sources["a"] == Source(files=["a.txt"]) == Source(files="a.txt")
+    assert recipe.evaluation.sources["a"].files == ["b.txt"]
+    words = ["--evaluation.lengths", "32", "--evaluation.sources.a.files", "[b.txt]", "--lora.targets", "q_proj"]
+    recipe = load_recipe(recipe_file(tmp_path), words)
+    assert (recipe.evaluation.lengths, recipe.lora.targets) == ([32], ["q_proj"])
+
+
 @pytest.mark.parametrize("text", ["1e-4", "1.0e-4", "0.0001", "1E-4"])
 def test_numbers_with_an_exponent_are_numbers(tmp_path, text):
     assert load_recipe(recipe_file(tmp_path), ["--training.learning_rate", text]).training.learning_rate == 1e-4
 
 
 PAIRS = {"pairs": {"files": ["p.jsonl"], "prompt": "p", "target": "t"}}
+CHATS = {"chats": {"files": ["c.jsonl"], "messages": "messages"}}
 
 
 @pytest.mark.parametrize(
@@ -64,7 +76,17 @@ PAIRS = {"pairs": {"files": ["p.jsonl"], "prompt": "p", "target": "t"}}
         ({"model__backend": "fast"}, "model.backend 'fast' is not allowed"),
         ({"data__sources": {}}, "data.sources needs at least one source"),
         ({"data__sources": {"a": {}}}, "data.sources.a: a source needs one of files, hub and builtin, got none"),
-        ({"data__sources": {"a": {"files": "a.txt"}}}, "data.sources.a.files must be a list, got 'a.txt'"),
+        ({"data__sources": {"a": {"files": {"a": "b"}}}}, "data.sources.a.files must be a list, got"),
+        ({"data__sources": {"a": {"files": 3}}}, "data.sources.a.files must be text, got 3"),
+        (
+            {"data__sources": {"a": {"files": ["b"], "messages": "m", "field": "f"}}},
+            "do nothing where messages is given",
+        ),
+        ({"data__sources": {"a": {"builtin": "python-topics", "messages": "m"}}}, "has no fields"),
+        ({"data__sources": CHATS, "data__packing": "across"}, "data.packing across is for texts; chats are always"),
+        ({"data__sources": CHATS, "data__cut": "middle"}, "data.cut does nothing for chats"),
+        ({"data__sources": CHATS | PAIRS}, "data.sources mixes prompt/target pairs and conversations; give one kind"),
+        ({"evaluation__sources": CHATS}, "evaluation.sources must be of the kind that is trained on"),
         ({"data__length": 1}, "data.length must be at least 2, got 1"),
         ({"data__cut": "middle"}, "data.cut does nothing for texts"),
         ({"data__template": "{prompt}!"}, "data.template does nothing for texts"),

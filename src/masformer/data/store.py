@@ -48,20 +48,20 @@ class TokenStore:
         offsets: [documents + 1] int64, where each document starts, and the end of the last one.
         parts: of pairs: [documents, 3] int64, how many of a document's tokens come before the part of the prompt that
             may be cut, before its end, and before the target; None for others.
-        owned: of conversations: [tokens] bool, whether a token is the assistant's; None for others.
         characters: characters that were read.
         blank: rows that were left out since they hold no text.
         end_token: the token that ends each document; None where the tokenizer has none.
+        owned: of conversations: [tokens] bool, whether a token is the assistant's; None for others.
     """
 
     name: str
     tokens: NDArray[Any]
     offsets: Ints
     parts: Ints | None
-    owned: NDArray[np.bool_] | None
     characters: int
     blank: int
     end_token: int | None
+    owned: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -173,7 +173,7 @@ def _opened(name: str, folder: Path) -> TokenStore | None:
         return None
     if len(tokens) != offsets[-1] or len(offsets) != facts["documents"] + 1:
         return None
-    return TokenStore(name, tokens, offsets, parts, owned, facts["characters"], facts["blank"], facts["end_token"])
+    return TokenStore(name, tokens, offsets, parts, facts["characters"], facts["blank"], facts["end_token"], owned)
 
 
 def _digest(folder: Path, pairs: bool, chats: bool) -> str:

@@ -13,6 +13,7 @@ from rich.console import Console
 from transformers import PretrainedConfig
 
 from masformer.cost import Comparison, ModelShape, bytes_text, compare, flops_text
+from masformer.data.chats import check_chat
 from masformer.data.packing import make_rows
 from masformer.data.report import report_rows, report_text
 from masformer.data.store import token_store
@@ -137,7 +138,10 @@ def forecast(recipe: Recipe) -> Forecast:
     for source in recipe.sources:
         if source.hub:
             notes.append(f"dataset {source.hub} was not asked for")
-    steps = recipe.training.steps or _steps(recipe, notes)
+    tokenizer = _local_tokenizer(recipe)
+    if tokenizer is not None and any(source.kind == "chats" for source in recipe.sources):
+        check_chat(tokenizer)
+    steps = recipe.training.steps or _steps(recipe, tokenizer, notes)
     (comparison,) = compare(shape, plan, [recipe.data.length])
     per_row = comparison.plan.training_flops + comparison.plan.forward_flops * recipe.training.checkpointing
     return Forecast(
@@ -243,13 +247,20 @@ def _counts(recipe: Recipe, model: Any) -> tuple[int, int]:
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 
-def _steps(recipe: Recipe, notes: list[str]) -> int | None:
-    """From the data, where it and the tokenizer are on this machine."""
-    data, settings = recipe.data, recipe.model
-    tokenizer = None
+def _local_tokenizer(recipe: Recipe) -> Any:
+    """None where it is not needed, or not on this machine."""
+    settings = recipe.model
+    if recipe.training.steps is not None and all(source.kind != "chats" for source in recipe.sources):
+        return None
     if settings.tokenizer == BYTES or Path(settings.tokenizer or settings.source or "").exists():
         with suppress(MasformerError):
-            tokenizer = recipe_tokenizer(settings)
+            return recipe_tokenizer(settings)
+    return None
+
+
+def _steps(recipe: Recipe, tokenizer: Any, notes: list[str]) -> int | None:
+    """From the data, where it and the tokenizer are on this machine."""
+    data = recipe.data
     if tokenizer is None or any(source.hub for source in data.sources.values()):
         notes.append("training.epochs: the number of steps is known when the data has been read")
         return None

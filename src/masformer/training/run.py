@@ -16,6 +16,7 @@ from accelerate import PartialState
 from rich.console import Console
 from transformers import TrainingArguments
 
+from masformer.data.chats import check_chat
 from masformer.data.packing import PackedRows, Schedule, make_rows
 from masformer.data.pairs import WholeRows
 from masformer.data.report import report_rows, report_table, report_text
@@ -170,6 +171,8 @@ def _autocast(
 
 def _check_model(recipe: Recipe) -> None:
     """Before anything is read or written: whether the model can be what the recipe makes of it."""
+    if any(source.kind == "chats" for source in recipe.sources):
+        check_chat(recipe_tokenizer(recipe.model))
     if recipe.model.source is None:
         config, own = recipe_config(recipe.model, recipe_tokenizer(recipe.model))
     else:
