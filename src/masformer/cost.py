@@ -263,6 +263,11 @@ def flops_text(flops: float) -> str:
     return _scaled(flops, 1000, ("FLOP", "KFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP"))
 
 
+def count_text(count: int, noun: str) -> str:
+    """1 -> `1 row`; 2000 -> `2,000 rows`."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def bytes_text(size: float) -> str:
     """3 * 2**29 -> `1.50 GiB`."""
     return _scaled(size, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))

@@ -59,7 +59,7 @@ CHATS = {"chats": {"files": ["c.jsonl"], "messages": "messages"}}
         ({"training__learning_rate": -1}, "training.learning_rate must be above 0, got -1.0"),
         ({"training__learning_rate": "fast"}, "training.learning_rate must be a number, got 'fast'"),
         ({"training__epochs": 1}, "training needs either steps or epochs"),
-        ({"training__warmup_steps": 9}, "training.warmup_steps 9 is more than the 6 steps"),
+        ({"training__warmup_steps": 9}, "warmup_steps 9 is more than the 6 steps; give at most 6, or for a"),
         ({"training__schedule": "step"}, "training.schedule 'step' is not allowed; allowed: cosine, constant, linear"),
         ({"training__precision": "int8"}, "training.precision 'int8' is not allowed; allowed: float32, bfloat16"),
         ({"training__rows": 3, "training__device_rows": 2}, "must be a multiple of training.device_rows 2"),

@@ -60,7 +60,7 @@ def test_a_run_learns_and_leaves_a_checkpoint_with_its_card_and_recipe(whole):
     assert "transformers refuses it" in card
     report = json.loads((whole / "out" / "data.json").read_text())
     assert report["sources"][0]["documents"] == 3
-    assert [step for step, _ in steps_saved(whole / "out")] == [4, 2]
+    assert [step for step, _ in steps_saved(whole / "out")] == [6, 4]
     with torch.no_grad():
         again, _ = load_model(whole / "out" / "checkpoints" / "checkpoint-4" / "model")
     assert not same(again.state_dict(), model.state_dict())
@@ -131,6 +131,64 @@ def test_a_resumed_run_ends_with_the_same_bits(whole, tmp_path):
     assert "the run is finished" in text
 
 
+CONSTANT = {"training__schedule": "constant", "training__warmup_steps": 0}
+
+
+@pytest.mark.parametrize("dropout", [{}, {"lora__rank": 2, "lora__dropout": 0.2}])
+def test_a_finished_run_is_trained_on_with_its_optimizer_data_and_random_numbers(tmp_path, stock, dropout):
+    changes = CONSTANT | (of_stock(stock) | dropout if dropout else {})
+    for name in ("once", "twice"):
+        (tmp_path / name).mkdir()
+    finished(tmp_path / "once", **changes, training__steps=9)
+    finished(tmp_path / "twice", **changes, training__steps=5)
+    before = weights(tmp_path / "twice")
+    outcome, text = resumed(tmp_path / "twice", **changes, training__steps=9)
+    assert outcome.steps == 9
+    assert "the recipe has changed: training.steps was 5 and is 9" in text
+    assert "checkpoint-5" in text.split("going on from ")[1].splitlines()[0]
+    assert same(weights(tmp_path / "twice"), weights(tmp_path / "once"))
+    assert not same(weights(tmp_path / "twice"), before)
+    assert metrics(tmp_path / "twice") == metrics(tmp_path / "once")
+    assert load_recipe(tmp_path / "twice" / "out" / "model" / "recipe.yaml").training.steps == 9
+    _, text = resumed(tmp_path / "twice", **changes, training__steps=9)
+    assert "the run is finished" in text
+    with pytest.raises(MasformerError, match="the run has done 9 steps already, more than the 7 asked for"):
+        resumed(tmp_path / "twice", **changes, training__steps=7)
+    assert load_recipe(tmp_path / "twice" / "out" / "recipe.yaml").training.steps == 9
+
+
+def test_the_rate_of_a_run_that_goes_on_is_that_of_the_recipe_as_it_is_now(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+    finished(one, training__steps=8)
+    finished(two, training__steps=5)
+    assert metrics(two, "learning_rate")[5] < 0.2 * metrics(one, "learning_rate")[5]
+    resumed(two, training__steps=8)
+    for step in (6, 7, 8):
+        assert metrics(two, "learning_rate")[step] == metrics(one, "learning_rate")[step]
+    resumed(two, training__steps=9, training__learning_rate=1e-3, training__schedule="constant")
+    assert metrics(two, "learning_rate")[9] == 1e-3
+
+
+def test_a_run_killed_before_its_longer_model_was_written_writes_it(tmp_path):
+    finished(tmp_path, **CONSTANT)
+    resumed(tmp_path, **CONSTANT, training__steps=8)
+    expected = weights(tmp_path)
+    model = tmp_path / "out" / "model"
+    (model / "recipe.yaml").write_text(recipe(tmp_path, **CONSTANT).to_yaml())
+    (model / "model.safetensors").unlink()
+    resumed(tmp_path, **CONSTANT, training__steps=8)
+    assert same(weights(tmp_path), expected)
+
+
+def test_a_run_without_checkpoints_cannot_be_trained_on(tmp_path):
+    finished(tmp_path, checkpoints={"every": None})
+    assert not steps_saved(tmp_path / "out")
+    with pytest.raises(MasformerError, match="has no checkpoint to go on from, so its optimizer is lost"):
+        resumed(tmp_path, checkpoints={"every": None}, training__steps=8)
+
+
 def damage(path, how):
     if how == "marker":
         (path / MARKER).unlink()
@@ -167,7 +225,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, tmp_pat
     assert "checkpoint-2" in text.split("going on from ")[1].splitlines()[0]
     assert same(weights(folder), weights(whole))
     found, faulty = newest(folder / "out")
-    assert (found.step, faulty) == (4, [])
+    assert (found.step, faulty) == (6, [])
 
 
 def test_nothing_but_damaged_checkpoints_is_an_error(whole, tmp_path):
@@ -202,7 +260,7 @@ def test_resuming_what_has_no_checkpoint_starts_at_the_beginning(whole, tmp_path
 
 def test_the_newest_checkpoints_are_kept(tmp_path):
     finished(tmp_path, checkpoints__every=1, checkpoints__keep=3)
-    assert [step for step, _ in steps_saved(tmp_path / "out")] == [5, 4, 3]
+    assert [step for step, _ in steps_saved(tmp_path / "out")] == [6, 5, 4]
 
 
 HELD = {"held": {"builtin": "python-topics", "skip": 3, "limit": 2}}

@@ -16,6 +16,7 @@ import yaml
 from docstring_parser import parse as parse_docstring
 
 from masformer.attention import BACKENDS
+from masformer.cost import count_text
 from masformer.data.packing import PACKINGS
 from masformer.data.pairs import CUTS
 from masformer.data.sources import KINDS, Source
@@ -217,7 +218,7 @@ class TrainingRecipe:
             check_int("training.steps", self.steps, 1)
             check_int("training.steps times training.rows", self.steps * self.rows, 1)
             if self.warmup_steps > self.steps:
-                raise MasformerError(f"training.warmup_steps {self.warmup_steps} is more than the {self.steps} steps")
+                raise MasformerError(warmup_fault(self.warmup_steps, self.steps))
         for name in ("epochs", "learning_rate"):
             if getattr(self, name) is not None:
                 check_number(f"training.{name}", getattr(self, name), 0, above=True)
@@ -232,6 +233,14 @@ class TrainingRecipe:
         check_choice("training.schedule", self.schedule, SCHEDULES)
         check_choice("training.precision", self.precision, PRECISIONS)
         check_choice("training.sharding", self.sharding, SHARDINGS)
+
+
+def warmup_fault(warmup: int, steps: int) -> str:
+    """What is wrong with a warm-up that is longer than the run."""
+    return (
+        f"training.warmup_steps {warmup} is more than the {count_text(steps, 'step')}; give at most {steps}, "
+        "or for a short trial --training.warmup_steps 0"
+    )
 
 
 @dataclass(frozen=True)
@@ -265,7 +274,7 @@ class CheckpointRecipe:
     """Checkpoints to resume from.
 
     Attributes:
-        every: steps between them; None: only when the run is interrupted.
+        every: steps between them, and one at the end, to train on from; None: only when the run is interrupted.
         keep: the newest so many are kept.
     """
 

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from rich.console import Console
 from transformers import TrainingArguments
 
+from masformer.cost import count_text
 from masformer.data.chats import check_chat
 from masformer.data.packing import PackedRows, Schedule, make_rows
 from masformer.data.pairs import WholeRows
@@ -42,7 +43,7 @@ from masformer.training.model import (
     recipe_tokenizer,
     skeleton,
 )
-from masformer.training.recipe import Recipe
+from masformer.training.recipe import Recipe, warmup_fault
 from masformer.training.trainer import (
     METRICS,
     RECIPE,
@@ -100,15 +101,18 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         _say(console, "training.sharding fsdp does nothing in one process; start several with torchrun")
     _check_model(recipe)
     found = _start(recipe, output, resume, first, console)
-    if found is None and (output / "model").exists():
-        _say(console, f"{output / 'model'} is there already: the run is finished")
+    if resume and _is_finished(recipe, output / "model"):
+        _say(console, f"{output / 'model'} is there already: the run is finished; more training.steps go on from it")
         return Outcome(output / "model", 0, None, {})
     PartialState().wait_for_everyone()
     rows, report = _read(recipe, arguments, console)
     steps = recipe.training.steps or step_count(recipe, len(rows))
+    _check_done(found, steps)
     schedule = Schedule(rows, steps * recipe.training.rows, recipe.training.seed, recipe.data.shuffle)
     console.print(
-        f"{steps:,} steps of {recipe.training.rows} rows: {len(schedule) / len(rows):.2f} times all rows", markup=False
+        f"{count_text(steps, 'step')} of {count_text(recipe.training.rows, 'row')}: "
+        f"{len(schedule) / len(rows):.2f} times all rows",
+        markup=False,
     )
     prepared = prepare_model(recipe, None if found is None else found.path)
     tasks = evaluation_tasks(recipe, prepared.tokenizer)
@@ -191,7 +195,7 @@ def step_count(recipe: Recipe, rows: int) -> int:
     check_number("training.epochs times all rows", wanted, 0, LARGEST)
     steps = max(1, -(-round(wanted) // recipe.training.rows))
     if recipe.training.warmup_steps > steps:
-        raise MasformerError(f"training.warmup_steps {recipe.training.warmup_steps} is more than the {steps} steps")
+        raise MasformerError(warmup_fault(recipe.training.warmup_steps, steps))
     return steps
 
 
@@ -217,7 +221,7 @@ def _start(recipe: Recipe, output: Path, resume: bool, first: bool, console: Con
             raise MasformerError(f"{output} holds a run already; go on with --resume, or name another output")
     elif (output / RECIPE).exists():
         _check_same(recipe, output / RECIPE, console)
-    if resume and (output / "model").exists():
+    if resume and _is_finished(recipe, output / "model"):
         return None
     found, faulty = newest(output) if resume else (None, [])
     for each in faulty:
@@ -227,6 +231,12 @@ def _start(recipe: Recipe, output: Path, resume: bool, first: bool, console: Con
             f"no checkpoint in {output} can be used ({faulty[0].path.name}: {faulty[0].fault}); "
             "remove its folder checkpoints to start again"
         )
+    if found is None and resume and (output / "model").exists():
+        raise MasformerError(
+            f"{output} has no checkpoint to go on from, so its optimizer is lost; start a new run from its model: "
+            f"--model.source {output / 'model'} --output FOLDER"
+        )
+    _check_done(found, recipe.training.steps)
     if found is not None:
         _say(console, f"going on from {found.path}")
     elif resume:
@@ -237,6 +247,22 @@ def _start(recipe: Recipe, output: Path, resume: bool, first: bool, console: Con
         if found is None:
             (output / METRICS).unlink(missing_ok=True)
     return found
+
+
+def _check_done(found: Found | None, steps: int | None) -> None:
+    if found is not None and steps is not None and found.step > steps:
+        raise MasformerError(
+            f"the run has done {count_text(found.step, 'step')} already, more than the {steps} asked for"
+        )
+
+
+def _is_finished(recipe: Recipe, model: Path) -> bool:
+    """Whether the model of a run is that of as many steps as the recipe asks for now."""
+    if not model.exists():
+        return False
+    before = read_settings(model / RECIPE, "recipe").get("training", {}) if (model / RECIPE).exists() else {}
+    now = {"steps": recipe.training.steps, "epochs": recipe.training.epochs}
+    return not before or all(before.get(name) == value for name, value in now.items())
 
 
 def _check_same(recipe: Recipe, path: Path, console: Console) -> None:

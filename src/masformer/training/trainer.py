@@ -275,7 +275,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         last = step >= state.max_steps
         control.should_log |= last
         every = self.recipe.checkpoints.every
-        control.should_save = (every is not None and step % every == 0 and not last) or self.is_stopped()
+        control.should_save = (every is not None and (step % every == 0 or last)) or self.is_stopped()
         control.should_evaluate = self.recipe.evaluation.is_due(step, state.max_steps) and not self.is_stopped()
         control.should_training_stop |= self.is_stopped()
         speed = self._all_tokens / self._all_seconds if self._all_seconds else 0
