@@ -63,6 +63,7 @@ CHATS = {"chats": {"files": ["c.jsonl"], "messages": "messages"}}
         ({"training__schedule": "step"}, "training.schedule 'step' is not allowed; allowed: cosine, constant, linear"),
         ({"training__precision": "int8"}, "training.precision 'int8' is not allowed; allowed: float32, bfloat16"),
         ({"training__rows": 3, "training__device_rows": 2}, "must be a multiple of training.device_rows 2"),
+        ({"training__report_to": ["slack"]}, "training.report_to 'slack' is not allowed; allowed: wandb, mlflow"),
         ({"training__betas": [0.9]}, "training.betas must be two numbers"),
         ({"training__checkpointing": 1}, "training.checkpointing must be true or false, got 1"),
         ({"model__config": None}, "model needs a source"),
@@ -139,6 +140,6 @@ def test_a_missing_recipe_is_named():
 def test_every_default_stands_in_what_is_written(tmp_path):
     written = yaml.safe_load(Recipe.from_dict(settings(tmp_path)).to_yaml())
     assert written["training"]["clip"] == 1.0
-    assert written["checkpoints"] == {"every": 2, "keep": 2}
+    assert written["logging"] == {"every": 1, "tensorboard": False}
     before = copy.deepcopy(written)
     assert Recipe.from_dict(written).to_dict() == before

@@ -1,4 +1,5 @@
 import functools
+import importlib.util
 import io
 import json
 
@@ -8,6 +9,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 from small import metrics, recipe, recipe_file
 from torch._dynamo.utils import counters
+from transformers import TrainerCallback
+from transformers.integrations import integration_utils
 
 from masformer import AttentionPlan, MasformerError, load_model, save_model
 from masformer.cli import main
@@ -60,7 +63,7 @@ def test_a_run_learns_and_leaves_a_checkpoint_with_its_card_and_recipe(whole):
     assert "transformers refuses it" in card
     report = json.loads((whole / "out" / "data.json").read_text())
     assert report["sources"][0]["documents"] == 3
-    assert [step for step, _ in steps_saved(whole / "out")] == [6, 4]
+    assert [step for step, _ in steps_saved(whole / "out")] == [6, 4, 2]
     with torch.no_grad():
         again, _ = load_model(whole / "out" / "checkpoints" / "checkpoint-4" / "model")
     assert not same(again.state_dict(), model.state_dict())
@@ -163,7 +166,7 @@ def test_the_rate_of_a_run_that_goes_on_is_that_of_the_recipe_as_it_is_now(tmp_p
         folder.mkdir()
     finished(one, training__steps=8)
     finished(two, training__steps=5)
-    assert metrics(two, "learning_rate")[5] < 0.2 * metrics(one, "learning_rate")[5]
+    assert metrics(two, "learning_rate")[5] < 0.5 * metrics(one, "learning_rate")[5]
     resumed(two, training__steps=8)
     for step in (6, 7, 8):
         assert metrics(two, "learning_rate")[step] == metrics(one, "learning_rate")[step]
@@ -368,14 +371,62 @@ def test_a_checkpoint_with_a_plan_keeps_it(tmp_path, stock):
     assert str(AttentionPlan.from_dict(load_model(tmp_path / "out" / "model")[0].config.masformer)) == "full@2; block:8"
 
 
-def test_tensorboard_gets_the_same_figures(tmp_path):
+@pytest.mark.parametrize("setting", [{"logging__tensorboard": True}, {"training__report_to": ["tensorboard"]}])
+def test_tensorboard_gets_the_same_figures(tmp_path, setting):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    finished(tmp_path, logging__tensorboard=True, training__steps=2)
+    finished(tmp_path, **setting, training__steps=2)
     events = EventAccumulator(str(tmp_path / "out" / "tensorboard"))
     events.Reload()
     logged = {event.step: event.value for event in events.Scalars("loss")}
     assert logged == pytest.approx(metrics(tmp_path), rel=1e-6)
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "mlflow"])
+def test_a_tracker_gets_what_is_in_the_file(tmp_path, monkeypatch, tracker):
+    """Through the Trainer's own registry of trackers, which a stand-in is put into."""
+    logged = {}
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            logged.setdefault(state.global_step, {}).update(logs)
+
+    (tmp_path / f"{tracker}.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, tracker, Tracker)
+    finished(tmp_path, training__report_to=[tracker], training__steps=3, evaluation__sources=HELD)
+    for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert row.items() - {("step", row["step"])} <= logged[row["step"]].items()
+    names = {"loss", "learning_rate", "grad_norm", "tokens_per_second", "eval_held_64_perplexity"}
+    assert names <= logged[3].keys()
+    assert recipe(tmp_path).trackers == []
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+@pytest.mark.parametrize("tracker", ["wandb", "mlflow", "tensorboard"])
+def test_a_tracker_that_is_not_installed_is_refused_at_once(tmp_path, monkeypatch, capsys, tracker, dry):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == tracker else found(name, *more)
+    )
+    words = ["train", "--config", str(recipe_file(tmp_path)), "--training.report_to", tracker, *dry]
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert f"training.report_to {tracker} needs the package {tracker}: pip install " in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_lines_for_people_hold_one_figure_a_length(tmp_path):
+    console = quiet()
+    lengths = {"evaluation__sources": HELD, "evaluation__lengths": [32, 64], "training__steps": 2}
+    outcome = train(recipe(tmp_path, **lengths), console=console)
+    (line,) = [line for line in console.file.getvalue().splitlines() if line.startswith("step 2/2  perplexity")]
+    figures = outcome.evaluations[2]
+    values = [figures[f"eval_held_{length}_perplexity"] for length in (32, 64)]
+    assert line == "step 2/2  perplexity  held_32 {:.2f}  held_64 {:.2f}".format(*values)
+    assert set(figures) > {"eval_held_32_loss", "eval_held_32_second_half_perplexity"}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):

@@ -33,6 +33,7 @@ from masformer.training.model import (
 )
 from masformer.training.recipe import BYTES, Recipe
 from masformer.training.run import step_count
+from masformer.training.trainer import check_trackers, clock
 
 TILE = 128
 """Queries of a tile in the tiled backend where gradients are needed."""
@@ -115,6 +116,7 @@ def dry_run(recipe: Recipe, console: Console) -> Forecast:
     Raises:
         MasformerError: the recipe cannot be carried out.
     """
+    check_trackers(recipe)
     for source in recipe.sources:
         source.check()
     found = forecast(recipe)

@@ -28,6 +28,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 PRECISIONS = ("float32", "bfloat16")
 SCHEDULES = ("cosine", "constant", "linear")
 SHARDINGS = ("none", "fsdp")
+TENSORBOARD = "tensorboard"
+TRACKERS = ("wandb", "mlflow", TENSORBOARD)
 BYTES = "bytes"
 
 
@@ -187,6 +189,7 @@ class TrainingRecipe:
         compile: compile the decoder layers (`masformer.models.compiling`): a minute at the start, faster steps on GPUs.
         loss_chunk: positions whose logits exist at the same time.
         sharding: `fsdp` spreads weights and optimizer over the processes (FSDP2).
+        report_to: trackers that get what metrics.jsonl gets, beside it: `wandb`, `mlflow`, `tensorboard`.
         seed: of the order of rows, of new weights and dropout.
     """
 
@@ -205,6 +208,7 @@ class TrainingRecipe:
     compile: bool | None = None
     loss_chunk: int = 512
     sharding: str = "none"
+    report_to: list[str] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -233,6 +237,8 @@ class TrainingRecipe:
         check_choice("training.schedule", self.schedule, SCHEDULES)
         check_choice("training.precision", self.precision, PRECISIONS)
         check_choice("training.sharding", self.sharding, SHARDINGS)
+        for tracker in self.report_to or ():
+            check_choice("training.report_to", tracker, TRACKERS)
 
 
 def warmup_fault(warmup: int, steps: int) -> str:
@@ -293,7 +299,7 @@ class LoggingRecipe:
 
     Attributes:
         every: steps between two lines.
-        tensorboard: also for TensorBoard, in the folder tensorboard.
+        tensorboard: also for TensorBoard, in the folder tensorboard, as `training.report_to` tensorboard does.
     """
 
     every: int = 10
@@ -338,6 +344,12 @@ class Recipe:
     def sources(self) -> list[Source]:
         """All that is trained and evaluated on."""
         return [*self.data.sources.values(), *self.evaluation.sources.values()]
+
+    @property
+    def trackers(self) -> list[str]:
+        """What gets the metrics beside metrics.jsonl: some of `TRACKERS`."""
+        asked = {*(self.training.report_to or ()), *([TENSORBOARD] if self.logging.tensorboard else ())}
+        return [tracker for tracker in TRACKERS if tracker in asked]
 
     @property
     def evaluation_lengths(self) -> list[int]:

@@ -51,6 +51,7 @@ from masformer.training.trainer import (
     Stopped,
     Watch,
     autocast_by_step,
+    check_trackers,
     clock,
     read_evaluations,
     training_arguments,
@@ -90,6 +91,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         MasformerError: something in the recipe cannot be done, or cannot be written.
     """
     output = Path(recipe.output)
+    check_trackers(recipe)
     arguments = training_arguments(recipe, 1, False)  # starts the processes' group, if there are several
     first = arguments.process_index == 0
     console = console or Console(highlight=False)
@@ -204,7 +206,11 @@ def figures_text(figures: Mapping[str, float]) -> str:
     named = {"loss": "loss {:.4f}", "learning_rate": "rate {:.2e}", "grad_norm": "gradient {:.2f}"}
     named |= {"tokens_per_second": "{:,.0f} tokens/s"}
     parts = [text.format(figures[name]) for name, text in named.items() if name in figures]
-    parts += [f"{name} {value:.4f}" for name, value in figures.items() if name.startswith("eval_")]
+    ends = "_perplexity"  # the other figures of an evaluation are in the file
+    perplexities = {name.removesuffix(ends): value for name, value in figures.items() if name.endswith(ends)}
+    shown = {name: value for name, value in perplexities.items() if not name.endswith("_second_half")}
+    parts += ["perplexity"] * bool(shown)
+    parts += [f"{name.removeprefix('eval_')} {value:.2f}" for name, value in shown.items()]
     if "seconds_left" in figures:
         parts.append(f"{clock(figures['seconds_left'])} left")
     return "  ".join(parts)
