@@ -273,6 +273,15 @@ def bytes_text(size: float) -> str:
     return _scaled(size, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
 
 
+def seconds_text(seconds: float) -> str:
+    """0.25 -> `0.25 s`, 42.3 -> `42 s`, 150 -> `2 min`, 9000 -> `2.5 h`."""
+    if seconds < 9.95:
+        return f"{seconds:.2g} s"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:,.1f} h"
+
+
 def _scaled(number: float, step: int, units: tuple[str, ...]) -> str:
     """Three significant digits."""
     for unit in units:
