@@ -274,12 +274,14 @@ def bytes_text(size: float) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """0.25 -> `0.25 s`, 42.3 -> `42 s`, 150 -> `2 min`, 9000 -> `2.5 h`."""
+    """0.25 -> `0.25 s`, 42.3 -> `42 s`, 150 -> `2 min`, 9000 -> `2.5 h`, 1e6 -> `12 days`."""
     if seconds < 9.95:
         return f"{seconds:.2g} s"
     if seconds < 100:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:,.1f} h"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 360_000 else f"{seconds / 86_400:,.0f} days"
 
 
 def _scaled(number: float, step: int, units: tuple[str, ...]) -> str:

@@ -310,6 +310,48 @@ def test_pairs_are_trained_and_evaluated_on_their_targets(tmp_path):
     assert outcome.evaluations[outcome.steps]["eval_held_64_loss"] < outcome.evaluations[0]["eval_held_64_loss"]
 
 
+CHAT = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+def conversations(file, count):
+    talks = [
+        [{"role": role, "content": f"{number + turn}"} for turn in range(2) for role in ("user", "assistant")]
+        for number in range(count)
+    ]
+    file.write_text("\n".join(json.dumps({"messages": talk}) for talk in talks))
+    return {"files": str(file), "messages": "messages"}
+
+
+def test_conversations_are_trained_and_evaluated_on_the_assistants_turns(tmp_path, stock, capsys):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    changes = of_stock(stock, tokenizer=str(tmp_path / "tokenizer")) | {
+        "data__sources": {"train": conversations(tmp_path / "train.jsonl", 40)},
+        "evaluation__sources": {"held": conversations(tmp_path / "held.jsonl", 8)},
+        "data__length": 100,
+        "training__epochs": 4,
+        "training__steps": None,
+    }
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    assert main(["train", "--config", str(recipe_file(one, **changes)), "--dry-run"]) == 0
+    assert "tokens are the assistant's and predicted" in " ".join(capsys.readouterr().out.split())
+    outcome = finished(one, **changes)
+    first, last = (outcome.evaluations[step]["eval_held_100_loss"] for step in (0, outcome.steps))
+    assert last < first - 0.5
+    report = json.loads((one / "out" / "data.json").read_text())
+    assert report["separate"]
+    assert report["predicted"] == sum(2 * (1 + len(f"{n}")) + (n == 9) for n in range(40))
+    again, _ = resumed(copied(one, two), **changes)
+    assert same(weights(one), weights(two))
+    assert again.steps == outcome.steps
+    assert load_model(one / "out" / "model")[1].chat_template == CHAT
+
+
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory):
     """A stock model with a tokenizer, as people have it."""
@@ -435,6 +477,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "model").exists()
 
 
+TALKS = {"hub": "nobody/nothing", "messages": "messages"}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -447,6 +492,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
         ({"model__tokenizer": "nowhere"}, "cannot read the tokenizer of nowhere"),
         ({"model": {"source": "nowhere.gguf"}}, "model file nowhere.gguf does not exist"),
         ({"data__sources": {"a": {"files": ["nowhere.txt"]}}}, "data file nowhere.txt does not exist"),
+        ({"data__sources": {"a": TALKS}}, "conversations need a chat template, which the tokenizer lacks"),
         ({"lora__targets": ["q_projection"]}, "lora: llama models have no module named q_projection"),
         ({"evaluation__sources": HELD, "evaluation__lengths": [999]}, "evaluation.lengths 999 is beyond the 128"),
     ],

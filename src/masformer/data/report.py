@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from masformer.cost import count_text
 from masformer.data.chat_rows import ChatRows
 from masformer.data.packing import PackedRows
 from masformer.data.pairs import PairRows, WholeRows
@@ -101,18 +102,20 @@ def report_table(report: dict[str, Any]) -> Table:
 
 def report_text(report: dict[str, Any]) -> str:
     """One line on the rows."""
-    text = f"{report['rows']:,} rows of {report['length']:,} tokens, {report['empty_places']:,} places empty"
+    rows, empty = count_text(report["rows"], "row"), count_text(report["empty_places"], "place")
+    text = f"{rows} of {report['length']:,} tokens, {empty} empty"
     if report["cut"] is None:
         how = "each document sees only itself" if report["separate"] else "documents see what came before them"
-        return f"{text}; {report['documents_across_rows']:,} documents lie in several rows; {how}"
+        return f"{text}; {count_text(report['documents_across_rows'], 'document')} in several rows; {how}"
     cut = report["cut"]
     if "chats" in cut:
         return (
             f"{text}; {report['predicted']:,} of {report['tokens']:,} tokens are the assistant's and predicted; "
-            f"{cut['chats']:,} conversations lost their end ({cut['tokens']:,} tokens), "
+            f"{count_text(cut['chats'], 'conversation')} cut at the end ({count_text(cut['tokens'], 'token')}), "
             f"{cut['dropped']:,} left out, whose first answer begins beyond a row"
         )
+    gone = count_text(cut["prompt_tokens"], "token")
     return (
-        f"{text}; {cut['prompts']:,} prompts cut ({cut['rule']}, {cut['prompt_tokens']:,} tokens), "
-        f"{cut['targets']:,} targets cut ({cut['target_tokens']:,} tokens)"
+        f"{text}; {count_text(cut['prompts'], 'prompt')} cut ({cut['rule']}, {gone}), "
+        f"{count_text(cut['targets'], 'target')} cut ({count_text(cut['target_tokens'], 'token')})"
     )

@@ -231,7 +231,7 @@ def forecast_lines(forecast: Forecast, recipe: Recipe) -> Iterator[str]:
         )
         yield (
             f"time of one process, estimated: at least {' and '.join(spent)}, at the {forecast.rate} here; "
-            "no run reaches that rate, and evaluations come on top"
+            "runs stay below that rate, and evaluations come on top"
         )
     parts = ", ".join(f"{name} {bytes_text(size)}" for name, size in vars(memory).items())
     yield f"memory of one process, estimated: {bytes_text(memory.total)} ({parts})"
