@@ -141,5 +141,7 @@ def test_every_default_stands_in_what_is_written(tmp_path):
     written = yaml.safe_load(Recipe.from_dict(settings(tmp_path)).to_yaml())
     assert written["training"]["clip"] == 1.0
     assert written["logging"] == {"every": 1, "tensorboard": False}
+    assert "report_to" not in written["training"], "recipes without it keep their fingerprints"
+    assert "messages" not in written["data"]["sources"]["python"]
     before = copy.deepcopy(written)
     assert Recipe.from_dict(written).to_dict() == before

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from masformer.data.documents import TEXT, Row, check_files, read_rows, selected_rows
+from masformer.data.documents import TEXT, Document, Row, check_files, read_rows, selected_rows
 from masformer.errors import MasformerError, check_int
 from masformer.files import content_digest
 
@@ -134,6 +134,16 @@ class Source:
             chosen = [f"{name} = {value}" for name, value in self.where.items()]
             chosen += [f"skip = {self.skip}"] if self.skip else []
             raise MasformerError(f"{self.place} holds no row" + (f" with {', '.join(chosen)}" if chosen else ""))
+
+    def documents(self) -> list[Document]:
+        """The plain texts of the selected rows that are not blank.
+
+        Raises:
+            MasformerError: it gives pairs or conversations, or as `rows`.
+        """
+        if self.kind != "texts":
+            raise MasformerError(f"{self.place} is read as {KINDS[self.kind]}; plain texts are needed here, by field")
+        return [Document(row.name, text) for row in self.rows() if (text := row.texts[self.field]).strip()]
 
     def _all_rows(self) -> Iterator[Row]:
         if self.files:

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from masformer.data.documents import Document
 from masformer.data.packing import make_rows
 from masformer.data.pairs import IGNORED
 from masformer.data.store import token_store
@@ -50,8 +49,7 @@ def evaluation_tasks(recipe: Recipe, tokenizer: Any) -> list[Task]:
         if source.kind != "texts":
             tasks.append(_separate(recipe, name, tokenizer))
             continue
-        documents = [Document(row.name, text) for row in source.rows() if (text := row.texts[source.field]).strip()]
-        tokens, _ = tokenize(tokenizer, documents, max_tokens=recipe.evaluation.max_tokens)
+        tokens, _ = tokenize(tokenizer, source.documents(), max_tokens=recipe.evaluation.max_tokens)
         for length in recipe.evaluation_lengths:
             windows = [
                 (inputs, [IGNORED] * (len(inputs) - len(targets)) + targets)
