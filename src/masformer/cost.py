@@ -263,9 +263,25 @@ def flops_text(flops: float) -> str:
     return _scaled(flops, 1000, ("FLOP", "KFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP"))
 
 
+def count_text(count: int, noun: str) -> str:
+    """1 -> `1 row`; 2000 -> `2,000 rows`."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def bytes_text(size: float) -> str:
     """3 * 2**29 -> `1.50 GiB`."""
     return _scaled(size, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+
+
+def seconds_text(seconds: float) -> str:
+    """0.25 -> `0.25 s`, 42.3 -> `42 s`, 150 -> `2 min`, 9000 -> `2.5 h`, 1e6 -> `12 days`."""
+    if seconds < 9.95:
+        return f"{seconds:.2g} s"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 360_000 else f"{seconds / 86_400:,.0f} days"
 
 
 def _scaled(number: float, step: int, units: tuple[str, ...]) -> str:

@@ -146,8 +146,10 @@ def _value(kind: Any, data: Any, path: str) -> Any:
     if is_dataclass(kind):
         return build(kind, data, path)
     if origin is list:
-        if not isinstance(data, list):
+        if data is None or isinstance(data, Mapping):
             raise MasformerError(f"{path} must be a list, got {shown(data)}")
+        if not isinstance(data, list):
+            return [_value(arguments[0], data, path)]  # one value is a list of one
         return [_value(arguments[0], each, path) for each in data]
     if origin is dict:
         if not isinstance(data, Mapping):

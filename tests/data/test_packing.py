@@ -167,8 +167,8 @@ def test_the_report_counts_what_was_read_and_cut():
     assert [source["tokens"] for source in report["sources"]] == [12, 4]
     assert report["sources"][0]["histogram"] == {4: 1, 16: 1}
     assert (report["rows"], report["empty_places"], report["documents_across_rows"]) == (2, 0, 1)
-    assert "1 documents lie in several rows" in report_text(report)
+    assert "1 document in several rows" in report_text(report)
     pairs = [pair_store([(1, 30, 1, 4), (0, 2, 0, 2)])]
     report = report_rows(pairs, make_rows(pairs, 16, None, "head"))
-    assert "1 prompts cut (head, 20 tokens), 0 targets cut (0 tokens)" in report_text(report)
+    assert "1 prompt cut (head, 20 tokens), 0 targets cut (0 tokens)" in report_text(report)
     assert json.loads(json.dumps(report))["cut"]["prompts"] == 1

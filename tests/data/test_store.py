@@ -149,6 +149,13 @@ def test_wrong_sources_are_named(options, message):
         Source(**options)
 
 
+@pytest.mark.parametrize("fields", [{"prompt": "text", "target": "split"}, {"messages": "text"}])
+def test_where_plain_texts_are_needed_other_kinds_are_refused(file, fields):
+    assert [document.text for document in Source(files=file).documents()] == [text(5), text(7, 3)]
+    with pytest.raises(MasformerError, match=r"rows\.jsonl is read as .*; plain texts are needed here"):
+        Source(files=file, **fields).documents()
+
+
 def test_nothing_selected_and_nothing_but_blanks_are_named(tmp_path, file):
     for options, message in [
         ({"where": {"split": "c"}}, r"rows\.jsonl holds no row with split = c"),

@@ -27,7 +27,7 @@ SETTINGS = {
     },
     "data": {"sources": {"python": {"builtin": "python-topics", "limit": 3}}, "length": 64},
     "training": {"steps": 6, "rows": 4, "learning_rate": 1e-2, "warmup_steps": 2, "seed": 3},
-    "checkpoints": {"every": 2},
+    "checkpoints": {"every": 2, "keep": 3},
     "logging": {"every": 1},
 }
 

@@ -110,7 +110,7 @@ def test_a_full_disk_is_said_and_the_checkpoint_before_is_kept(whole, tmp_path):
     assert result.returncode == 2, result.stderr
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("masformer: error: ")]
     assert "cannot write the checkpoint of step 9" in line
-    assert "checkpoint-6" in line.split("the newest is still")[1]
+    assert "checkpoint-8" in line.split("the newest is still")[1]
     assert [step for step, _ in steps_saved(tmp_path / "out")] == before
     assert not list((tmp_path / "out" / "checkpoints").glob(".*"))
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY

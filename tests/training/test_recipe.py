@@ -5,6 +5,7 @@ import yaml
 from small import SETTINGS, recipe_file, settings
 
 from masformer import MasformerError
+from masformer.data.sources import Source
 from masformer.training.recipe import Recipe, load_recipe
 
 
@@ -26,12 +27,23 @@ def test_settings_of_the_command_line_take_the_place_of_those_in_the_file(tmp_pa
     assert load_recipe(recipe_file(tmp_path, lora__rank=2), ["--lora", "null"]).lora is None
 
 
+def test_one_value_is_a_list_of_one(tmp_path):
+    files = {"a": {"files": "a.txt"}}
+    recipe = load_recipe(recipe_file(tmp_path, data__sources=files), ["--evaluation.sources.a.files", "b.txt"])
+    assert recipe.data.sources["a"] == Source(files=["a.txt"]) == Source(files="a.txt")
+    assert recipe.evaluation.sources["a"].files == ["b.txt"]
+    words = ["--evaluation.lengths", "32", "--evaluation.sources.a.files", "[b.txt]", "--lora.targets", "q_proj"]
+    recipe = load_recipe(recipe_file(tmp_path), words)
+    assert (recipe.evaluation.lengths, recipe.lora.targets) == ([32], ["q_proj"])
+
+
 @pytest.mark.parametrize("text", ["1e-4", "1.0e-4", "0.0001", "1E-4"])
 def test_numbers_with_an_exponent_are_numbers(tmp_path, text):
     assert load_recipe(recipe_file(tmp_path), ["--training.learning_rate", text]).training.learning_rate == 1e-4
 
 
 PAIRS = {"pairs": {"files": ["p.jsonl"], "prompt": "p", "target": "t"}}
+CHATS = {"chats": {"files": ["c.jsonl"], "messages": "messages"}}
 
 
 @pytest.mark.parametrize(
@@ -47,10 +59,11 @@ PAIRS = {"pairs": {"files": ["p.jsonl"], "prompt": "p", "target": "t"}}
         ({"training__learning_rate": -1}, "training.learning_rate must be above 0, got -1.0"),
         ({"training__learning_rate": "fast"}, "training.learning_rate must be a number, got 'fast'"),
         ({"training__epochs": 1}, "training needs either steps or epochs"),
-        ({"training__warmup_steps": 9}, "training.warmup_steps 9 is more than the 6 steps"),
+        ({"training__warmup_steps": 9}, "warmup_steps 9 is more than the 6 steps; give at most 6, or for a"),
         ({"training__schedule": "step"}, "training.schedule 'step' is not allowed; allowed: cosine, constant, linear"),
         ({"training__precision": "int8"}, "training.precision 'int8' is not allowed; allowed: float32, bfloat16"),
         ({"training__rows": 3, "training__device_rows": 2}, "must be a multiple of training.device_rows 2"),
+        ({"training__report_to": ["slack"]}, "training.report_to 'slack' is not allowed; allowed: wandb, mlflow"),
         ({"training__betas": [0.9]}, "training.betas must be two numbers"),
         ({"training__checkpointing": 1}, "training.checkpointing must be true or false, got 1"),
         ({"model__config": None}, "model needs a source"),
@@ -64,7 +77,17 @@ PAIRS = {"pairs": {"files": ["p.jsonl"], "prompt": "p", "target": "t"}}
         ({"model__backend": "fast"}, "model.backend 'fast' is not allowed"),
         ({"data__sources": {}}, "data.sources needs at least one source"),
         ({"data__sources": {"a": {}}}, "data.sources.a: a source needs one of files, hub and builtin, got none"),
-        ({"data__sources": {"a": {"files": "a.txt"}}}, "data.sources.a.files must be a list, got 'a.txt'"),
+        ({"data__sources": {"a": {"files": {"a": "b"}}}}, "data.sources.a.files must be a list, got"),
+        ({"data__sources": {"a": {"files": 3}}}, "data.sources.a.files must be text, got 3"),
+        (
+            {"data__sources": {"a": {"files": ["b"], "messages": "m", "field": "f"}}},
+            "do nothing where messages is given",
+        ),
+        ({"data__sources": {"a": {"builtin": "python-topics", "messages": "m"}}}, "has no fields"),
+        ({"data__sources": CHATS, "data__packing": "across"}, "data.packing across is for texts; chats are always"),
+        ({"data__sources": CHATS, "data__cut": "middle"}, "data.cut does nothing for chats"),
+        ({"data__sources": CHATS | PAIRS}, "data.sources mixes prompt/target pairs and conversations; give one kind"),
+        ({"evaluation__sources": CHATS}, "evaluation.sources must be of the kind that is trained on"),
         ({"data__length": 1}, "data.length must be at least 2, got 1"),
         ({"data__cut": "middle"}, "data.cut does nothing for texts"),
         ({"data__template": "{prompt}!"}, "data.template does nothing for texts"),
@@ -117,6 +140,8 @@ def test_a_missing_recipe_is_named():
 def test_every_default_stands_in_what_is_written(tmp_path):
     written = yaml.safe_load(Recipe.from_dict(settings(tmp_path)).to_yaml())
     assert written["training"]["clip"] == 1.0
-    assert written["checkpoints"] == {"every": 2, "keep": 2}
+    assert written["logging"] == {"every": 1, "tensorboard": False}
+    assert "report_to" not in written["training"], "recipes without it keep their fingerprints"
+    assert "messages" not in written["data"]["sources"]["python"]
     before = copy.deepcopy(written)
     assert Recipe.from_dict(written).to_dict() == before

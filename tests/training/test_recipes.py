@@ -20,6 +20,7 @@ from masformer.training.recipe import load_recipe
 FOLDER = Path(__file__).parent.parent.parent / "recipes"
 RECIPES = sorted(path.name for path in FOLDER.glob("*.yaml"))
 SIZES = {
+    "chat.yaml": (134_515_008, "full@7-9,17-18,20,23-24; window:512+4", 400),
     "gpt-neo-1.3b-8k.yaml": (1_328_158_720, "full@8-15; block:1024", 5000),
     "llama-3.2-1b-32k.yaml": (1_235_814_400, "full@6-9; window:1024+4", 1000),
     "smollm2-135m-4k-cpu.yaml": (134_515_008, "full@7-9,17-18,20,23-24; window:512+4", 30),
@@ -49,6 +50,12 @@ def test_a_recipe_is_dry_run_without_a_network(name, tmp_path, monkeypatch, caps
     settings = load_recipe(FOLDER / name)
     assert f"{settings.data.length:,} tokens" in out
     assert "memory of one process, estimated" in out
+    assert "time of one process, estimated: at least " in out
+    assert forecast["step_seconds"] == forecast["step_flops"] / forecast["rate"]["flops_per_second"] > 0
+    assert (forecast["seconds"] is None) == (steps is None)
+    if steps is not None:
+        assert forecast["seconds"] == pytest.approx(steps * forecast["step_seconds"])
+    assert not re.search(r"\b1 (rows|steps)\b", out)
     assert 0 < forecast["cost"]["fractions"]["training_flops"] < 1
     hub = [source.hub for source in settings.data.sources.values() if source.hub]
     assert all(f"dataset {each} was not asked for" in out for each in hub)

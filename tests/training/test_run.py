@@ -1,4 +1,5 @@
 import functools
+import importlib.util
 import io
 import json
 
@@ -8,6 +9,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 from small import metrics, recipe, recipe_file
 from torch._dynamo.utils import counters
+from transformers import TrainerCallback
+from transformers.integrations import integration_utils
 
 from masformer import AttentionPlan, MasformerError, load_model, save_model
 from masformer.cli import main
@@ -60,7 +63,7 @@ def test_a_run_learns_and_leaves_a_checkpoint_with_its_card_and_recipe(whole):
     assert "transformers refuses it" in card
     report = json.loads((whole / "out" / "data.json").read_text())
     assert report["sources"][0]["documents"] == 3
-    assert [step for step, _ in steps_saved(whole / "out")] == [4, 2]
+    assert [step for step, _ in steps_saved(whole / "out")] == [6, 4, 2]
     with torch.no_grad():
         again, _ = load_model(whole / "out" / "checkpoints" / "checkpoint-4" / "model")
     assert not same(again.state_dict(), model.state_dict())
@@ -131,6 +134,64 @@ def test_a_resumed_run_ends_with_the_same_bits(whole, tmp_path):
     assert "the run is finished" in text
 
 
+CONSTANT = {"training__schedule": "constant", "training__warmup_steps": 0}
+
+
+@pytest.mark.parametrize("dropout", [{}, {"lora__rank": 2, "lora__dropout": 0.2}])
+def test_a_finished_run_is_trained_on_with_its_optimizer_data_and_random_numbers(tmp_path, stock, dropout):
+    changes = CONSTANT | (of_stock(stock) | dropout if dropout else {})
+    for name in ("once", "twice"):
+        (tmp_path / name).mkdir()
+    finished(tmp_path / "once", **changes, training__steps=9)
+    finished(tmp_path / "twice", **changes, training__steps=5)
+    before = weights(tmp_path / "twice")
+    outcome, text = resumed(tmp_path / "twice", **changes, training__steps=9)
+    assert outcome.steps == 9
+    assert "the recipe has changed: training.steps was 5 and is 9" in text
+    assert "checkpoint-5" in text.split("going on from ")[1].splitlines()[0]
+    assert same(weights(tmp_path / "twice"), weights(tmp_path / "once"))
+    assert not same(weights(tmp_path / "twice"), before)
+    assert metrics(tmp_path / "twice") == metrics(tmp_path / "once")
+    assert load_recipe(tmp_path / "twice" / "out" / "model" / "recipe.yaml").training.steps == 9
+    _, text = resumed(tmp_path / "twice", **changes, training__steps=9)
+    assert "the run is finished" in text
+    with pytest.raises(MasformerError, match="the run has done 9 steps already, more than the 7 asked for"):
+        resumed(tmp_path / "twice", **changes, training__steps=7)
+    assert load_recipe(tmp_path / "twice" / "out" / "recipe.yaml").training.steps == 9
+
+
+def test_the_rate_of_a_run_that_goes_on_is_that_of_the_recipe_as_it_is_now(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+    finished(one, training__steps=8)
+    finished(two, training__steps=5)
+    assert metrics(two, "learning_rate")[5] < 0.5 * metrics(one, "learning_rate")[5]
+    resumed(two, training__steps=8)
+    for step in (6, 7, 8):
+        assert metrics(two, "learning_rate")[step] == metrics(one, "learning_rate")[step]
+    resumed(two, training__steps=9, training__learning_rate=1e-3, training__schedule="constant")
+    assert metrics(two, "learning_rate")[9] == 1e-3
+
+
+def test_a_run_killed_before_its_longer_model_was_written_writes_it(tmp_path):
+    finished(tmp_path, **CONSTANT)
+    resumed(tmp_path, **CONSTANT, training__steps=8)
+    expected = weights(tmp_path)
+    model = tmp_path / "out" / "model"
+    (model / "recipe.yaml").write_text(recipe(tmp_path, **CONSTANT).to_yaml())
+    (model / "model.safetensors").unlink()
+    resumed(tmp_path, **CONSTANT, training__steps=8)
+    assert same(weights(tmp_path), expected)
+
+
+def test_a_run_without_checkpoints_cannot_be_trained_on(tmp_path):
+    finished(tmp_path, checkpoints={"every": None})
+    assert not steps_saved(tmp_path / "out")
+    with pytest.raises(MasformerError, match="has no checkpoint to go on from, so its optimizer is lost"):
+        resumed(tmp_path, checkpoints={"every": None}, training__steps=8)
+
+
 def damage(path, how):
     if how == "marker":
         (path / MARKER).unlink()
@@ -167,7 +228,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, tmp_pat
     assert "checkpoint-2" in text.split("going on from ")[1].splitlines()[0]
     assert same(weights(folder), weights(whole))
     found, faulty = newest(folder / "out")
-    assert (found.step, faulty) == (4, [])
+    assert (found.step, faulty) == (6, [])
 
 
 def test_nothing_but_damaged_checkpoints_is_an_error(whole, tmp_path):
@@ -202,7 +263,7 @@ def test_resuming_what_has_no_checkpoint_starts_at_the_beginning(whole, tmp_path
 
 def test_the_newest_checkpoints_are_kept(tmp_path):
     finished(tmp_path, checkpoints__every=1, checkpoints__keep=3)
-    assert [step for step, _ in steps_saved(tmp_path / "out")] == [5, 4, 3]
+    assert [step for step, _ in steps_saved(tmp_path / "out")] == [6, 5, 4]
 
 
 HELD = {"held": {"builtin": "python-topics", "skip": 3, "limit": 2}}
@@ -247,6 +308,48 @@ def test_pairs_are_trained_and_evaluated_on_their_targets(tmp_path):
     assert report["separate"]
     assert outcome.steps == -(-report["rows"] * 2 // 4)
     assert outcome.evaluations[outcome.steps]["eval_held_64_loss"] < outcome.evaluations[0]["eval_held_64_loss"]
+
+
+CHAT = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+def conversations(file, count):
+    talks = [
+        [{"role": role, "content": f"{number + turn}"} for turn in range(2) for role in ("user", "assistant")]
+        for number in range(count)
+    ]
+    file.write_text("\n".join(json.dumps({"messages": talk}) for talk in talks))
+    return {"files": str(file), "messages": "messages"}
+
+
+def test_conversations_are_trained_and_evaluated_on_the_assistants_turns(tmp_path, stock, capsys):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    changes = of_stock(stock, tokenizer=str(tmp_path / "tokenizer")) | {
+        "data__sources": {"train": conversations(tmp_path / "train.jsonl", 40)},
+        "evaluation__sources": {"held": conversations(tmp_path / "held.jsonl", 8)},
+        "data__length": 100,
+        "training__epochs": 4,
+        "training__steps": None,
+    }
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    assert main(["train", "--config", str(recipe_file(one, **changes)), "--dry-run"]) == 0
+    assert "tokens are the assistant's and predicted" in " ".join(capsys.readouterr().out.split())
+    outcome = finished(one, **changes)
+    first, last = (outcome.evaluations[step]["eval_held_100_loss"] for step in (0, outcome.steps))
+    assert last < first - 0.5
+    report = json.loads((one / "out" / "data.json").read_text())
+    assert report["separate"]
+    assert report["predicted"] == sum(2 * (1 + len(f"{n}")) + (n == 9) for n in range(40))
+    again, _ = resumed(copied(one, two), **changes)
+    assert same(weights(one), weights(two))
+    assert again.steps == outcome.steps
+    assert load_model(one / "out" / "model")[1].chat_template == CHAT
 
 
 @pytest.fixture(scope="module")
@@ -310,20 +413,71 @@ def test_a_checkpoint_with_a_plan_keeps_it(tmp_path, stock):
     assert str(AttentionPlan.from_dict(load_model(tmp_path / "out" / "model")[0].config.masformer)) == "full@2; block:8"
 
 
-def test_tensorboard_gets_the_same_figures(tmp_path):
+@pytest.mark.parametrize("setting", [{"logging__tensorboard": True}, {"training__report_to": ["tensorboard"]}])
+def test_tensorboard_gets_the_same_figures(tmp_path, setting):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    finished(tmp_path, logging__tensorboard=True, training__steps=2)
+    finished(tmp_path, **setting, training__steps=2)
     events = EventAccumulator(str(tmp_path / "out" / "tensorboard"))
     events.Reload()
     logged = {event.step: event.value for event in events.Scalars("loss")}
     assert logged == pytest.approx(metrics(tmp_path), rel=1e-6)
 
 
+@pytest.mark.parametrize("tracker", ["wandb", "mlflow"])
+def test_a_tracker_gets_what_is_in_the_file(tmp_path, monkeypatch, tracker):
+    """Through the Trainer's own registry of trackers, which a stand-in is put into."""
+    logged = {}
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            logged.setdefault(state.global_step, {}).update(logs)
+
+    (tmp_path / f"{tracker}.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, tracker, Tracker)
+    finished(tmp_path, training__report_to=[tracker], training__steps=3, evaluation__sources=HELD)
+    for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert row.items() - {("step", row["step"])} <= logged[row["step"]].items()
+    names = {"loss", "learning_rate", "grad_norm", "tokens_per_second", "eval_held_64_perplexity"}
+    assert names <= logged[3].keys()
+    assert recipe(tmp_path).trackers == []
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+@pytest.mark.parametrize("tracker", ["wandb", "mlflow", "tensorboard"])
+def test_a_tracker_that_is_not_installed_is_refused_at_once(tmp_path, monkeypatch, capsys, tracker, dry):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == tracker else found(name, *more)
+    )
+    words = ["train", "--config", str(recipe_file(tmp_path)), "--training.report_to", tracker, *dry]
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert f"training.report_to {tracker} needs the package {tracker}: pip install " in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_lines_for_people_hold_one_figure_a_length(tmp_path):
+    console = quiet()
+    lengths = {"evaluation__sources": HELD, "evaluation__lengths": [32, 64], "training__steps": 2}
+    outcome = train(recipe(tmp_path, **lengths), console=console)
+    (line,) = [line for line in console.file.getvalue().splitlines() if line.startswith("step 2/2  perplexity")]
+    figures = outcome.evaluations[2]
+    values = [figures[f"eval_held_{length}_perplexity"] for length in (32, 64)]
+    assert line == "step 2/2  perplexity  held_32 {:.2f}  held_64 {:.2f}".format(*values)
+    assert set(figures) > {"eval_held_32_loss", "eval_held_32_second_half_perplexity"}
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     with pytest.raises(MasformerError, match="the loss is not finite at step"):
         finished(tmp_path, training__learning_rate=1e30, training__clip=0.0)
     assert not (tmp_path / "out" / "model").exists()
+
+
+TALKS = {"hub": "nobody/nothing", "messages": "messages"}
 
 
 @pytest.mark.parametrize(
@@ -338,6 +492,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
         ({"model__tokenizer": "nowhere"}, "cannot read the tokenizer of nowhere"),
         ({"model": {"source": "nowhere.gguf"}}, "model file nowhere.gguf does not exist"),
         ({"data__sources": {"a": {"files": ["nowhere.txt"]}}}, "data file nowhere.txt does not exist"),
+        ({"data__sources": {"a": TALKS}}, "conversations need a chat template, which the tokenizer lacks"),
         ({"lora__targets": ["q_projection"]}, "lora: llama models have no module named q_projection"),
         ({"evaluation__sources": HELD, "evaluation__lengths": [999]}, "evaluation.lengths 999 is beyond the 128"),
     ],

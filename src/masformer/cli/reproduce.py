@@ -9,6 +9,7 @@ from masformer.cli.options import Figures, console, say
 from masformer.demo import pretrained_model
 from masformer.errors import MasformerError
 from masformer.progress import stage_progress
+from masformer.training.dry_run import matrix_rate
 
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -53,8 +54,9 @@ def reproduce(
     chosen = study.stages_of(settings, stage or ())
     units = study.units_of(chosen, place)
     if dry_run:
-        rows = study.forecast_rows(units, settings)
-        console.print(study.forecast_table(rows, settings))
+        here = None if settings.rates else matrix_rate(256, 256, 256)
+        rows = study.forecast_rows(units, settings, here)
+        console.print(study.forecast_table(rows, settings, here))
         return {"scale": scale, "units": rows}
     if recipes:
         written = study.write_recipes(units, place.folder / "recipes")

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -92,7 +93,11 @@ def _documents(path: Path, field: str) -> Iterator[Document]:
 
 
 def read_rows(
-    paths: Iterable[str | os.PathLike[str]], fields: Iterable[str], where: Mapping[str, str] | None = None
+    paths: Iterable[str | os.PathLike[str]],
+    fields: Iterable[str],
+    where: Mapping[str, str] | None = None,
+    *,
+    lists: bool = False,
 ) -> Iterator[Row]:
     """Reads several fields of each row, of the rows that `where` selects, lazily and in order; blank ones as well.
 
@@ -106,6 +111,7 @@ def read_rows(
         paths: as for `read_documents`.
         fields: the fields to read, each of them text.
         where: field -> the value it must have, as text.
+        lists: the fields hold lists of objects, conversations for example; a row has each of them as JSON.
 
     Raises:
         MasformerError: as `read_documents`, but a file without a row is none; a row lacks a field of `where`, or fields
@@ -113,10 +119,10 @@ def read_rows(
     """
     files, fields, where = check_files(paths), tuple(fields), dict(where or {})
     for path in files:
-        if _kind(path) not in (*JSON_LINES, PARQUET) and (where or len(fields) > 1):
-            wanted = ", ".join([*where, *fields[1:]])
+        if _kind(path) not in (*JSON_LINES, PARQUET) and (where or len(fields) > 1 or lists):
+            wanted = ", ".join([*where, *(fields if lists else fields[1:])])
             raise MasformerError(f"data file {path} is plain text, it has no fields (asked for: {wanted})")
-    return (row for path in files for row in _read(path, fields, where))
+    return (row for path in files for row in _read(path, fields, where, lists))
 
 
 def check_files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
@@ -143,17 +149,19 @@ def _kind(path: Path) -> str:
     return Path(path.stem if path.suffix.lower() in COMPRESSED else path.name).suffix.lower()
 
 
-def _read(path: Path, fields: tuple[str, ...], where: Mapping[str, str]) -> Iterator[Row]:
+def _read(path: Path, fields: tuple[str, ...], where: Mapping[str, str], lists: bool = False) -> Iterator[Row]:
     with open_content(path) as file:
         if _kind(path) == PARQUET:
-            yield from _parquet(path, file, fields, where)
+            yield from _parquet(path, file, fields, where, lists)
         elif _kind(path) in JSON_LINES:
-            yield from _json_lines(path, file, fields, where)
+            yield from _json_lines(path, file, fields, where, lists)
         else:
             yield Row(str(path), {fields[0]: decode_text(file.read(), str(path))})
 
 
-def _json_lines(path: Path, file: BinaryIO, fields: tuple[str, ...], where: Mapping[str, str]) -> Iterator[Row]:
+def _json_lines(
+    path: Path, file: BinaryIO, fields: tuple[str, ...], where: Mapping[str, str], lists: bool
+) -> Iterator[Row]:
     for number, line in enumerate(file, start=1):
         place = f"{path}, line {number}"
         try:
@@ -165,10 +173,12 @@ def _json_lines(path: Path, file: BinaryIO, fields: tuple[str, ...], where: Mapp
         row = parse_json(content, place)
         if not isinstance(row, dict):
             raise MasformerError(f"{place}: holds a {type(row).__name__}; each line must be one object {{...}}")
-        yield from selected_rows(row, fields, where, f"{path}:{number}", place)
+        yield from selected_rows(row, fields, where, f"{path}:{number}", place, lists)
 
 
-def _parquet(path: Path, file: BinaryIO, fields: tuple[str, ...], where: Mapping[str, str]) -> Iterator[Row]:
+def _parquet(
+    path: Path, file: BinaryIO, fields: tuple[str, ...], where: Mapping[str, str], lists: bool
+) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
@@ -183,7 +193,7 @@ def _parquet(path: Path, file: BinaryIO, fields: tuple[str, ...], where: Mapping
                     place = f"{path}, row {number}"
                     if not set(columns) <= set(names):
                         row |= {name: None for name in names if name not in row}
-                    yield from selected_rows(row, fields, where, f"{path}:{number}", place)
+                    yield from selected_rows(row, fields, where, f"{path}:{number}", place, lists)
             if number != table.metadata.num_rows:
                 raise MasformerError(f"cannot read {path}: it holds {number} of {table.metadata.num_rows} rows")
     except MasformerError:
@@ -193,7 +203,12 @@ def _parquet(path: Path, file: BinaryIO, fields: tuple[str, ...], where: Mapping
 
 
 def selected_rows(
-    row: Mapping[str, Any], fields: Iterable[str], where: Mapping[str, str], name: str, place: str
+    row: Mapping[str, Any],
+    fields: Iterable[str],
+    where: Mapping[str, str],
+    name: str,
+    place: str,
+    lists: bool = False,
 ) -> Iterator[Row]:
     """The rows that one object stands for (`read_rows`), of those that `where` selects.
 
@@ -203,22 +218,23 @@ def selected_rows(
         where: field -> the value it must have.
         name: the row's name.
         place: where it was read, for people.
+        lists: see `read_rows`.
 
     Raises:
-        MasformerError: a field is missing or holds no text, or fields lead into two lists.
+        MasformerError: a field is missing or holds no text (no list), or fields lead into two lists.
     """
     inner = dict.fromkeys(field.split(".")[0] for field in (*fields, *where) if field not in row and "." in field)
-    lists = [field for field in inner if isinstance(row.get(field), list)]
-    if len(lists) > 1:
-        raise MasformerError(f"{place}: {' and '.join(lists)} are both lists; allowed: fields of one list")
-    if not lists:
+    many = [field for field in inner if isinstance(row.get(field), list)]
+    if len(many) > 1:
+        raise MasformerError(f"{place}: {' and '.join(many)} are both lists; allowed: fields of one list")
+    if not many:
         if _is_selected(row, where, place):
-            yield Row(name, _texts(row, fields, place))
+            yield Row(name, _texts(row, fields, place, lists))
         return
-    for number, entry in enumerate(row[lists[0]], start=1):
-        one, here = {**row, lists[0]: entry}, f"{place}, entry {number} of {lists[0]}"
+    for number, entry in enumerate(row[many[0]], start=1):
+        one, here = {**row, many[0]: entry}, f"{place}, entry {number} of {many[0]}"
         if _is_selected(one, where, here):
-            yield Row(f"{name}#{number}", _texts(one, fields, here))
+            yield Row(f"{name}#{number}", _texts(one, fields, here, lists))
 
 
 def _value(row: Mapping[str, Any], field: str, place: str, purpose: str = "") -> Any:
@@ -237,10 +253,14 @@ def _is_selected(row: Mapping[str, Any], where: Mapping[str, str], place: str) -
     return all(str(_value(row, field, place, " to select by")) == wanted for field, wanted in where.items())
 
 
-def _texts(row: Mapping[str, Any], fields: Iterable[str], place: str) -> dict[str, str]:
+def _texts(row: Mapping[str, Any], fields: Iterable[str], place: str, lists: bool) -> dict[str, str]:
     found = {}
     for field in fields:
         text = _value(row, field, place)
+        if lists:
+            if not isinstance(text, list):
+                raise MasformerError(f"{place}: field {field!r} holds a {type(text).__name__}, it must hold a list")
+            text = json.dumps(text, ensure_ascii=False, default=str)
         if not isinstance(text, str):
             raise MasformerError(f"{place}: field {field!r} holds a {type(text).__name__}, it must hold a string")
         try:

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from masformer.data.pairs import CUTS, IGNORED, PairRows
+from masformer.data.chat_rows import ChatRows
+from masformer.data.pairs import CUTS, IGNORED, PairRows, WholeRows
+from masformer.data.sources import KINDS
 from masformer.data.store import Ints, TokenStore
 from masformer.errors import MasformerError, check_int
 
@@ -92,7 +94,7 @@ class Schedule(Dataset[Example]):
         shuffle: False: in their own order.
     """
 
-    def __init__(self, rows: PackedRows | PairRows, count: int, seed: int, shuffle: bool = True) -> None:
+    def __init__(self, rows: PackedRows | WholeRows, count: int, seed: int, shuffle: bool = True) -> None:
         self.rows, self.count, self.seed, self.shuffle = rows, count, seed, shuffle
         self._order: tuple[int, Ints] | None = None
 
@@ -114,30 +116,35 @@ class Schedule(Dataset[Example]):
 
 def make_rows(
     stores: Sequence[TokenStore], length: int, packing: str | None, cut: str, max_target: int | None = None
-) -> PackedRows | PairRows:
-    """Rows of texts or of pairs.
+) -> PackedRows | WholeRows:
+    """Rows of texts, of pairs or of conversations.
 
     Args:
-        stores: all plain texts, or all pairs.
+        stores: all plain texts, all pairs, or all conversations.
         length: tokens of a row.
-        packing: `across` documents or `separate`; None: across for texts. Pairs are always separate.
+        packing: `across` documents or `separate`; None: across for texts. Pairs and conversations are
+            always separate.
         cut: of pairs, the part of an over-long prompt that is cut out: `tail`, `head` or `middle`.
         max_target: of pairs, the most tokens of a target.
 
     Raises:
-        MasformerError: texts together with pairs, or an option that does not fit.
+        MasformerError: several kinds together, or an option that does not fit.
     """
     if packing not in (None, *PACKINGS):
         raise MasformerError(f"unknown packing {packing!r}; allowed: {', '.join(PACKINGS)}")
     if cut not in CUTS:
         raise MasformerError(f"unknown cut {cut!r}; allowed: {', '.join(CUTS)}")
-    pairs = [store.parts is not None for store in stores]
-    if all(pairs):
-        if packing == "across":
-            raise MasformerError("pairs cannot be packed across documents: a pair must not see another; use separate")
+    kinds = {store.kind for store in stores}
+    if len(kinds) > 1:
+        named = " and ".join(KINDS[kind] for kind in KINDS if kind in kinds)
+        raise MasformerError(f"the sources mix {named}; give one kind")
+    (kind,) = kinds
+    if kind != "texts" and packing == "across":
+        raise MasformerError(f"{kind} cannot be packed across documents: one must not see another; use separate")
+    if kind == "pairs":
         return PairRows(stores, length, cut, max_target)
-    if any(pairs):
-        raise MasformerError("the sources mix plain texts and prompt/target pairs; give one kind")
+    if kind == "chats":
+        return ChatRows(stores, length)
     return PackedRows(stores, length, packing == "separate")
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -60,7 +61,47 @@ class Cut:
     target_tokens: int = 0
 
 
-class PairRows(Dataset[dict[str, Tensor]]):
+class WholeRows(Dataset[dict[str, Tensor]]):
+    """Documents packed into rows, in order; none is split, and each sees only itself.
+
+    Args:
+        stores: one after the other.
+        length: the most tokens of a row.
+        lengths: [documents] tokens of each document as it is trained on.
+    """
+
+    def __init__(self, stores: Sequence[TokenStore], length: int, lengths: Ints) -> None:
+        self.stores, self.length, self.lengths = list(stores), length, lengths
+        self.tokens = int(lengths.sum())
+        self._rows = _next_fit(lengths, length)
+        self._firsts = np.cumsum([0, *(len(store) for store in stores)])
+
+    def __len__(self) -> int:
+        return len(self._rows) - 1
+
+    def place(self, index: int) -> tuple[TokenStore, int]:
+        """The store of one of all documents, and the document's number there."""
+        which = int(np.searchsorted(self._firsts, index, side="right")) - 1
+        return self.stores[which], index - int(self._firsts[which])
+
+    def document(self, index: int) -> tuple[Ints, NDArray[np.bool_]]:
+        """Tokens of one document as it is trained on, and whether each of them is predicted."""
+        raise NotImplementedError
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        inputs, targets, positions = [], [], []
+        for index in range(int(self._rows[row]), int(self._rows[row + 1])):
+            tokens, wanted = self.document(index)
+            inputs.append(tokens)
+            targets.append(np.append(np.where(wanted, tokens, IGNORED)[1:], IGNORED))
+            positions.append(np.arange(len(tokens)))
+        parts = {"input_ids": inputs, "shift_labels": targets, "position_ids": positions}
+        return {name: torch.from_numpy(np.concatenate(values)) for name, values in parts.items()}
+
+
+class PairRows(WholeRows):
     """Pairs packed into rows, in order; no pair is split, and each sees only itself.
 
     Args:
@@ -79,7 +120,7 @@ class PairRows(Dataset[dict[str, Tensor]]):
             check_int("max_target", max_target, 1)
             if max_target >= length:
                 raise MasformerError(f"max_target {max_target} leaves no room for a prompt in rows of {length} tokens")
-        self.stores, self.length, self.rule = list(stores), length, cut
+        self.rule = cut
         before, prompt, after, target = np.concatenate([_parts(store) for store in stores]).T
         fixed = before + after
         if (least := int(fixed.max()) + 2) > length:
@@ -93,19 +134,11 @@ class PairRows(Dataset[dict[str, Tensor]]):
             int((self._targets < target).sum()),
             int((target - self._targets).sum()),
         )
-        self.lengths = fixed + self._prompts + self._targets
-        self.tokens = int(self.lengths.sum())
-        self._rows = _next_fit(self.lengths, length)
-        self._firsts = np.cumsum([0, *(len(store) for store in stores)])
-
-    def __len__(self) -> int:
-        return len(self._rows) - 1
+        super().__init__(stores, length, fixed + self._prompts + self._targets)
 
     def pair(self, index: int) -> tuple[Ints, int]:
         """Tokens of one pair as it is trained on, and how many of them are its target."""
-        which = int(np.searchsorted(self._firsts, index, side="right")) - 1
-        store = self.stores[which]
-        place = index - int(self._firsts[which])
+        store, place = self.place(index)
         tokens = store.document(place)
         assert store.parts is not None
         start, stop, target = store.parts[place]
@@ -116,19 +149,9 @@ class PairRows(Dataset[dict[str, Tensor]]):
             answer = np.append(answer[: wanted - 1], store.end_token)
         return np.concatenate([tokens[:start], prompt, tokens[stop:target], answer[:wanted]]), wanted
 
-    def __getitem__(self, row: int) -> dict[str, Tensor]:
-        if not 0 <= row < len(self):
-            raise IndexError(row)
-        inputs, targets, positions = [], [], []
-        for index in range(int(self._rows[row]), int(self._rows[row + 1])):
-            tokens, wanted = self.pair(index)
-            follow = np.append(tokens[1:], IGNORED)
-            follow[: max(0, len(tokens) - wanted - 1)] = IGNORED
-            inputs.append(tokens)
-            targets.append(follow)
-            positions.append(np.arange(len(tokens)))
-        parts = {"input_ids": inputs, "shift_labels": targets, "position_ids": positions}
-        return {name: torch.from_numpy(np.concatenate(values)) for name, values in parts.items()}
+    def document(self, index: int) -> tuple[Ints, NDArray[np.bool_]]:
+        tokens, wanted = self.pair(index)
+        return tokens, np.arange(len(tokens)) >= len(tokens) - wanted
 
 
 def _parts(store: TokenStore) -> Ints:

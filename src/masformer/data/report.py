@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from masformer.cost import count_text
+from masformer.data.chat_rows import ChatRows
 from masformer.data.packing import PackedRows
-from masformer.data.pairs import PairRows
+from masformer.data.pairs import PairRows, WholeRows
 from masformer.data.store import Ints, TokenStore
 
 
@@ -20,8 +22,8 @@ class SourceReport:
 
     Attributes:
         name: in the recipe.
-        documents: documents or pairs.
-        blank: rows that were left out since they hold no text.
+        documents: documents, pairs or conversations.
+        blank: rows that were left out since they hold no text, or none of the assistant.
         characters: characters read.
         tokens: tokens, end-of-sequence tokens included.
         longest: tokens of the longest document.
@@ -56,7 +58,7 @@ def _histogram(lengths: Ints) -> dict[int, int]:
     return {int(2**bound): int(count) for bound, count in zip(bounds, counts, strict=True)}
 
 
-def report_rows(stores: Sequence[TokenStore], rows: PackedRows | PairRows) -> dict[str, Any]:
+def report_rows(stores: Sequence[TokenStore], rows: PackedRows | WholeRows) -> dict[str, Any]:
     """Plain values: the sources, the rows made of them, and what was cut."""
     places = len(rows) * rows.length
     found: dict[str, Any] = {
@@ -65,12 +67,15 @@ def report_rows(stores: Sequence[TokenStore], rows: PackedRows | PairRows) -> di
         "length": rows.length,
         "tokens": rows.tokens,
         "empty_places": places - rows.tokens,
-        "separate": isinstance(rows, PairRows) or rows.separate,
+        "separate": not isinstance(rows, PackedRows) or rows.separate,
         "cut": None,
     }
     if isinstance(rows, PairRows):
         found["cut"] = vars(rows.cut) | {"rule": rows.rule}
-    else:
+    elif isinstance(rows, ChatRows):
+        found["cut"] = vars(rows.cut) | {"rule": rows.rule}
+        found["predicted"] = rows.predicted
+    elif isinstance(rows, PackedRows):
         found["documents_across_rows"] = _split(stores, rows.length)
     return found
 
@@ -97,12 +102,20 @@ def report_table(report: dict[str, Any]) -> Table:
 
 def report_text(report: dict[str, Any]) -> str:
     """One line on the rows."""
-    text = f"{report['rows']:,} rows of {report['length']:,} tokens, {report['empty_places']:,} places empty"
+    rows, empty = count_text(report["rows"], "row"), count_text(report["empty_places"], "place")
+    text = f"{rows} of {report['length']:,} tokens, {empty} empty"
     if report["cut"] is None:
         how = "each document sees only itself" if report["separate"] else "documents see what came before them"
-        return f"{text}; {report['documents_across_rows']:,} documents lie in several rows; {how}"
+        return f"{text}; {count_text(report['documents_across_rows'], 'document')} in several rows; {how}"
     cut = report["cut"]
+    if "chats" in cut:
+        return (
+            f"{text}; {report['predicted']:,} of {report['tokens']:,} tokens are the assistant's and predicted; "
+            f"{count_text(cut['chats'], 'conversation')} cut at the end ({count_text(cut['tokens'], 'token')}), "
+            f"{cut['dropped']:,} left out, whose first answer begins beyond a row"
+        )
+    gone = count_text(cut["prompt_tokens"], "token")
     return (
-        f"{text}; {cut['prompts']:,} prompts cut ({cut['rule']}, {cut['prompt_tokens']:,} tokens), "
-        f"{cut['targets']:,} targets cut ({cut['target_tokens']:,} tokens)"
+        f"{text}; {count_text(cut['prompts'], 'prompt')} cut ({cut['rule']}, {gone}), "
+        f"{count_text(cut['targets'], 'target')} cut ({count_text(cut['target_tokens'], 'token')})"
     )

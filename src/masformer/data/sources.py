@@ -11,12 +11,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from masformer.data.documents import TEXT, Row, check_files, read_rows, selected_rows
+from masformer.data.documents import TEXT, Document, Row, check_files, read_rows, selected_rows
 from masformer.errors import MasformerError, check_int
 from masformer.files import content_digest
 
 PYTHON_TOPICS = "python-topics"
 BUILT_IN = (PYTHON_TOPICS,)
+KINDS = {"texts": "plain texts", "pairs": "prompt/target pairs", "chats": "conversations"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Source:
         field: the field of the text.
         prompt: of prompt/target pairs, the field of the prompt; None for plain texts.
         target: of prompt/target pairs, the field of the target.
+        messages: of conversations, the field of the list of messages (`masformer.data.chats`); None for others.
         where: field -> the value a row must have to be taken; `meta.kind` is a field inside a field (`read_rows`).
         skip: leave out so many of the selected rows.
         limit: take at most so many of them.
@@ -50,11 +52,14 @@ class Source:
     field: str = TEXT
     prompt: str | None = None
     target: str | None = None
+    messages: str | None = None
     where: dict[str, Any] = default(default_factory=dict)
     skip: int = 0
     limit: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.files, str):
+            object.__setattr__(self, "files", [self.files])
         places = [name for name in ("files", "hub", "builtin") if getattr(self, name)]
         if len(places) != 1:
             raise MasformerError(f"a source needs one of files, hub and builtin, got {' and '.join(places) or 'none'}")
@@ -63,24 +68,35 @@ class Source:
                 raise MasformerError(f"{name} does nothing without hub")
         if self.builtin and self.builtin not in BUILT_IN:
             raise MasformerError(f"unknown builtin text {self.builtin!r}; allowed: {', '.join(BUILT_IN)}")
-        if self.builtin and (self.where or self.field != TEXT or self.prompt):
-            raise MasformerError(f"builtin {self.builtin} has no fields: where, field, prompt and target do nothing")
+        if self.builtin and (self.where or self.field != TEXT or self.prompt or self.messages):
+            raise MasformerError(
+                f"builtin {self.builtin} has no fields: where, field, prompt, target and messages do nothing"
+            )
         if (self.prompt is None) != (self.target is None):
             raise MasformerError("prompt and target are given together or not at all")
         if self.prompt is not None and self.field != TEXT:
             raise MasformerError("field does nothing where prompt and target are given")
+        if self.messages is not None and (self.prompt is not None or self.field != TEXT):
+            raise MasformerError("field, prompt and target do nothing where messages is given")
         check_int("skip", self.skip, 0)
         if self.limit is not None:
             check_int("limit", self.limit, 1)
 
     @property
+    def kind(self) -> str:
+        """What it gives: one of `KINDS`."""
+        return "chats" if self.messages is not None else "texts" if self.prompt is None else "pairs"
+
+    @property
     def is_pairs(self) -> bool:
         """Whether it gives prompts and targets."""
-        return self.prompt is not None
+        return self.kind == "pairs"
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The fields that are read: the text's, or the prompt's and the target's."""
+        """The fields that are read: the text's, the prompt's and the target's, or the messages'."""
+        if self.messages is not None:
+            return (self.messages,)
         return (self.field,) if self.prompt is None or self.target is None else (self.prompt, self.target)
 
     @property
@@ -97,7 +113,7 @@ class Source:
             MasformerError: a file is missing or cannot be read.
         """
         if self.files:
-            read_rows(self.files, self.fields, self._where)
+            read_rows(self.files, self.fields, self._where, lists=self.messages is not None)
 
     @property
     def _where(self) -> dict[str, str]:
@@ -119,9 +135,19 @@ class Source:
             chosen += [f"skip = {self.skip}"] if self.skip else []
             raise MasformerError(f"{self.place} holds no row" + (f" with {', '.join(chosen)}" if chosen else ""))
 
+    def documents(self) -> list[Document]:
+        """The plain texts of the selected rows that are not blank.
+
+        Raises:
+            MasformerError: it gives pairs or conversations, or as `rows`.
+        """
+        if self.kind != "texts":
+            raise MasformerError(f"{self.place} is read as {KINDS[self.kind]}; plain texts are needed here, by field")
+        return [Document(row.name, text) for row in self.rows() if (text := row.texts[self.field]).strip()]
+
     def _all_rows(self) -> Iterator[Row]:
         if self.files:
-            yield from read_rows(self.files, self.fields, self._where)
+            yield from read_rows(self.files, self.fields, self._where, lists=self.messages is not None)
         elif self.builtin:
             from pydoc_data.topics import topics
 
@@ -135,7 +161,8 @@ class Source:
         try:
             for number, row in enumerate(stream, start=1):
                 place = f"{self.hub}, row {number}"
-                yield from selected_rows(row, self.fields, self._where, f"{self.hub}:{number}", place)
+                name = f"{self.hub}:{number}"
+                yield from selected_rows(row, self.fields, self._where, name, place, self.messages is not None)
         except MasformerError:
             raise
         except Exception as error:  # whatever the dataset's own files and the network raise

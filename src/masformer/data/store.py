@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from masformer.data.chats import ChatTokenizer, check_chat
 from masformer.data.documents import Row
 from masformer.data.sources import Source
 from masformer.data.tokens import token_rows, tokenize_around
@@ -33,6 +34,7 @@ PROMPT = "{prompt}"
 STALE = 24 * 3600
 """Seconds after which what an interrupted run left is removed."""
 TOKENS, OFFSETS, PARTS, FACTS = "tokens.bin", "offsets.npy", "parts.npy", "store.json"
+OWNED = "owned.npy"
 Ints = NDArray[np.int64]
 
 
@@ -45,10 +47,11 @@ class TokenStore:
         tokens: [tokens] ids of all documents, one after the other; read from disk as needed.
         offsets: [documents + 1] int64, where each document starts, and the end of the last one.
         parts: of pairs: [documents, 3] int64, how many of a document's tokens come before the part of the prompt that
-            may be cut, before its end, and before the target; None for plain texts.
+            may be cut, before its end, and before the target; None for others.
         characters: characters that were read.
         blank: rows that were left out since they hold no text.
         end_token: the token that ends each document; None where the tokenizer has none.
+        owned: of conversations: [tokens] bool, whether a token is the assistant's; None for others.
     """
 
     name: str
@@ -58,9 +61,15 @@ class TokenStore:
     characters: int
     blank: int
     end_token: int | None
+    owned: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    @property
+    def kind(self) -> str:
+        """What it holds: see `masformer.data.sources.KINDS`."""
+        return "pairs" if self.parts is not None else "chats" if self.owned is not None else "texts"
 
     @property
     def lengths(self) -> Ints:
@@ -70,6 +79,11 @@ class TokenStore:
     def document(self, index: int) -> Ints:
         """[tokens] int64 of one document."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]].astype(np.int64)
+
+    def own(self, index: int) -> NDArray[np.bool_]:
+        """[tokens] bool of one conversation: whether a token is the assistant's."""
+        assert self.owned is not None
+        return self.owned[self.offsets[index] : self.offsets[index + 1]]
 
 
 def default_cache() -> Path:
@@ -89,7 +103,8 @@ def token_store(
     """Tokenizes a source, or opens what was tokenized before.
 
     A document is what the tokenizer makes of it, with the special tokens that it adds by itself, and an end-of-sequence
-    token if there is one. A pair is `template` with the prompt in it, the target, and an end-of-sequence token.
+    token if there is one. A pair is `template` with the prompt in it, the target, and an end-of-sequence token. A
+    conversation is what the tokenizer's chat template makes of it (`masformer.data.chats`).
 
     Args:
         name: for messages and reports.
@@ -100,10 +115,13 @@ def token_store(
         progress: called with the documents and tokens done so far.
 
     Raises:
-        MasformerError: something cannot be read or written, there is no text at all, or the template lacks `{prompt}`.
+        MasformerError: something cannot be read or written, there is no text at all, the template lacks `{prompt}`, or
+            the tokenizer a chat template.
     """
     if template.count(PROMPT) != 1:
         raise MasformerError(f"the template must hold {PROMPT} exactly once, got {template!r}")
+    if source.kind == "chats":
+        check_chat(tokenizer)
     place = Path(default_cache() if cache is None else cache)
     folder = place / _fingerprint(source, tokenizer, template)
     if (folder / FACTS).is_file() and (store := _opened(name, folder)) is not None:
@@ -136,6 +154,7 @@ def _fingerprint(source: Source, tokenizer: Any, template: str) -> str:
     vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
     parts = [VERSION, source.fingerprint(), type(tokenizer).__name__, vocabulary, tokenizer.special_tokens_map]
     parts += [template] if source.is_pairs else []
+    parts += [tokenizer.chat_template] if source.kind == "chats" else []
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
@@ -143,22 +162,24 @@ def _opened(name: str, folder: Path) -> TokenStore | None:
     """None where the store is not whole, or a byte of it has changed."""
     try:
         facts = parse_json(read_text(folder / FACTS), str(folder / FACTS))
-        if facts["digest"] != _digest(folder, facts["pairs"]):
+        chats = facts.get("chats", False)
+        if facts["digest"] != _digest(folder, facts["pairs"], chats):
             return None
         offsets = np.load(folder / OFFSETS, allow_pickle=False)
         parts = np.load(folder / PARTS, allow_pickle=False) if facts["pairs"] else None
         tokens = np.memmap(folder / TOKENS, dtype=facts["dtype"], mode="r")
+        owned = np.load(folder / OWNED, mmap_mode="r", allow_pickle=False) if chats else None
     except (OSError, ValueError, KeyError, TypeError):  # a MasformerError is a ValueError
         return None
     if len(tokens) != offsets[-1] or len(offsets) != facts["documents"] + 1:
         return None
-    return TokenStore(name, tokens, offsets, parts, facts["characters"], facts["blank"], facts["end_token"])
+    return TokenStore(name, tokens, offsets, parts, facts["characters"], facts["blank"], facts["end_token"], owned)
 
 
-def _digest(folder: Path, pairs: bool) -> str:
+def _digest(folder: Path, pairs: bool, chats: bool) -> str:
     """Of all that a store holds beside its facts."""
     digest = hashlib.sha256()
-    for name in (TOKENS, OFFSETS, PARTS) if pairs else (TOKENS, OFFSETS):
+    for name in (TOKENS, OFFSETS, *[PARTS] * pairs, *[OWNED] * chats):
         hash_file(digest, folder / name)
     return digest.hexdigest()
 
@@ -173,16 +194,24 @@ def _write(
 ) -> None:
     end = tokenizer.eos_token_id
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
-    offsets, parts = [0], []
+    chats = ChatTokenizer(tokenizer) if source.kind == "chats" else None
+    offsets, parts, owned = [0], [], bytearray()
     characters = blank = 0
     with (folder / TOKENS).open("wb") as file:
         for rows in _batches(source.rows()):
             characters += sum(len(text) for row in rows for text in row.texts.values())
-            kept = [row for row in rows if all(text.strip() for text in row.texts.values())]
+            made: Iterable[tuple[list[int], Any]]
+            if chats is None:
+                kept = [row for row in rows if all(text.strip() for text in row.texts.values())]
+                pieces = [list(row.texts.values()) for row in kept]
+                made = _pairs(pieces, tokenizer, template) if source.is_pairs else _texts(pieces, tokenizer)
+            else:
+                made = kept = [found for row in rows if (found := chats.conversation(row)) is not None]
             blank += len(rows) - len(kept)
-            pieces = [list(row.texts.values()) for row in kept]
-            for tokens, part in _pairs(pieces, tokenizer, template) if source.is_pairs else _texts(pieces, tokenizer):
-                if end is not None and (not tokens or tokens[-1] != end):
+            for tokens, part in made:
+                if chats is not None:
+                    owned += bytes(part)
+                elif end is not None and (not tokens or tokens[-1] != end):
                     tokens = [*tokens, end]
                 file.write(np.asarray(tokens, dtype=dtype).tobytes())
                 offsets.append(offsets[-1] + len(tokens))
@@ -195,9 +224,12 @@ def _write(
     np.save(folder / OFFSETS, np.asarray(offsets, dtype=np.int64))
     if source.is_pairs:
         np.save(folder / PARTS, np.asarray(parts, dtype=np.int64))
+    if chats is not None:
+        np.save(folder / OWNED, np.frombuffer(owned, dtype=np.bool_))
     facts = {"documents": len(parts), "characters": characters, "blank": blank, "end_token": end}
     facts |= {"dtype": dtype.name, "pairs": source.is_pairs, "source": source.place}
-    facts["digest"] = _digest(folder, source.is_pairs)
+    facts |= {"chats": True} if chats is not None else {}
+    facts["digest"] = _digest(folder, source.is_pairs, chats is not None)
     (folder / FACTS).write_text(json.dumps(facts))
 
 

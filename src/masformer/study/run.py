@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.table import Table as Lines
 
-from masformer.cost import bytes_text, flops_text
+from masformer.cost import bytes_text, flops_text, seconds_text
 from masformer.errors import MasformerError
 from masformer.files import write_whole
 from masformer.settings import check_choice
@@ -23,6 +23,7 @@ from masformer.study.scale import Scale
 from masformer.study.stages import cost, generation, language, recall, spans, where
 from masformer.study.units import Place, Unit, in_order
 from masformer.study.works import Perplexity, Train
+from masformer.training.dry_run import Rate
 
 
 @dataclass(frozen=True)
@@ -201,23 +202,32 @@ def write_recipes(units: Sequence[Unit], folder: Path) -> list[Path]:
     return found
 
 
-def forecast_rows(units: Sequence[Unit], scale: Scale) -> list[dict[str, Any]]:
-    """What each unit would take; seconds where the scale knows a rate."""
+def forecast_rows(units: Sequence[Unit], scale: Scale, here: Rate | None = None) -> list[dict[str, Any]]:
+    """What each unit would take.
+
+    Args:
+        units: of a study.
+        scale: its rates, where it knows some, say the seconds.
+        here: a rate of this machine, for the others; None: their seconds are not known.
+    """
     rows = []
+    measured = None if here is None else here.flops_per_second
     for unit in units:
         found = unit.work.estimate()
-        rate = scale.rates.get(found.rate)
+        rate = scale.rates.get(found.rate, measured)
         seconds = None if found.flops is None or rate is None else found.flops / rate
         row = {"name": unit.name, "stage": unit.stage, "flops": found.flops, "memory_bytes": found.memory}
         rows.append(row | {"seconds": seconds, "note": found.note})
     return rows
 
 
-def forecast_table(rows: Sequence[Mapping[str, Any]], scale: Scale) -> Lines:
+def forecast_table(rows: Sequence[Mapping[str, Any]], scale: Scale, here: Rate | None = None) -> Lines:
     """For people to read, with the sum of each stage."""
     table = Lines(title=f"{len(rows)} units", title_justify="left", caption_justify="left")
     if scale.measured_on:
         table.caption = f"times by rates that were measured on {scale.measured_on}"
+    elif here is not None:
+        table.caption = f"times are the least there can be: at the {here} here, which no work reaches"
     table.add_column("unit", overflow="fold")
     for column in ("operations", "memory", "time"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -239,12 +249,4 @@ def _flops(flops: float | None) -> str:
 
 
 def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-        if seconds < 6000
-        else f"{seconds / 3600:.1f} h"
-    )
+    return "-" if seconds is None else seconds_text(seconds)

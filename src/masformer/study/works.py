@@ -14,7 +14,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from masformer import benchmarks
-from masformer.data import Document
 from masformer.data.sources import Source
 from masformer.errors import MasformerError
 from masformer.evaluation.perplexity import compare_plans, prefix_token, tokenize
@@ -54,11 +53,6 @@ class StoppedError(MasformerError):
         self.exit_code = 128 + signal
 
 
-def documents_of(source: Source) -> list[Document]:
-    """The texts of a source that are not blank."""
-    return [Document(row.name, text) for row in source.rows() if (text := row.texts[source.field]).strip()]
-
-
 @dataclass(frozen=True)
 class Vocabulary(Work):
     """Trains a byte-level BPE tokenizer (Sennrich et al., arXiv 1508.07909, on bytes as in GPT-2).
@@ -77,7 +71,7 @@ class Vocabulary(Work):
         return Estimate(note="seconds to a minute")
 
     def run(self, place: Place, name: str) -> dict[str, Any]:
-        texts = [document.text for document in documents_of(self.text)]
+        texts = [document.text for document in self.text.documents()]
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
@@ -203,7 +197,7 @@ class Perplexity(Work):
             text = parse_json(read_text(found), str(found))["result"]["plan"]
         plan = plan_of(self.model, text)
         loaded, tokenizer = load(self.model, plan)
-        tokens, _ = tokenize(tokenizer, documents_of(self.text), max_tokens=self.max_tokens)
+        tokens, _ = tokenize(tokenizer, self.text.documents(), max_tokens=self.max_tokens)
         results = compare_plans(
             loaded,
             tokens,
@@ -245,7 +239,7 @@ class Search(Work):
 
     def run(self, place: Place, name: str) -> dict[str, Any]:
         loaded, tokenizer = load(self.model)
-        tokens, _ = tokenize(tokenizer, documents_of(self.text))
+        tokens, _ = tokenize(tokenizer, self.text.documents())
         found = search_layers(
             loaded,
             tokens,

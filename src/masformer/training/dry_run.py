@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,7 +14,8 @@ import torch
 from rich.console import Console
 from transformers import PretrainedConfig
 
-from masformer.cost import Comparison, ModelShape, bytes_text, compare, flops_text
+from masformer.cost import Comparison, ModelShape, bytes_text, compare, count_text, flops_text, seconds_text
+from masformer.data.chats import check_chat
 from masformer.data.packing import make_rows
 from masformer.data.report import report_rows, report_text
 from masformer.data.store import token_store
@@ -32,9 +35,12 @@ from masformer.training.model import (
 )
 from masformer.training.recipe import BYTES, Recipe
 from masformer.training.run import step_count
+from masformer.training.trainer import check_trackers
 
 TILE = 128
 """Queries of a tile in the tiled backend where gradients are needed."""
+PRODUCT, ROUNDS = 1024, 5
+"""The largest size of the product that is timed, and how often: a second at most on a slow CPU."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,27 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Rate:
+    """How fast a matrix product runs on this machine.
+
+    Attributes:
+        flops_per_second: of it.
+        shape: rows, inner and outer size.
+        dtype: of it.
+        device: where it ran.
+    """
+
+    flops_per_second: float
+    shape: tuple[int, int, int]
+    dtype: str
+    device: str
+
+    def __str__(self) -> str:
+        size = " x ".join(map(str, self.shape))
+        return f"{flops_text(self.flops_per_second)}/s of a {self.dtype} matrix product ({size}) on {self.device}"
+
+
+@dataclass(frozen=True)
 class Forecast:
     """What a run would be.
 
@@ -74,9 +101,11 @@ class Forecast:
         rows: rows of a step.
         length: tokens of a row.
         comparison: cost of one row, against full attention.
-        flops: of the whole run, recomputation included; None as `steps`.
+        step_flops: of one step, recomputation included.
+        flops: of the whole run; None as `steps`.
         memory: of one process.
         notes: what a reader should know about these figures.
+        rate: of a matrix product on this machine; None where none was timed.
     """
 
     kind: str
@@ -87,9 +116,15 @@ class Forecast:
     rows: int
     length: int
     comparison: Comparison
+    step_flops: float
     flops: float | None
     memory: Memory
     notes: tuple[str, ...]
+    rate: Rate | None = None
+
+    def seconds(self, flops: float | None) -> float | None:
+        """The least time of so many operations in one process; None where that is not known."""
+        return None if flops is None or self.rate is None else flops / self.rate.flops_per_second
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -99,7 +134,11 @@ class Forecast:
         return plain | {
             "plan": str(self.plan),
             "cost": cost,
+            "step_flops": self.step_flops,
             "flops": self.flops,
+            "rate": None if self.rate is None else vars(self.rate),
+            "step_seconds": self.seconds(self.step_flops),
+            "seconds": self.seconds(self.flops),
             "memory": memory,
             "notes": self.notes,
         }
@@ -114,16 +153,21 @@ def dry_run(recipe: Recipe, console: Console) -> Forecast:
     Raises:
         MasformerError: the recipe cannot be carried out.
     """
-    for source in (*recipe.data.sources.values(), *recipe.evaluation.sources.values()):
+    check_trackers(recipe)
+    for source in recipe.sources:
         source.check()
-    found = forecast(recipe)
+    found = forecast(recipe, timed=True)
     for line in forecast_lines(found, recipe):
         console.print(line, markup=False, soft_wrap=True)
     return found
 
 
-def forecast(recipe: Recipe) -> Forecast:
+def forecast(recipe: Recipe, *, timed: bool = False) -> Forecast:
     """What a recipe would do; files of texts need not be there unless the steps depend on them.
+
+    Args:
+        recipe: the run.
+        timed: also time a matrix product here, the widest one of a layer, to reckon the run's time by.
 
     Raises:
         MasformerError: the model cannot be what the recipe makes of it.
@@ -134,10 +178,13 @@ def forecast(recipe: Recipe) -> Forecast:
     model = skeleton(recipe, config, plan)
     shape = ModelShape.of(config)
     trained, total = _counts(recipe, model)
-    for source in (*recipe.data.sources.values(), *recipe.evaluation.sources.values()):
+    for source in recipe.sources:
         if source.hub:
             notes.append(f"dataset {source.hub} was not asked for")
-    steps = recipe.training.steps or _steps(recipe, notes)
+    tokenizer = _local_tokenizer(recipe)
+    if tokenizer is not None and any(source.kind == "chats" for source in recipe.sources):
+        check_chat(tokenizer)
+    steps = recipe.training.steps or _steps(recipe, tokenizer, notes)
     (comparison,) = compare(shape, plan, [recipe.data.length])
     per_row = comparison.plan.training_flops + comparison.plan.forward_flops * recipe.training.checkpointing
     return Forecast(
@@ -149,9 +196,11 @@ def forecast(recipe: Recipe) -> Forecast:
         rows=recipe.training.rows,
         length=recipe.data.length,
         comparison=comparison,
+        step_flops=float(recipe.training.rows * per_row),
         flops=None if steps is None else float(steps * recipe.training.rows * per_row),
         memory=estimate_memory(recipe, model.config, shape, plan, total, trained),
         notes=tuple(notes),
+        rate=_rate(recipe, shape) if timed else None,
     )
 
 
@@ -161,10 +210,10 @@ def forecast_lines(forecast: Forecast, recipe: Recipe) -> Iterator[str]:
     yield f"{recipe.model.source or 'from scratch'}: {forecast.kind}, {forecast.parameters:,} weights"
     yield f"trained: {forecast.trained:,} weights" + (f", LoRA of rank {recipe.lora.rank}" if recipe.lora else "")
     yield f"\n{picture(forecast.plan)}\n"
-    steps = "as many steps as the data gives" if forecast.steps is None else f"{forecast.steps:,} steps"
+    steps = "as many steps as the data gives" if forecast.steps is None else count_text(forecast.steps, "step")
     yield (
-        f"{steps} of {forecast.rows} rows of {forecast.length:,} tokens ({forecast.rows * forecast.length:,} tokens), "
-        f"{training.device_rows} rows at a time on a device"
+        f"{steps} of {count_text(forecast.rows, 'row')} of {forecast.length:,} tokens "
+        f"({forecast.rows * forecast.length:,} tokens), {count_text(training.device_rows, 'row')} at a time on a device"
     )
     plan, fractions = forecast.comparison.plan, forecast.comparison.fractions
     step = plan.training_flops * forecast.rows
@@ -175,6 +224,15 @@ def forecast_lines(forecast: Forecast, recipe: Recipe) -> Iterator[str]:
     )
     if forecast.flops is not None:
         yield f"the run: {flops_text(forecast.flops)}"
+    if forecast.rate is not None:
+        spent = [f"{seconds_text(forecast.seconds(forecast.step_flops) or 0)} a step"]
+        spent += (
+            [] if forecast.flops is None else [f"{seconds_text(forecast.seconds(forecast.flops) or 0)} for the run"]
+        )
+        yield (
+            f"time of one process, estimated: at least {' and '.join(spent)}, at the {forecast.rate} here; "
+            "runs stay below that rate, and evaluations come on top"
+        )
     parts = ", ".join(f"{name} {bytes_text(size)}" for name, size in vars(memory).items())
     yield f"memory of one process, estimated: {bytes_text(memory.total)} ({parts})"
     if training.sharding == "fsdp":
@@ -216,6 +274,32 @@ def estimate_memory(
     )
 
 
+def matrix_rate(rows: int, inner: int, outer: int, dtype: torch.dtype = torch.float32) -> Rate:
+    """Times a matrix product, each size at most `PRODUCT`, on the accelerator if there is one: the best of a few."""
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    shape = (min(rows, PRODUCT), min(inner, PRODUCT), min(outer, PRODUCT))
+    left = torch.ones(shape[:2], dtype=dtype, device=device)
+    right = torch.ones(shape[1:], dtype=dtype, device=device)
+    best = math.inf
+    for _ in range(ROUNDS):
+        begun = time.perf_counter()
+        left @ right
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        best = min(best, time.perf_counter() - begun)
+    flops = 2 * math.prod(shape) / max(best, 1e-9)
+    return Rate(flops, shape, str(dtype).removeprefix("torch."), device.type)
+
+
+def _rate(recipe: Recipe, shape: ModelShape) -> Rate:
+    """Of the widest product of a layer, in the run's precision."""
+    dtype = torch.float32 if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
+    if recipe.training.precision == "bfloat16":
+        dtype = torch.bfloat16
+    tokens = recipe.training.device_rows * recipe.data.length
+    return matrix_rate(tokens, shape.query_heads * shape.head_dim, shape.widest, dtype)
+
+
 def _config(recipe: Recipe, notes: list[str]) -> tuple[PretrainedConfig, AttentionPlan]:
     source = recipe.model.source
     if source is None:
@@ -243,13 +327,20 @@ def _counts(recipe: Recipe, model: Any) -> tuple[int, int]:
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 
-def _steps(recipe: Recipe, notes: list[str]) -> int | None:
-    """From the data, where it and the tokenizer are on this machine."""
-    data, settings = recipe.data, recipe.model
-    tokenizer = None
+def _local_tokenizer(recipe: Recipe) -> Any:
+    """None where it is not needed, or not on this machine."""
+    settings = recipe.model
+    if recipe.training.steps is not None and all(source.kind != "chats" for source in recipe.sources):
+        return None
     if settings.tokenizer == BYTES or Path(settings.tokenizer or settings.source or "").exists():
         with suppress(MasformerError):
-            tokenizer = recipe_tokenizer(settings)
+            return recipe_tokenizer(settings)
+    return None
+
+
+def _steps(recipe: Recipe, tokenizer: Any, notes: list[str]) -> int | None:
+    """From the data, where it and the tokenizer are on this machine."""
+    data = recipe.data
     if tokenizer is None or any(source.hub for source in data.sources.values()):
         notes.append("training.epochs: the number of steps is known when the data has been read")
         return None

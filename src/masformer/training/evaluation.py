@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from masformer.data.documents import Document
-from masformer.data.pairs import IGNORED, PairRows
+from masformer.data.packing import make_rows
+from masformer.data.pairs import IGNORED
 from masformer.data.store import token_store
 from masformer.errors import MasformerError
 from masformer.evaluation.perplexity import exp_or_inf, prefix_token, rolling_windows, tokenize
@@ -46,11 +46,10 @@ def evaluation_tasks(recipe: Recipe, tokenizer: Any) -> list[Task]:
     """
     tasks = []
     for name, source in recipe.evaluation.sources.items():
-        if source.is_pairs:
-            tasks.append(_pairs(recipe, name, tokenizer))
+        if source.kind != "texts":
+            tasks.append(_separate(recipe, name, tokenizer))
             continue
-        documents = [Document(row.name, text) for row in source.rows() if (text := row.texts[source.field]).strip()]
-        tokens, _ = tokenize(tokenizer, documents, max_tokens=recipe.evaluation.max_tokens)
+        tokens, _ = tokenize(tokenizer, source.documents(), max_tokens=recipe.evaluation.max_tokens)
         for length in recipe.evaluation_lengths:
             windows = [
                 (inputs, [IGNORED] * (len(inputs) - len(targets)) + targets)
@@ -64,11 +63,11 @@ def evaluation_tasks(recipe: Recipe, tokenizer: Any) -> list[Task]:
     return tasks
 
 
-def _pairs(recipe: Recipe, name: str, tokenizer: Any) -> Task:
+def _separate(recipe: Recipe, name: str, tokenizer: Any) -> Task:
     data = recipe.data
     source = recipe.evaluation.sources[name]
     store = token_store(name, source, tokenizer, data.cache, template=data.template)
-    rows = PairRows([store], data.length, data.cut, data.max_target)
+    rows = make_rows([store], data.length, None, data.cut, data.max_target)
     examples = [rows[index] for index in range(len(rows))]
     windows = [(example["input_ids"].tolist(), example["shift_labels"].tolist()) for example in examples]
     positions = [example["position_ids"].tolist() for example in examples]

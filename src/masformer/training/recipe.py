@@ -16,9 +16,10 @@ import yaml
 from docstring_parser import parse as parse_docstring
 
 from masformer.attention import BACKENDS
+from masformer.cost import count_text
 from masformer.data.packing import PACKINGS
 from masformer.data.pairs import CUTS
-from masformer.data.sources import Source
+from masformer.data.sources import KINDS, Source
 from masformer.data.store import PROMPT
 from masformer.errors import LARGEST_SEED, MasformerError, check_int, check_number
 from masformer.settings import build, check_choice, parse_yaml, read_settings, without_none
@@ -27,6 +28,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 PRECISIONS = ("float32", "bfloat16")
 SCHEDULES = ("cosine", "constant", "linear")
 SHARDINGS = ("none", "fsdp")
+TENSORBOARD = "tensorboard"
+TRACKERS = ("wandb", "mlflow", TENSORBOARD)
 BYTES = "bytes"
 
 
@@ -87,9 +90,10 @@ class DataRecipe:
     """What it is trained on.
 
     Attributes:
-        sources: name -> source; all plain texts or all pairs.
+        sources: name -> source; all plain texts, all pairs or all conversations.
         length: tokens of a row.
-        packing: `across` documents (default for texts), or `separate` (each sees only itself; always so for pairs).
+        packing: `across` documents (default for texts), or `separate` (each sees only itself; always so for pairs
+            and conversations).
         shuffle: rows in random order, a new one each time round.
         template: of pairs: the words around the prompt.
         cut: of pairs: which part of an over-long prompt is cut out.
@@ -107,16 +111,16 @@ class DataRecipe:
     cache: str | None = None
 
     def __post_init__(self) -> None:
-        pairs = _kind("data.sources", self.sources)
+        kind = _kind("data.sources", self.sources)
         check_int("data.length", self.length, 2)
         if self.packing is not None:
             check_choice("data.packing", self.packing, PACKINGS)
         check_choice("data.cut", self.cut, CUTS)
-        if pairs and self.packing == "across":
-            raise MasformerError("data.packing across is for texts; pairs are always separate")
+        if kind != "texts" and self.packing == "across":
+            raise MasformerError(f"data.packing across is for texts; {kind} are always separate")
         for name, usual in (("template", PROMPT), ("cut", "tail"), ("max_target", None)):
-            if not pairs and getattr(self, name) != usual:
-                raise MasformerError(f"data.{name} does nothing for texts; it is for sources with prompt and target")
+            if kind != "pairs" and getattr(self, name) != usual:
+                raise MasformerError(f"data.{name} does nothing for {kind}; it is for sources with prompt and target")
 
 
 @dataclass(frozen=True)
@@ -145,8 +149,9 @@ class EvaluationRecipe:
             if self.lengths or any(each is not None for each in (self.every, self.max_tokens, self.precision)):
                 raise MasformerError("evaluation does nothing without evaluation.sources")
             return
-        if _kind("evaluation.sources", self.sources) and self.lengths:
-            raise MasformerError("evaluation.lengths does nothing for pairs: they are evaluated at data.length")
+        kind = _kind("evaluation.sources", self.sources)
+        if kind != "texts" and self.lengths:
+            raise MasformerError(f"evaluation.lengths does nothing for {kind}: they are evaluated at data.length")
         for length in self.lengths:
             check_int("evaluation.lengths", length, 1)
         for name in ("every", "max_tokens"):
@@ -184,6 +189,7 @@ class TrainingRecipe:
         compile: compile the decoder layers (`masformer.models.compiling`): a minute at the start, faster steps on GPUs.
         loss_chunk: positions whose logits exist at the same time.
         sharding: `fsdp` spreads weights and optimizer over the processes (FSDP2).
+        report_to: trackers that get what metrics.jsonl gets, beside it: `wandb`, `mlflow`, `tensorboard`.
         seed: of the order of rows, of new weights and dropout.
     """
 
@@ -202,6 +208,7 @@ class TrainingRecipe:
     compile: bool | None = None
     loss_chunk: int = 512
     sharding: str = "none"
+    report_to: list[str] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -215,7 +222,7 @@ class TrainingRecipe:
             check_int("training.steps", self.steps, 1)
             check_int("training.steps times training.rows", self.steps * self.rows, 1)
             if self.warmup_steps > self.steps:
-                raise MasformerError(f"training.warmup_steps {self.warmup_steps} is more than the {self.steps} steps")
+                raise MasformerError(warmup_fault(self.warmup_steps, self.steps))
         for name in ("epochs", "learning_rate"):
             if getattr(self, name) is not None:
                 check_number(f"training.{name}", getattr(self, name), 0, above=True)
@@ -230,6 +237,16 @@ class TrainingRecipe:
         check_choice("training.schedule", self.schedule, SCHEDULES)
         check_choice("training.precision", self.precision, PRECISIONS)
         check_choice("training.sharding", self.sharding, SHARDINGS)
+        for tracker in self.report_to or ():
+            check_choice("training.report_to", tracker, TRACKERS)
+
+
+def warmup_fault(warmup: int, steps: int) -> str:
+    """What is wrong with a warm-up that is longer than the run."""
+    return (
+        f"training.warmup_steps {warmup} is more than the {count_text(steps, 'step')}; give at most {steps}, "
+        "or for a short trial --training.warmup_steps 0"
+    )
 
 
 @dataclass(frozen=True)
@@ -263,7 +280,7 @@ class CheckpointRecipe:
     """Checkpoints to resume from.
 
     Attributes:
-        every: steps between them; None: only when the run is interrupted.
+        every: steps between them, and one at the end, to train on from; None: only when the run is interrupted.
         keep: the newest so many are kept.
     """
 
@@ -282,7 +299,7 @@ class LoggingRecipe:
 
     Attributes:
         every: steps between two lines.
-        tensorboard: also for TensorBoard, in the folder tensorboard.
+        tensorboard: also for TensorBoard, in the folder tensorboard, as `training.report_to` tensorboard does.
     """
 
     every: int = 10
@@ -319,9 +336,20 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.output:
             raise MasformerError("output must name a folder")
-        kinds = {source.is_pairs for source in (*self.data.sources.values(), *self.evaluation.sources.values())}
-        if len(kinds) > 1:
-            raise MasformerError("evaluation.sources must be of the kind that is trained on: texts or pairs")
+        if len({source.kind for source in self.sources}) > 1:
+            kinds = ", ".join(KINDS)
+            raise MasformerError(f"evaluation.sources must be of the kind that is trained on: one of {kinds}")
+
+    @property
+    def sources(self) -> list[Source]:
+        """All that is trained and evaluated on."""
+        return [*self.data.sources.values(), *self.evaluation.sources.values()]
+
+    @property
+    def trackers(self) -> list[str]:
+        """What gets the metrics beside metrics.jsonl: some of `TRACKERS`."""
+        asked = {*(self.training.report_to or ()), *([TENSORBOARD] if self.logging.tensorboard else ())}
+        return [tracker for tracker in TRACKERS if tracker in asked]
 
     @property
     def evaluation_lengths(self) -> list[int]:
@@ -393,13 +421,14 @@ def _set(data: dict[str, Any], name: list[str], value: Any) -> None:
     data[name[-1]] = value
 
 
-def _kind(name: str, sources: Mapping[str, Source]) -> bool:
-    """Whether the sources are pairs."""
+def _kind(name: str, sources: Mapping[str, Source]) -> str:
+    """What the sources give: one of `KINDS`."""
     if not sources:
         raise MasformerError(f"{name} needs at least one source")
-    kinds = {source.is_pairs for source in sources.values()}
+    kinds = {source.kind for source in sources.values()}
     if len(kinds) > 1:
-        raise MasformerError(f"{name} mixes plain texts and prompt/target pairs; give one kind")
+        named = " and ".join(KINDS[kind] for kind in KINDS if kind in kinds)
+        raise MasformerError(f"{name} mixes {named}; give one kind")
     return kinds.pop()
 
 

@@ -16,8 +16,10 @@ from accelerate import PartialState
 from rich.console import Console
 from transformers import TrainingArguments
 
+from masformer.cost import count_text
+from masformer.data.chats import check_chat
 from masformer.data.packing import PackedRows, Schedule, make_rows
-from masformer.data.pairs import PairRows
+from masformer.data.pairs import WholeRows
 from masformer.data.report import report_rows, report_table, report_text
 from masformer.data.store import token_store
 from masformer.errors import LARGEST, MasformerError, check_number
@@ -41,7 +43,7 @@ from masformer.training.model import (
     recipe_tokenizer,
     skeleton,
 )
-from masformer.training.recipe import Recipe
+from masformer.training.recipe import Recipe, warmup_fault
 from masformer.training.trainer import (
     METRICS,
     RECIPE,
@@ -49,6 +51,7 @@ from masformer.training.trainer import (
     Stopped,
     Watch,
     autocast_by_step,
+    check_trackers,
     clock,
     read_evaluations,
     training_arguments,
@@ -88,26 +91,30 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         MasformerError: something in the recipe cannot be done, or cannot be written.
     """
     output = Path(recipe.output)
+    check_trackers(recipe)
     arguments = training_arguments(recipe, 1, False)  # starts the processes' group, if there are several
     first = arguments.process_index == 0
     console = console or Console(highlight=False)
     if not first:
         console = Console(quiet=True)
-    for source in (*recipe.data.sources.values(), *recipe.evaluation.sources.values()):
+    for source in recipe.sources:
         source.check()
     if recipe.training.sharding == "fsdp" and arguments.world_size == 1:
         _say(console, "training.sharding fsdp does nothing in one process; start several with torchrun")
     _check_model(recipe)
     found = _start(recipe, output, resume, first, console)
-    if found is None and (output / "model").exists():
-        _say(console, f"{output / 'model'} is there already: the run is finished")
+    if resume and _is_finished(recipe, output / "model"):
+        _say(console, f"{output / 'model'} is there already: the run is finished; more training.steps go on from it")
         return Outcome(output / "model", 0, None, {})
     PartialState().wait_for_everyone()
     rows, report = _read(recipe, arguments, console)
     steps = recipe.training.steps or step_count(recipe, len(rows))
+    _check_done(found, steps)
     schedule = Schedule(rows, steps * recipe.training.rows, recipe.training.seed, recipe.data.shuffle)
     console.print(
-        f"{steps:,} steps of {recipe.training.rows} rows: {len(schedule) / len(rows):.2f} times all rows", markup=False
+        f"{count_text(steps, 'step')} of {count_text(recipe.training.rows, 'row')}: "
+        f"{len(schedule) / len(rows):.2f} times all rows",
+        markup=False,
     )
     prepared = prepare_model(recipe, None if found is None else found.path)
     tasks = evaluation_tasks(recipe, prepared.tokenizer)
@@ -170,6 +177,8 @@ def _autocast(
 
 def _check_model(recipe: Recipe) -> None:
     """Before anything is read or written: whether the model can be what the recipe makes of it."""
+    if any(source.kind == "chats" for source in recipe.sources):
+        check_chat(recipe_tokenizer(recipe.model))
     if recipe.model.source is None:
         config, own = recipe_config(recipe.model, recipe_tokenizer(recipe.model))
     else:
@@ -188,7 +197,7 @@ def step_count(recipe: Recipe, rows: int) -> int:
     check_number("training.epochs times all rows", wanted, 0, LARGEST)
     steps = max(1, -(-round(wanted) // recipe.training.rows))
     if recipe.training.warmup_steps > steps:
-        raise MasformerError(f"training.warmup_steps {recipe.training.warmup_steps} is more than the {steps} steps")
+        raise MasformerError(warmup_fault(recipe.training.warmup_steps, steps))
     return steps
 
 
@@ -197,7 +206,11 @@ def figures_text(figures: Mapping[str, float]) -> str:
     named = {"loss": "loss {:.4f}", "learning_rate": "rate {:.2e}", "grad_norm": "gradient {:.2f}"}
     named |= {"tokens_per_second": "{:,.0f} tokens/s"}
     parts = [text.format(figures[name]) for name, text in named.items() if name in figures]
-    parts += [f"{name} {value:.4f}" for name, value in figures.items() if name.startswith("eval_")]
+    ends = "_perplexity"  # the other figures of an evaluation are in the file
+    perplexities = {name.removesuffix(ends): value for name, value in figures.items() if name.endswith(ends)}
+    shown = {name: value for name, value in perplexities.items() if not name.endswith("_second_half")}
+    parts += ["perplexity"] * bool(shown)
+    parts += [f"{name.removeprefix('eval_')} {value:.2f}" for name, value in shown.items()]
     if "seconds_left" in figures:
         parts.append(f"{clock(figures['seconds_left'])} left")
     return "  ".join(parts)
@@ -214,7 +227,7 @@ def _start(recipe: Recipe, output: Path, resume: bool, first: bool, console: Con
             raise MasformerError(f"{output} holds a run already; go on with --resume, or name another output")
     elif (output / RECIPE).exists():
         _check_same(recipe, output / RECIPE, console)
-    if resume and (output / "model").exists():
+    if resume and _is_finished(recipe, output / "model"):
         return None
     found, faulty = newest(output) if resume else (None, [])
     for each in faulty:
@@ -224,6 +237,12 @@ def _start(recipe: Recipe, output: Path, resume: bool, first: bool, console: Con
             f"no checkpoint in {output} can be used ({faulty[0].path.name}: {faulty[0].fault}); "
             "remove its folder checkpoints to start again"
         )
+    if found is None and resume and (output / "model").exists():
+        raise MasformerError(
+            f"{output} has no checkpoint to go on from, so its optimizer is lost; start a new run from its model: "
+            f"--model.source {output / 'model'} --output FOLDER"
+        )
+    _check_done(found, recipe.training.steps)
     if found is not None:
         _say(console, f"going on from {found.path}")
     elif resume:
@@ -234,6 +253,22 @@ def _start(recipe: Recipe, output: Path, resume: bool, first: bool, console: Con
         if found is None:
             (output / METRICS).unlink(missing_ok=True)
     return found
+
+
+def _check_done(found: Found | None, steps: int | None) -> None:
+    if found is not None and steps is not None and found.step > steps:
+        raise MasformerError(
+            f"the run has done {count_text(found.step, 'step')} already, more than the {steps} asked for"
+        )
+
+
+def _is_finished(recipe: Recipe, model: Path) -> bool:
+    """Whether the model of a run is that of as many steps as the recipe asks for now."""
+    if not model.exists():
+        return False
+    before = read_settings(model / RECIPE, "recipe").get("training", {}) if (model / RECIPE).exists() else {}
+    now = {"steps": recipe.training.steps, "epochs": recipe.training.epochs}
+    return not before or all(before.get(name) == value for name, value in now.items())
 
 
 def _check_same(recipe: Recipe, path: Path, console: Console) -> None:
@@ -259,7 +294,7 @@ def _flat(name: str, value: Any) -> dict[str, Any]:
 
 def _read(
     recipe: Recipe, arguments: TrainingArguments, console: Console
-) -> tuple[PackedRows | PairRows, dict[str, Any]]:
+) -> tuple[PackedRows | WholeRows, dict[str, Any]]:
     """Tokenizes in one process, the others open what it wrote."""
     data = recipe.data
     with arguments.main_process_first(local=True, desc="tokenizing"), progress_bar(console) as bar:

@@ -126,10 +126,13 @@ def write_schedule(scheduler: Any, path: Path) -> None:
 
 
 def read_schedule(scheduler: Any, optimizer: Any, path: Path) -> None:
-    """Puts a schedule, and the rates of its optimizer, back to where they were."""
+    """Puts a schedule back to its step; the rates are those of that step by the recipe as it is now."""
     state = json.loads(path.read_text())
-    scheduler.load_state_dict(scheduler.state_dict() | state)
-    for group, rate in zip(optimizer.param_groups, state["_last_lr"], strict=True):
+    step = state["last_epoch"]
+    rates = [rate * at(step) for rate, at in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    now = {"base_lrs": scheduler.base_lrs, "_last_lr": rates}
+    scheduler.load_state_dict(scheduler.state_dict() | state | now)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from masformer.training import state
 from masformer.training.checkpoints import write_checkpoint
 from masformer.training.evaluation import Task, evaluate
 from masformer.training.model import Prepared
-from masformer.training.recipe import Recipe
+from masformer.training.recipe import TENSORBOARD, Recipe
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
@@ -69,7 +70,7 @@ def training_arguments(recipe: Recipe, steps: int, evaluate_first: bool) -> Trai
             logging_steps=recipe.logging.every,
             logging_first_step=True,
             logging_nan_inf_filter=False,
-            report_to="none",
+            report_to=[tracker for tracker in recipe.trackers if tracker != TENSORBOARD] or "none",
             disable_tqdm=True,
             remove_unused_columns=False,
             dataloader_pin_memory=accelerator,
@@ -148,6 +149,10 @@ class SpanTrainer(Trainer):  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
+
+    def log(self, logs: dict[str, float], *args: Any) -> None:
+        """What the Trainer measured and what was counted here, to all trackers alike."""
+        super().log(logs | self.watch.counted(self.state) if "loss" in logs else logs, *args)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         self.watch.saw(inputs["input_ids"].numel() * self.args.world_size)
@@ -252,6 +257,16 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self._tokens += tokens
         self._all_tokens += tokens
 
+    def counted(self, state: Any) -> dict[str, float]:
+        """Tokens and speed since this was asked for before."""
+        figures: dict[str, float] = {"tokens": self._tokens}
+        if self._seconds:
+            figures["tokens_per_second"] = round(self._tokens / self._seconds, 1)
+            left = self._all_seconds / self.steps_done * (state.max_steps - state.global_step)
+            figures["seconds_left"] = round(left)
+        self._tokens, self._seconds = 0, 0.0
+        return figures
+
     def evaluated(self, done: int, total: int) -> None:
         """Shows how far an evaluation is."""
         self.advance(self._step, self._steps, f"evaluating, window {done} of {total}")
@@ -260,7 +275,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self._step, self._steps = state.global_step, state.max_steps
         if state.is_world_process_zero:
             cut_metrics(self.output / METRICS, state.global_step)
-            if self.recipe.logging.tensorboard:
+            if TENSORBOARD in self.recipe.trackers:
                 self._board = summary_writer(self.output / "tensorboard", state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -275,7 +290,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         last = step >= state.max_steps
         control.should_log |= last
         every = self.recipe.checkpoints.every
-        control.should_save = (every is not None and step % every == 0 and not last) or self.is_stopped()
+        control.should_save = (every is not None and (step % every == 0 or last)) or self.is_stopped()
         control.should_evaluate = self.recipe.evaluation.is_due(step, state.max_steps) and not self.is_stopped()
         control.should_training_stop |= self.is_stopped()
         speed = self._all_tokens / self._all_seconds if self._all_seconds else 0
@@ -303,11 +318,6 @@ class Watch(TrainerCallback):  # type: ignore[misc]
                 raise MasformerError(
                     f"the loss is not finite at step {step}; try a smaller training.learning_rate or more warm-up"
                 )
-            figures["tokens"] = self._tokens
-            if self._seconds:
-                figures["tokens_per_second"] = round(self._tokens / self._seconds, 1)
-                figures["seconds_left"] = round(self._all_seconds / self.steps_done * (state.max_steps - step))
-            self._tokens, self._seconds = 0, 0.0
         else:
             self.evaluations[step] = figures
         if not state.is_world_process_zero:
@@ -356,14 +366,16 @@ def autocast_by_step(path: Path) -> dict[int, str | None]:
     return {row["step"]: row.get(AUTOCAST) for row in read_metrics(path) if "loss" not in row}
 
 
-def summary_writer(folder: Path, step: int) -> Any:
-    """Of TensorBoard.
+def check_trackers(recipe: Recipe) -> None:
+    """Raises MasformerError where the package of a tracker is not installed."""
+    for tracker in recipe.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            need = "'masformer[train]'" if tracker == TENSORBOARD else tracker
+            raise MasformerError(f"training.report_to {tracker} needs the package {tracker}: pip install {need}")
 
-    Raises:
-        MasformerError: the package is not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise MasformerError("logging.tensorboard needs tensorboard: pip install 'masformer[train]'") from None
+
+def summary_writer(folder: Path, step: int) -> Any:
+    """Of TensorBoard; steps after this one are written anew."""
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder), purge_step=step or None)
