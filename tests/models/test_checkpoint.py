@@ -89,7 +89,7 @@ def test_missing_models_are_named(tmp_path):
     for name, message in [
         (tmp_path, "holds no config.json"),
         (tmp_path / "notes.txt", "is a file; allowed"),
-        ("nobody/nothing", "cannot read the config of nobody/nothing"),
+        ("nobody/nothing", "no folder nobody/nothing here; as a model of the hub it is not in the cache"),
     ]:
         with pytest.raises(MasformerError, match=message):
             load_model(name)
