@@ -13,6 +13,7 @@ from masformer import MasformerError, cli, study
 from masformer.data.sources import Source
 from masformer.study import works
 from masformer.study.units import Place, Unit, in_order
+from masformer.training.dry_run import matrix_rate
 from masformer.training.recipe import ModelRecipe, load_recipe
 from masformer.training.run import Outcome
 
@@ -384,6 +385,17 @@ def test_the_table_of_a_dry_run_adds_up_the_times_of_a_stage():
     console.print(study.forecast_table(rows, scale))
     assert "120 s" not in console.export_text(clear=False)
     assert "2 min" in console.export_text()
+
+
+def test_a_scale_without_rates_is_timed_here(tmp_path, capsys):
+    scale = study.load_scale("tiny", check=False)
+    units = study.units_of(study.stages_of(scale, ["language"]), Place(tmp_path))
+    rate = matrix_rate(8, 8, 8)
+    for row in study.forecast_rows(units, scale, rate):
+        assert row["seconds"] == (None if row["flops"] is None else row["flops"] / rate.flops_per_second)
+    assert all(row["seconds"] is None for row in study.forecast_rows(units, scale))
+    assert run("--scale", "tiny", "--out", tmp_path, "--dry-run") == 0
+    assert "times are the least there can be" in " ".join(capsys.readouterr().out.split())
 
 
 def test_every_scale_is_a_file_of_the_package():

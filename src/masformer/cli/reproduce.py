@@ -54,9 +54,9 @@ def reproduce(
     chosen = study.stages_of(settings, stage or ())
     units = study.units_of(chosen, place)
     if dry_run:
-        here = None if settings.rates else matrix_rate(256, 256, 256)
-        rows = study.forecast_rows(units, settings, here)
-        console.print(study.forecast_table(rows, settings, here))
+        rate = None if settings.rates else matrix_rate(256, 256, 256)
+        rows = study.forecast_rows(units, settings, rate)
+        console.print(study.forecast_table(rows, settings, rate))
         return {"scale": scale, "units": rows}
     if recipes:
         written = study.write_recipes(units, place.folder / "recipes")

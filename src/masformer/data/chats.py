@@ -86,7 +86,7 @@ class ChatTokenizer:
             if any(message.get(part) for message in messages) and not re.search(rf"\b{part}\b", self.template):
                 raise MasformerError(f"{name}: the chat template does not read {part}")
         for role in {message["role"] for message in messages if message["content"]} - self._read:
-            probe = [m | {"content": PROBE} if m["role"] == role and m["content"] else m for m in messages]
+            probe = [{**m, "content": PROBE} if m["role"] == role and m["content"] else m for m in messages]
             if PROBE not in self._text(probe, name):
                 raise MasformerError(f"{name}: the chat template leaves out what messages of the role {role} say")
             self._read.add(role)

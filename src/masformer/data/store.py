@@ -196,21 +196,22 @@ def _write(
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
     chats = ChatTokenizer(tokenizer) if source.kind == "chats" else None
     offsets, parts, owned = [0], [], bytearray()
-    characters = blank = 0
+    characters = read = 0
     with (folder / TOKENS).open("wb") as file:
         for rows in _batches(source.rows()):
             characters += sum(len(text) for row in rows for text in row.texts.values())
+            read += len(rows)
             made: Iterable[tuple[list[int], Any]]
             if chats is None:
                 kept = [row for row in rows if all(text.strip() for text in row.texts.values())]
                 pieces = [list(row.texts.values()) for row in kept]
                 made = _pairs(pieces, tokenizer, template) if source.is_pairs else _texts(pieces, tokenizer)
             else:
-                made = kept = [found for row in rows if (found := chats.conversation(row)) is not None]
-            blank += len(rows) - len(kept)
+                made = [found for row in rows if (found := chats.conversation(row)) is not None]
             for tokens, part in made:
                 if chats is not None:
                     owned += bytes(part)
+                    part = ()
                 elif end is not None and (not tokens or tokens[-1] != end):
                     tokens = [*tokens, end]
                 file.write(np.asarray(tokens, dtype=dtype).tobytes())
@@ -226,7 +227,8 @@ def _write(
         np.save(folder / PARTS, np.asarray(parts, dtype=np.int64))
     if chats is not None:
         np.save(folder / OWNED, np.frombuffer(owned, dtype=np.bool_))
-    facts = {"documents": len(parts), "characters": characters, "blank": blank, "end_token": end}
+    facts = {"documents": len(parts), "characters": characters, "end_token": end}
+    facts["blank"] = read - len(parts)
     facts |= {"dtype": dtype.name, "pairs": source.is_pairs, "source": source.place}
     facts |= {"chats": True} if chats is not None else {}
     facts["digest"] = _digest(folder, source.is_pairs, chats is not None)

@@ -202,32 +202,31 @@ def write_recipes(units: Sequence[Unit], folder: Path) -> list[Path]:
     return found
 
 
-def forecast_rows(units: Sequence[Unit], scale: Scale, here: Rate | None = None) -> list[dict[str, Any]]:
+def forecast_rows(units: Sequence[Unit], scale: Scale, measured: Rate | None = None) -> list[dict[str, Any]]:
     """What each unit would take.
 
     Args:
         units: of a study.
         scale: its rates, where it knows some, say the seconds.
-        here: a rate of this machine, for the others; None: their seconds are not known.
+        measured: a rate of this machine, for the others; None: their seconds are not known.
     """
     rows = []
-    measured = None if here is None else here.flops_per_second
     for unit in units:
         found = unit.work.estimate()
-        rate = scale.rates.get(found.rate, measured)
+        rate = scale.rates.get(found.rate, None if measured is None else measured.flops_per_second)
         seconds = None if found.flops is None or rate is None else found.flops / rate
         row = {"name": unit.name, "stage": unit.stage, "flops": found.flops, "memory_bytes": found.memory}
         rows.append(row | {"seconds": seconds, "note": found.note})
     return rows
 
 
-def forecast_table(rows: Sequence[Mapping[str, Any]], scale: Scale, here: Rate | None = None) -> Lines:
+def forecast_table(rows: Sequence[Mapping[str, Any]], scale: Scale, measured: Rate | None = None) -> Lines:
     """For people to read, with the sum of each stage."""
     table = Lines(title=f"{len(rows)} units", title_justify="left", caption_justify="left")
     if scale.measured_on:
         table.caption = f"times by rates that were measured on {scale.measured_on}"
-    elif here is not None:
-        table.caption = f"times are the least there can be: at the {here} here, which no work reaches"
+    elif measured is not None:
+        table.caption = f"times are the least there can be: at the {measured} here, which no work reaches"
     table.add_column("unit", overflow="fold")
     for column in ("operations", "memory", "time"):
         table.add_column(column, justify="right", no_wrap=True)
