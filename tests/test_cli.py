@@ -476,7 +476,7 @@ def test_progress_and_device_are_told_on_standard_error_unless_quiet(capsys, fol
     rows += ["--max-new-tokens", "2", "--out", str(tmp_path / "o.jsonl")]
     cases = {
         "full at 64 tokens": ["eval", "perplexity", folder, "--data", text, "--lengths", "64", "--plan", "full"],
-        "choosing": ["search", folder, "--data", text, "--local", "window:4", *searched],
+        "choosing": ["search", folder, "--criteria", "tail", "--data", text, "--local", "window:4", *searched],
         "full at 260 tokens": ["eval", "retrieval", folder, *retrieval, "--plan", "full"],
         "block:8 at 110 tokens": ["eval", "summarization", folder, *rows, "--plan", "block:8"],
         "reading 5 prompt tokens": ["generate", folder, "--prompt", "a b c", "--max-new-tokens", "1"],

@@ -45,6 +45,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "data": {"nargs": "+", "type": str, "metavar": "FILE"},
     "test": {"nargs": "+", "type": str, "metavar": "FILE"},
     "pairs": {"nargs": "+", "type": str, "metavar": "FILE"},
+    "for_": {"metavar": "TOOL"},
 }
 """Options that are lists, and how each is written."""
 

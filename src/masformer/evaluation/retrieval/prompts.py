@@ -121,7 +121,7 @@ class Prober:
         if alone >= wanted:
             raise MasformerError(
                 f"{task.name}: a length of {length} tokens has no room for a haystack: the question, what is hidden "
-                f"and {self.room(task)} tokens of an answer take {alone + self.room(task)}; give more --lengths"
+                f"and {self.room(task)} tokens of an answer take {alone + self.room(task)}; give a greater length"
             )
         fits, beyond = 0, wanted - alone + 1  # in words, each of a token or more
         guess = beyond // 2
