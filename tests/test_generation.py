@@ -189,6 +189,8 @@ def test_a_chat_whose_rotary_table_changes_is_read_anew(chatty, rope):
         "vocab_size": len(LETTERS),
         "max_position_embeddings": 64 if rope == "dynamic" else 512,
         "rope_parameters": settings,
+        "eos_token_id": None,
+        **({"original_max_position_embeddings": 64} if rope == "longrope" else {}),
     }
     model = apply_plan(tiny("llama" if rope == "dynamic" else "phi3", sliding_window=None, **changes), PLAN)
     chat, held = Chat(model, chatty, max_new_tokens=6), []

@@ -142,7 +142,7 @@ def _lines() -> Iterator[str]:
                 raise
             print("\n/exit ends the chat", file=sys.stderr)
             continue
-        text = decode_text(line, f"standard input, line {number}").strip()
+        text = decode_text(line, "standard input", number).strip()
         if text == "/exit" or not (watched or line):
             return
         if text:

@@ -79,7 +79,11 @@ def export_model(
         check_stock(stock, plan, cache=target == "transformers")
         if tokenizer is not None:
             _check_tokenizer(folder, tokenizer, stock)
-        text = folder_readme(folder, Path(path).name, origin, stock, plan, tool, tokenizer=tokenizer is not None)
+        text = folder_readme(
+            *(folder, Path(path).name, origin, stock, plan, tool),
+            tokenizer=tokenizer is not None,
+            warning=quality_warning(config, plan),
+        )
         write_card(folder, path, text)
         write_whole(folder / "config.json", config_file)
 

@@ -10,7 +10,6 @@ from transformers import PretrainedConfig
 from masformer.cost import ModelShape, bytes_text, compare
 from masformer.errors import MasformerError
 from masformer.models.card import Origin, header
-from masformer.models.export.choose import quality_warning
 from masformer.models.export.targets import Target
 from masformer.models.positions import position_limit
 from masformer.plan import AttentionPlan
@@ -68,6 +67,7 @@ def folder_readme(
     target: Target,
     *,
     tokenizer: bool,
+    warning: str | None,
 ) -> str:
     """The text.
 
@@ -79,13 +79,14 @@ def folder_readme(
         plan: one span per layer.
         target: the tool.
         tokenizer: whether the folder has a tokenizer.
+        warning: what the plan may cost, see `quality_warning`.
     """
     limit = position_limit(config)
     neo, capped = config.model_type == "gpt_neo", bool(getattr(config, "attn_logit_softcapping", None))
     attention = ', attn_implementation="eager"' if neo or capped else ""
     run = _RUN[target.name].format(folder=name, limit=limit or 2048, attention=attention)
     note = _GPT_NEO if neo else _SOFTCAP if capped and target.name == "transformers" else _NOTES[target.name]
-    if (warning := quality_warning(config, plan)) is not None:
+    if warning is not None:
         note = f"{note}\n\n{warning[0].upper()}{warning[1:]}."
     lines = [
         header(origin, plan, _LIBRARIES[target.name], [target.name]).strip(),
