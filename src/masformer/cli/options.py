@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from rich.console import Console
@@ -123,7 +123,7 @@ class WeightOptions(Options):
         path = Path(model)
         if self.dtype != "auto" or path.suffix != ".gguf" or not path.is_file():
             return self
-        return replace(self, dtype=str(written_dtype(path)).removeprefix("torch."))
+        return replace(self, dtype=cast(Dtype, str(written_dtype(path)).removeprefix("torch.")))
 
     @property
     def precision(self) -> str:

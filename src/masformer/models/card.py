@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, constants, hf_hub_download
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub.utils._validators import validate_repo_id
 from transformers import PretrainedConfig
 
 from masformer.cost import bytes_text

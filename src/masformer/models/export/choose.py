@@ -160,14 +160,14 @@ def quality_warning(config: PretrainedConfig, plan: AttentionPlan) -> str | None
         plan: one span per layer.
     """
     limit, trained = position_limit(config), native_plan(config)
-    bare = [
-        layer
+    bare = {
+        layer: WindowSpan(span.size, 4)
         for layer, span in enumerate(plan)
         if isinstance(span, WindowSpan) and not span.sinks and span != trained[layer] and span.size < (limit or inf)
-    ]
+    }
     if not bare:
         return None
-    with_sinks = [WindowSpan(span.size, 4) if layer in bare else span for layer, span in enumerate(plan)]
+    with_sinks = [bare.get(layer, span) for layer, span in enumerate(plan)]
     measured = _measure(AttentionPlan(tuple(with_sinks)), plan)
     return f"{len(bare)} of {len(plan)} layers have a window without sinks that {_UNTRAINED}: {measured}"
 
