@@ -542,11 +542,11 @@ def test_a_chat_reads_a_turn_from_each_line(capsys, chatty, tmp_path, monkeypatc
 def test_an_interrupt_ends_the_answer_and_not_the_chat(capsys, chatty, tmp_path, monkeypatch):
     answered, answer = [], Chat.answer
 
-    def interrupted(self, text, on_text):
+    def interrupted(self, text, *heard):
         answered.append(text)
         if len(answered) == 1:
             raise KeyboardInterrupt
-        return answer(self, text, on_text)
+        return answer(self, text, *heard)
 
     monkeypatch.setattr(Chat, "answer", interrupted)
     pipe(monkeypatch, b"one\ntwo\n")
