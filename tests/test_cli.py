@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from masformer import AttentionPlan, cli
+from masformer.generation import Chat
 from masformer.models.checkpoint import load_config
 from masformer.spans import FullSpan
 from tiny import PLAN, letter_tokenizer, tiny, tiny_config
@@ -502,6 +503,78 @@ def test_the_same_seed_gives_the_same_inputs(capsys):
         cli.main(["bench", "attention", "--lengths", "8", "--repeats", "1", "--forward-only", "--seed", "7"])
         assert torch.initial_seed() == 7
     capsys.readouterr()
+
+
+@pytest.fixture(scope="module")
+def chatty(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(folder, path)
+    (path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role[0] }}{{ m.content }}{% endfor %}a")
+    return str(path)
+
+
+def pipe(monkeypatch, data):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+
+def test_a_chat_reads_a_turn_from_each_line(capsys, chatty, tmp_path, monkeypatch):
+    document, record = tmp_path / "doc.txt", tmp_path / "chat.json"
+    document.write_text("doc")
+    words = ["generate", chatty, "--chat", "--max-new-tokens", "3", "--plan", "full", "--json", str(record)]
+    pipe(monkeypatch, b"one\n\n  two\r\n/exit\nthree\n")
+    code, out, err = run(capsys, *words)
+    turns = json.loads(record.read_text())["turns"]
+    assert code == 0
+    assert [turn["message"] for turn in turns] == ["one", "two"]
+    assert turns[0]["text"] in out
+    assert turns[1]["text"] in out
+    assert err.count("prompt tokens") == 2
+    for begun, said, messages in [
+        (["--file", str(document)], b"what?", ["doc\n\nwhat?"]),
+        (["--file", str(document), "--prompt", "what?"], b"and?\n", ["doc\n\nwhat?", "and?"]),
+        ([], b"", []),
+    ]:
+        pipe(monkeypatch, said)
+        assert run(capsys, *words, *begun)[0] == 0
+        assert [turn["message"] for turn in json.loads(record.read_text())["turns"]] == messages
+
+
+def test_an_interrupt_ends_the_answer_and_not_the_chat(capsys, chatty, tmp_path, monkeypatch):
+    answered, answer = [], Chat.answer
+
+    def interrupted(self, text, *heard):
+        answered.append(text)
+        if len(answered) == 1:
+            raise KeyboardInterrupt
+        return answer(self, text, *heard)
+
+    monkeypatch.setattr(Chat, "answer", interrupted)
+    pipe(monkeypatch, b"one\ntwo\n")
+    code, _, err = run(capsys, "generate", chatty, "--chat", "--max-new-tokens", "3")
+    assert (code, answered, "stopped; /exit ends the chat" in err) == (0, ["one", "two"], True)
+
+
+@pytest.mark.parametrize(
+    ("options", "data", "message"),
+    [
+        (["--raw"], b"", "--raw does not go with --chat"),
+        (["--beams", "2"], b"", "--beams does not go with --chat"),
+        (["--temperature", "0", "--top-k", "3"], b"one\n", "top_p and top_k do nothing without"),
+        ([], b"x" * 300, "the prompt has 302 tokens, and the model 128 positions"),
+        ([], b"ok\n\xff\n", "standard input, line 2: not UTF-8 text"),
+    ],
+)
+def test_what_a_chat_cannot_do_is_one_line(capsys, chatty, monkeypatch, options, data, message):
+    pipe(monkeypatch, data)
+    code, _, err = run(capsys, "generate", chatty, "--chat", "--max-new-tokens", "2", *options)
+    assert code == 2
+    assert err.splitlines()[-1].startswith(f"masformer: error: {message}")
+
+
+def test_a_model_without_a_template_cannot_chat_and_is_not_loaded(capsys, folder, monkeypatch):
+    monkeypatch.setattr("masformer.cli.options.load_model", None)
+    code, _, err = run(capsys, "generate", folder, "--chat")
+    assert (code, "the tokenizer has no chat template" in err) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -81,8 +81,8 @@ def letter_tokenizer(letters=None, **options):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
 
 
-def write_gguf(path, layers, skipped=(), extra=None):
-    """A tiny llama as a .gguf file."""
+def write_gguf(path, layers, skipped=(), extra=None, entries=lambda writer: None, stored=None):
+    """A tiny llama as a .gguf file; `entries` adds metadata, `stored` is the type of its matrices."""
     sizes = {"attn_norm": (32,), "ffn_norm": (32,), "attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32)}
     sizes |= {"attn_output": (32, 32), "ffn_gate": (48, 32), "ffn_up": (48, 32), "ffn_down": (32, 48)}
     shapes = {f"blk.{layer}.{name}.weight": size for layer in range(layers) for name, size in sizes.items()}
@@ -101,10 +101,15 @@ def write_gguf(path, layers, skipped=(), extra=None):
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([*sorted(letter_tokenizer().get_vocab())[:63], "!!"])
     writer.add_token_merges(["! !"])
+    entries(writer)
     random = np.random.default_rng(0)
     for name, shape in shapes.items():
         if name not in skipped:
-            writer.add_tensor(name, random.normal(size=shape).astype(np.float32))
+            values = random.normal(size=shape).astype(np.float32)
+            if stored is None or len(shape) == 1 or shape[-1] % 32:
+                writer.add_tensor(name, values)
+            else:
+                writer.add_tensor(name, gguf.quants.quantize(values, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

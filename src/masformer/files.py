@@ -138,12 +138,13 @@ def open_content(path: str | os.PathLike[str], what: str = "") -> Iterator[Binar
         raise MasformerError(f"cannot read {name}: {error}; the file is damaged or cut short") from None
 
 
-def decode_text(data: bytes, place: str) -> str:
+def decode_text(data: bytes, place: str, first_line: int = 1) -> str:
     """UTF-8 text as it is, without a byte-order mark; its line ends stay.
 
     Args:
         data: the bytes.
         place: where they were read, for messages.
+        first_line: number of the first line there.
 
     Raises:
         MasformerError: they are no UTF-8 text.
@@ -151,7 +152,7 @@ def decode_text(data: bytes, place: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line = data.count(b"\n", 0, error.start) + first_line
         raise MasformerError(f"{place}, line {line}: not UTF-8 text ({error.reason}); convert it to UTF-8") from None
 
 

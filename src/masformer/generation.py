@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, Tex
 from masformer.cache import SpanCache
 from masformer.cost import ModelShape, bytes_text, cost
 from masformer.data.tokens import opening_tokens, part_tokens
-from masformer.errors import MasformerError, check_int, check_number, check_seed
+from masformer.errors import LARGEST_SEED, MasformerError, check_int, check_number, check_seed
 from masformer.models import rotary
 from masformer.models.bridge import cache_name
 from masformer.models.positions import position_limit
@@ -40,6 +42,8 @@ class Generation:
         seconds: from the call to the last token.
         cache_bytes: keys and values held at the end, of all beams (`SpanCache.nbytes`).
         full_cache_bytes: the same with full attention in every layer.
+        held_tokens: tokens of the prompt that a cache held already, so that they were not read.
+        token_ids: the generated tokens.
     """
 
     text: str
@@ -49,6 +53,8 @@ class Generation:
     seconds: float
     cache_bytes: int
     full_cache_bytes: int
+    held_tokens: int = 0
+    token_ids: list[int] = field(default_factory=list, repr=False)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -63,7 +69,8 @@ class Generation:
 
     def summary(self) -> str:
         """The figures in one line, for people."""
-        parts = [f"{self.prompt_tokens:,} prompt tokens", f"{self.tokens:,} new"]
+        held = f" ({self.held_tokens:,} held)" if self.held_tokens else ""
+        parts = [f"{self.prompt_tokens:,} prompt tokens{held}", f"{self.tokens:,} new"]
         if self.first_seconds is None:
             parts.append(f"{self.seconds:.2f} s")
         else:
@@ -186,6 +193,7 @@ def generate(
     seed: int = 0,
     on_text: Callable[[str], None] = lambda text: None,
     on_prompt: Callable[[int], None] = lambda tokens: None,
+    cache: SpanCache | None = None,
 ) -> Generation:
     """Continues a prompt of any length, through transformers' own `generate`.
 
@@ -202,9 +210,11 @@ def generate(
         seed: of sampling.
         on_text: called with each piece of text as soon as it is certain; with beams, once.
         on_prompt: called with the tokens of the prompt that were read: at the start, and after each pass over it.
+        cache: of this model, holds the first tokens of the prompt, fewer than all; they are not read again.
 
     Raises:
-        MasformerError: a value out of range, an option that would do nothing, or a prompt beyond the model's positions.
+        MasformerError: a value out of range, an option that would do nothing, a cache that does not fit, or a prompt
+            beyond the model's positions.
     """
     model = bare_model(model)
     for name, number in {"max_new_tokens": max_new_tokens, "beams": beams, "chunk": chunk}.items():
@@ -225,6 +235,9 @@ def generate(
             f"the prompt has {len(prompt)} tokens, and the model {limit} positions for it and its continuation; "
             f"shorten it, or extend the model with --max-positions"
         )
+    held = 0 if cache is None else cache.get_seq_length()
+    if cache is not None and (beams > 1 or held >= len(prompt)):
+        raise MasformerError("a cache serves no beams, and a prompt that is longer than what it holds")
     room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
     settings = _settings(model, room, beams)
     settings.update(
@@ -233,20 +246,21 @@ def generate(
         top_p=top_p if top_p is not None else model.generation_config.top_p if temperature else None,
         top_k=top_k if top_k is not None else model.generation_config.top_k if temperature else None,
         eos_token_id=end_tokens(model, tokenizer) or None,
-        prefill_chunk_size=chunk if chunk < len(prompt) else None,
+        prefill_chunk_size=chunk if chunk < len(prompt) - held else None,
         return_dict_in_generate=True,
     )
     clock = _Clock(tokenizer, on_text)
     tokens = torch.tensor([list(prompt)], device=model.device)
     torch.manual_seed(seed)
     start = time.perf_counter()
-    with _reading(model, len(prompt), on_prompt):
+    with _reading(model, len(prompt) - held, on_prompt):
         out = model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
             generation_config=settings,
             logits_processor=[CheckNumbers()],
             streamer=clock if beams == 1 else None,
+            **({} if cache is None else {cache_name(model.base_model): cache}),
         )
     seconds = time.perf_counter() - start
     generated = out.sequences[0, len(prompt) :]
@@ -258,11 +272,114 @@ def generate(
         text=text,
         tokens=len(generated),
         prompt_tokens=len(prompt),
+        held_tokens=held,
+        token_ids=generated.tolist(),
         first_seconds=clock.times[0] - start if clock.times else None,
         seconds=seconds,
         cache_bytes=cache.nbytes,
         full_cache_bytes=_full_cache_bytes(model, cache, beams),
     )
+
+
+class Chat:
+    """A conversation in the model's chat template, in one cache: of each turn only the new tokens are read.
+
+    Where the template writes an earlier answer in another way than the model did, the cache goes back to the last token
+    that stays, or is filled anew where a window has moved past it.
+
+    Args:
+        model: a model with a plan, in evaluation mode.
+        tokenizer: its tokenizer.
+        system: system message.
+        seed: of sampling, for the whole conversation.
+        options: of `generate`: `max_new_tokens`, `temperature`, `top_p`, `top_k`, `chunk`.
+
+    Attributes:
+        messages: what was said, as templates read it.
+
+    Raises:
+        MasformerError: the tokenizer has no chat template.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any, *, system: str | None = None, seed: int = 0, **options: Any
+    ) -> None:
+        uses_chat(tokenizer, True)
+        check_seed(seed)
+        self.model, self.tokenizer, self.options = bare_model(model), tokenizer, options
+        self.messages = [] if system is None else [{"role": "system", "content": system}]
+        self._random, self._seed = random.Random(seed), seed
+        self._read: list[int] = []
+        self._cache = SpanCache(AttentionPlan.from_dict(self.model.config.masformer))
+
+    def answer(
+        self,
+        text: str,
+        on_text: Callable[[str], None] = lambda text: None,
+        on_prompt: Callable[[int, int], None] = lambda done, new: None,
+    ) -> Generation:
+        """Says something to the model, and gives its answer.
+
+        Args:
+            text: of the user.
+            on_text: see `generate`.
+            on_prompt: called with how many of the new tokens of the prompt were read, and how many those are.
+
+        Raises:
+            MasformerError: there is nothing to answer, or the conversation is beyond the model's positions.
+            KeyboardInterrupt: it was interrupted. What the model had said till then stays in the conversation; without
+                a word of it, the turn is as if it had not been.
+        """
+        if not text.strip():
+            raise MasformerError("the message is empty")
+        messages = [*self.messages, {"role": "user", "content": text}]
+        prompt = part_tokens(self.tokenizer, chat_text(self.tokenizer, messages))
+        self._go_back(prompt)
+        new = len(prompt) - len(self._read)
+        pieces: list[str] = []
+
+        def hand_on(piece: str) -> None:
+            pieces.append(piece)
+            on_text(piece)
+
+        try:
+            result = generate(
+                self.model,
+                self.tokenizer,
+                prompt,
+                cache=self._cache,
+                seed=self._seed,
+                on_text=hand_on,
+                on_prompt=lambda done: on_prompt(done, new),
+                **self.options,
+            )
+        except BaseException:
+            self._forget()
+            if said := "".join(pieces):
+                self.messages = [*messages, {"role": "assistant", "content": said}]
+            raise
+        self._seed = self._random.randrange(LARGEST_SEED)
+        self._read = [*prompt, *result.token_ids][: self._cache.get_seq_length()]
+        self.messages = [*messages, {"role": "assistant", "content": result.text}]
+        return result
+
+    def _go_back(self, prompt: list[int]) -> None:
+        """Leaves in the cache what the prompt begins with, and less than all of it."""
+        pairs = zip(self._read, prompt[:-1], strict=False)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        first, now = (rotary.table(self.model.config, length) for length in (self._cache.prompt, len(prompt)))
+        try:
+            if first != now or not same:
+                self._forget()  # what was read has other rotary positions than this text
+            elif same < len(self._read):
+                self._cache.crop(same - len(self._read))
+                self._read = self._read[:same]
+        except MasformerError:  # a window has moved past it
+            self._forget()
+
+    def _forget(self) -> None:
+        self._cache.reset()
+        self._read = []
 
 
 @dataclass(frozen=True)

@@ -257,3 +257,15 @@ def test_a_model_in_shards_and_one_pushed_come_with_all_that_reads_them(tmp_path
     for files in pushed:
         assert {"config.json", CODE_FILE} <= files
     assert len(pushed) == 2
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_another_attention_set_later_is_named(attention):
+    model = apply_plan(tiny("llama"), PLAN)
+    model.set_attn_implementation(attention)
+    with pytest.raises(
+        MasformerError, match=f"attention implementation was set to '{attention}', which follows no plan"
+    ):
+        model(torch.arange(3, 9)[None])
+    apply_plan(model, PLAN)
+    model(torch.arange(3, 9)[None])

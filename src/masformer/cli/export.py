@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Literal
 
 from masformer.cli.options import Figures, StoredModelOptions, console, say
 from masformer.cli.parser import INSTEAD
 from masformer.errors import MasformerError
+from masformer.models.card import weights_text
 from masformer.models.checkpoint import check_folder, load_config
-from masformer.models.export import check_export, export_model, support_tables
+from masformer.models.export import check_export, export_model, quality_warning, support_tables
 from masformer.models.export.verify import check_installed, verify_export
 
 
@@ -27,7 +29,8 @@ def export(
     Args:
         out: folder to write.
         target: the tool; --list shows what each can run.
-        overwrite: replace a model folder that is already there.
+        dtype: dtype of the weights; auto is what they are stored as, and bfloat16 for those of a quantised .gguf file.
+        overwrite: replace a model folder that is already there; a README.md that somebody wrote is kept.
         verify: load the result in the tool and compare logits and a greedy continuation past the window.
         python: for --verify, the Python of an environment that has the tool (default: this one).
 
@@ -36,19 +39,22 @@ def export(
     """
     if python is not None and not verify:
         raise MasformerError("--python does nothing without --verify")
+    check_folder(out, overwrite=overwrite)
     config, own = load_config(model)
     chosen = options.one(own)
     check_export(config, chosen, target)
-    check_folder(out, overwrite=overwrite)
     if verify:
         check_installed(target, python)
-    loaded, tokenizer = options.load(model, chosen)
+    loaded, tokenizer = options.to_write(model).load(model, chosen)
     if tokenizer is None and target != "transformers":
         raise MasformerError(
             f"{model} has no tokenizer, and {target} runs no text without one; put one beside the model"
         )
-    export_model(loaded, out, target, tokenizer, overwrite=overwrite)
-    say(f"{out}: {chosen}, for {target}; {out}/README.md says how to run it")
+    if (warning := quality_warning(config, chosen)) is not None:
+        print(f"masformer: warning: {warning}", file=sys.stderr)
+    say(f"{out}: {chosen}, for {target}; {weights_text(loaded)}")
+    export_model(loaded, out, target, tokenizer, overwrite=overwrite, source=model)
+    say(f"{out}/README.md says how to run it")
     figures: Figures = {"model": model, "target": target, "plan": str(chosen)}
     if verify:
         found = verify_export(loaded, out, target, python)

@@ -10,7 +10,8 @@ from masformer import benchmarks, records
 from masformer.cli.options import Figures, PlanOptions, StoredModelOptions, lengths_of, say, show
 from masformer.cost import ModelShape, compare, cost_table
 from masformer.errors import MasformerError
-from masformer.models.checkpoint import check_plan, load_config, save_model
+from masformer.models.card import weights_text
+from masformer.models.checkpoint import check_folder, check_plan, load_config, save_model
 from masformer.plots import picture, plot_plan
 
 
@@ -63,19 +64,23 @@ def convert(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Writes a checkpoint that carries a plan, and longer positions if asked.
+    """Writes a checkpoint that carries a plan, and longer positions if asked, with a model card.
 
     Args:
         out: folder to write.
-        overwrite: replace a model folder that is already there.
+        dtype: dtype of the weights; auto is what they are stored as, and bfloat16 for those of a quantised .gguf file.
+        overwrite: replace a model folder that is already there; a README.md that somebody wrote is kept.
 
     Example:
         masformer convert EleutherAI/gpt-neo-1.3B OUT --plan 'full@0-7; window:512' --max-positions 8192
     """
     if not options.are_given and options.max_positions is None:
         raise MasformerError("nothing to convert: give --plan, or --full N --local SPAN, or --max-positions N")
-    chosen = options.one(load_config(model)[1])
-    loaded, tokenizer = options.load(model, chosen)
-    save_model(loaded, out, tokenizer, overwrite=overwrite)
-    say(f"{out}: {chosen}")
+    check_folder(out, overwrite=overwrite)
+    config, own = load_config(model)
+    chosen = options.one(own)
+    check_plan(config, chosen)
+    loaded, tokenizer = options.to_write(model).load(model, chosen)
+    say(f"{out}: {chosen}; {weights_text(loaded)}")
+    save_model(loaded, out, tokenizer, overwrite=overwrite, source=model)
     say(f"load it with masformer.load_model({out!r}), or with AutoModelForCausalLM after `import masformer`")

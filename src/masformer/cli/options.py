@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from rich.console import Console
@@ -13,6 +14,7 @@ from rich.table import Table
 from masformer import benchmarks
 from masformer.errors import MasformerError, read_int, shown
 from masformer.models.checkpoint import load_model
+from masformer.models.gguf_files import written_dtype
 from masformer.models.positions import parse_max_positions
 from masformer.plan import AttentionPlan, read_plans
 from masformer.tables import show_table
@@ -92,6 +94,9 @@ class OnePlanOptions(RuleOptions):
         return next(iter(plans.values()))
 
 
+Writing = TypeVar("Writing", bound="WeightOptions")
+
+
 @dataclass(frozen=True)
 class WeightOptions(Options):
     """The options of commands that load a model: its positions and the dtype of its weights."""
@@ -112,6 +117,13 @@ class WeightOptions(Options):
         place = self.place
         loaded, tokenizer = load_model(model, plan, max_positions=positions, position_method=method, dtype=weights)
         return loaded.to(place), tokenizer
+
+    def to_write(self: Writing, model: str) -> Writing:
+        """The same for a checkpoint to be written: weights that a .gguf file has in a few bits become no float32."""
+        path = Path(model)
+        if self.dtype != "auto" or path.suffix != ".gguf" or not path.is_file():
+            return self
+        return replace(self, dtype=cast(Dtype, str(written_dtype(path)).removeprefix("torch.")))
 
     @property
     def precision(self) -> str:

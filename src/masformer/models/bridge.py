@@ -410,6 +410,11 @@ def _after_forward(base: Any, args: tuple[Any, ...], output: Any) -> None:
         # A compiled layer with full attention may be torch's own causal attention, which says nothing.
         count += sum(span == FullSpan() for each in calls for span in each)
     if count < sum(map(len, calls)):
+        if (other := base.config._attn_implementation) != NAME:
+            raise MasformerError(
+                f"the attention implementation was set to {other!r}, which follows no plan; apply_plan sets it right, "
+                "and its backend says how spans are computed"
+            )
         missing = sorted(set(range(base.config.num_hidden_layers)) - current.served)
         raise MasformerError(f"{base.config.model_type} models cannot take a plan: layers {missing} did not follow it")
 

@@ -27,6 +27,7 @@ from masformer.errors import MasformerError, check_int, shown
 from masformer.files import missing
 from masformer.models import adapters, hub
 from masformer.models.bridge import NAME, apply_plan
+from masformer.models.card import checkpoint_card, origin_of, write_card
 from masformer.models.native import native_plan
 from masformer.models.positions import extend_positions
 from masformer.models.sealing import SEAL, is_sealed, kv_heads, unseal
@@ -366,15 +367,24 @@ def _cannot(what: str, model: str | os.PathLike[str], error: BaseException) -> M
 
 
 def save_model(
-    model: PreTrainedModel, path: str | os.PathLike[str], tokenizer: Any = None, *, overwrite: bool = False
+    model: PreTrainedModel,
+    path: str | os.PathLike[str],
+    tokenizer: Any = None,
+    *,
+    overwrite: bool = False,
+    source: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Writes safetensors and a sealed config.json (and the tokenizer) into a folder, whole or not at all.
+    """Writes safetensors, a sealed config.json and a model card (and the tokenizer) into a folder, whole or not at all.
+
+    The card (README.md) names the plan and, as far as the card of the source tells them, base model and license.
 
     Args:
         model: a model with a plan, also inside DDP or `torch.compile`. Adapters must have been merged.
         path: the folder to write.
         tokenizer: saved beside it, if given.
-        overwrite: replace a model folder that is already there.
+        overwrite: replace a model folder that is already there; a card that somebody wrote is kept.
+        source: hub id, folder or .gguf file that the model was made of, for the card; by default what transformers
+            loaded it from.
 
     Raises:
         MasformerError: the model has no plan, its weights are not those of its config (adapters, parts of a sharded
@@ -385,10 +395,13 @@ def save_model(
         raise MasformerError("the model has no plan; call apply_plan first, or save it with save_pretrained")
     check_folder(path, overwrite=overwrite)
     weights = whole_weights(model)
+    origin = origin_of(source or model.config.name_or_path)
+    plan = AttentionPlan.from_dict(model.config.masformer)
     with model_folder(path, overwrite=overwrite) as folder:
         model.save_pretrained(folder, state_dict=weights)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        write_card(folder, path, checkpoint_card(Path(path).name, origin, model.config, plan))
 
 
 def whole_weights(model: PreTrainedModel) -> dict[str, Any] | None:
@@ -465,7 +478,7 @@ def check_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> No
     """Before long work: whether `model_folder` could write there; errors as there."""
     path = Path(path)
     if path.exists() and not overwrite:
-        raise MasformerError(f"{path} exists already; choose another folder or allow overwriting")
+        raise MasformerError(f"{path} exists already; choose another folder, or --overwrite (overwrite=True) it")
     if path.exists() and not (path / "config.json").is_file() and not (path.is_dir() and not any(path.iterdir())):
         raise MasformerError(f"{path} is no model folder, so it is not overwritten")
     above = next(folder for folder in path.absolute().parents if folder.exists())

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
 from masformer.data.report import report_text
-from masformer.models.positions import position_limit
+from masformer.models.card import checkpoint_card, origin_of
 from masformer.training.model import Prepared
 from masformer.training.recipe import Recipe
 
@@ -32,7 +31,6 @@ def model_card(
         autocast: dtype of matrix products in evaluations, where it is not that of the weights.
     """
     config, training, source = prepared.causal.config, recipe.training, recipe.model.source
-    on_hub = source is not None and not Path(source).exists()
     origin = f"`{source}`" if source else "random weights"
     how = "full training" if recipe.lora is None else f"LoRA of rank {recipe.lora.rank}, merged"
     sources = ", ".join(
@@ -40,32 +38,19 @@ def model_card(
         for source in report["sources"]
     )
     rate = f"{training.learning_rate:g}, {training.schedule}, {training.warmup_steps} steps of warm-up"
-    lines = [
-        "---",
-        "library_name: masformer",
-        "tags: [masformer, mixed-attention-spans]",
-        *([f"base_model: {source}"] if on_hub else []),
-        "---",
-        "",
-        f"# {config.model_type} with mixed attention spans",
-        "",
-        f"Trained from {origin} with masformer (MASFormer, arXiv 2310.12442); {how}. Load it with",
-        "`masformer.load_model(folder)`, or transformers' `AutoModelForCausalLM` after `import masformer`. Without",
-        "masformer transformers refuses it, for it would run full attention everywhere.",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| plan | `{prepared.plan}` |",
-        f"| positions | {position_limit(config)} |",
-        f"| data | {sources} |",
-        f"| rows | {report_text(dict(report))} |",
-        f"| steps | {max(evaluations, default=0) or training.steps or '-'} of {training.rows} rows |",
-        f"| learning rate | {rate} |",
-        f"| precision | {training.precision}, weights {prepared.causal.dtype} |".replace("torch.", ""),
-        *([] if autocast is None else [f"| precision of evaluations | {autocast} |"]),
-        f"| seed | {training.seed} |",
-        f"| versions | torch {torch.__version__}, transformers {transformers.__version__} |",
+    rows = [
+        ("trained from", f"{origin}, with masformer; {how}"),
+        ("data", sources),
+        ("rows", report_text(dict(report))),
+        ("steps", f"{max(evaluations, default=0) or training.steps or '-'} of {training.rows} rows"),
+        ("learning rate", rate),
+        ("precision", f"{training.precision}, weights {prepared.causal.dtype}".replace("torch.", "")),
+        *([] if autocast is None else [("precision of evaluations", autocast)]),
+        ("seed", str(training.seed)),
+        ("versions", f"torch {torch.__version__}, transformers {transformers.__version__}"),
     ]
+    name = f"{config.model_type} with mixed attention spans"
+    lines = [checkpoint_card(name, origin_of(source), config, prepared.plan, rows).rstrip()]
     if evaluations:
         names = sorted({name for figures in evaluations.values() for name in figures})
         lines += ["", "| step | " + " | ".join(name.removeprefix("eval_") for name in names) + " |"]

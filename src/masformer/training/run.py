@@ -25,6 +25,7 @@ from masformer.data.store import token_store
 from masformer.errors import LARGEST, MasformerError, check_number
 from masformer.evaluation.room import autocast_on, dtype_name
 from masformer.files import write_whole
+from masformer.models.card import write_card
 from masformer.models.checkpoint import load_config, model_folder
 from masformer.models.weights import load_trained
 from masformer.progress import progress_bar
@@ -359,5 +360,5 @@ def _write_model(recipe: Recipe, prepared: Prepared, weights: Any, folder: Path,
     with model_folder(folder, overwrite=True) as whole:
         model.save_pretrained(whole)
         prepared.tokenizer.save_pretrained(whole)
-        (whole / "README.md").write_text(card, encoding="utf-8")
+        write_card(whole, folder, card)
         (whole / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")

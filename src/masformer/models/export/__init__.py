@@ -19,8 +19,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from masformer.errors import MasformerError
 from masformer.files import write_whole
+from masformer.models.card import origin_of, write_card
 from masformer.models.checkpoint import model_folder, whole_weights
-from masformer.models.export.choose import check_export, chosen_entry, form_for, write_config
+from masformer.models.export.choose import check_export, chosen_entry, form_for, quality_warning, write_config
 from masformer.models.export.forms import extra_weights
 from masformer.models.export.readme import folder_readme
 from masformer.models.export.stock import check_stock
@@ -28,7 +29,7 @@ from masformer.models.export.targets import TARGETS
 from masformer.models.sealing import CODE_FILE, is_sealed, unseal
 from masformer.models.wrappers import bare_model
 
-__all__ = ["TARGETS", "check_export", "export_model", "support_tables"]
+__all__ = ["TARGETS", "check_export", "export_model", "quality_warning", "support_tables"]
 
 _SAMPLE = "The quick brown fox, 12 jumps: naïve 東京 — don't!\n\n    def f(x):\treturn x"
 
@@ -40,6 +41,7 @@ def export_model(
     tokenizer: Any = None,
     *,
     overwrite: bool = False,
+    source: str | os.PathLike[str] | None = None,
 ) -> None:
     """Writes a folder that another tool loads, whole or not at all: the same logits there, or an error here.
 
@@ -48,7 +50,8 @@ def export_model(
         path: the folder to write.
         target: the tool, a key of `TARGETS`.
         tokenizer: carried over with its chat template, if given.
-        overwrite: replace a model folder that is already there.
+        overwrite: replace a model folder that is already there; a card that somebody wrote is kept.
+        source: what the model was made of, for the card; see `save_model`.
 
     Raises:
         MasformerError: the model has no plan, the tool cannot run the plan on it (with the nearest plan that it can),
@@ -61,6 +64,7 @@ def export_model(
     tool, plan, entry = chosen_entry(config, plan, target)
     config.dtype = model.dtype
     weights = whole_weights(model) or model.state_dict()
+    origin = origin_of(source or model.config.name_or_path)
     with model_folder(path, overwrite=overwrite) as folder:
         model.save_pretrained(
             folder, state_dict=weights | extra_weights(config, form_for(config, plan, entry), weights)
@@ -75,8 +79,12 @@ def export_model(
         check_stock(stock, plan, cache=target == "transformers")
         if tokenizer is not None:
             _check_tokenizer(folder, tokenizer, stock)
-        text = folder_readme(folder, Path(path).name, stock, plan, tool, tokenizer=tokenizer is not None)
-        write_whole(folder / "README.md", text)
+        text = folder_readme(
+            *(folder, Path(path).name, origin, stock, plan, tool),
+            tokenizer=tokenizer is not None,
+            warning=quality_warning(config, plan),
+        )
+        write_card(folder, path, text)
         write_whole(folder / "config.json", config_file)
 
 

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 
 from masformer.cost import ModelShape, bytes_text, compare
 from masformer.errors import MasformerError
+from masformer.models.card import Origin, header
 from masformer.models.export.targets import Target
 from masformer.models.positions import position_limit
 from masformer.plan import AttentionPlan
@@ -33,6 +34,9 @@ mlx_lm.generate --model {folder} --prompt "Long documents" --max-tokens 20
 ```"""
 _RUN = {"transformers": _TRANSFORMERS, "vllm": _VLLM, "mlx-lm": _MLX}
 
+_LIBRARIES = {"transformers": "transformers", "vllm": "vllm", "mlx-lm": "mlx"}
+"""What a hub calls the tools."""
+
 _NOTES = {
     "transformers": "Any attention implementation of transformers follows the windows.",
     "vllm": (
@@ -55,24 +59,37 @@ _GPT_NEO = (
 
 
 def folder_readme(
-    folder: Path, name: str, config: PretrainedConfig, plan: AttentionPlan, target: Target, *, tokenizer: bool
+    folder: Path,
+    name: str,
+    origin: Origin,
+    config: PretrainedConfig,
+    plan: AttentionPlan,
+    target: Target,
+    *,
+    tokenizer: bool,
+    warning: str | None,
 ) -> str:
     """The text.
 
     Args:
         folder: where the weights lie now.
         name: of the folder, as the commands are to name it.
+        origin: of the model.
         config: the stock config of the export.
         plan: one span per layer.
         target: the tool.
         tokenizer: whether the folder has a tokenizer.
+        warning: what the plan may cost, see `quality_warning`.
     """
     limit = position_limit(config)
     neo, capped = config.model_type == "gpt_neo", bool(getattr(config, "attn_logit_softcapping", None))
     attention = ', attn_implementation="eager"' if neo or capped else ""
     run = _RUN[target.name].format(folder=name, limit=limit or 2048, attention=attention)
     note = _GPT_NEO if neo else _SOFTCAP if capped and target.name == "transformers" else _NOTES[target.name]
+    if warning is not None:
+        note = f"{note}\n\n{warning[0].upper()}{warning[1:]}."
     lines = [
+        header(origin, plan, _LIBRARIES[target.name], [target.name]).strip(),
         f"# {name}: mixed attention spans, for {target.name}",
         f"Plan: `{plan}`. Written by masformer for {target.name} >= {target.least}, checked with {target.tested}.",
         "## Run",
@@ -82,7 +99,7 @@ def folder_readme(
         _memory(folder, config, plan, limit),
     ]
     if not tokenizer:
-        lines.insert(5, "The model came without a tokenizer: put one into this folder, or pass token ids.")
+        lines.insert(6, "The model came without a tokenizer: put one into this folder, or pass token ids.")
     return "\n\n".join(lines) + "\n"
 
 
