@@ -127,8 +127,8 @@ def read_plan(text: str, num_layers: int, kv_heads: int | None) -> list[LayerSpa
             named.setdefault(layer, []).append((mask, span))
     if rest is None:
         raise MasformerError(
-            f"plan {shown(text)} does not say what the other layers do; add their span, as in {text.rstrip('; ')},"
-            "window:512+4 (a shell needs quotes around a ';')"
+            f"plan {shown(text)} does not say what the other layers do; add their span, as in full@0-3,window:512+4 "
+            "(a shell needs quotes around a ';')"
         )
     known: dict[tuple[tuple[int, Span], ...], LayerSpan] = {}
     layers: list[LayerSpan] = []
