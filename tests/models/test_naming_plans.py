@@ -190,6 +190,7 @@ def test_a_revision_and_a_token_reach_config_weights_and_tokenizer(folder, monke
     patch("masformer.models.checkpoint.AutoConfig.from_pretrained", stand_in("config", lambda: config))
     patch("masformer.models.checkpoint.AutoModelForCausalLM.from_pretrained", stand_in("weights", lambda: model))
     patch("masformer.models.checkpoint.AutoTokenizer.from_pretrained", stand_in("tokenizer", no_tokenizer))
+    patch("masformer.models.checkpoint.hub.is_cached_alone", lambda *asked: False)
     with pytest.raises(MasformerError, match="cannot read the tokenizer of some/model"):
         load_model("some/model", TEXT, revision="v2", token="secret")
     assert {name for name, *_ in asked} == {"raw", "config", "weights", "tokenizer"}
