@@ -11,7 +11,7 @@ from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
 from transformers import PreTrainedTokenizer
 
 from masformer import MasformerError, apply_plan
-from masformer.cli.generate import _prompt
+from masformer.cli.generate import _given, _prompt
 from masformer.data import read_documents
 from masformer.data.sources import Source
 from masformer.data.store import token_store
@@ -125,9 +125,9 @@ def test_prompts_and_templates_are_read_as_data_files_are(tmp_path, monkeypatch,
     for name, data in {"a.txt": content, "a.txt.gz": gzip.compress(content)}.items():
         (tmp_path / name).write_bytes(data)
         (document,) = read_documents([tmp_path / name])
-        assert _prompt(None, str(tmp_path / name)) == document.text
+        assert _prompt(_given(None, str(tmp_path / name))) == document.text
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
-    assert _prompt(None, None) == document.text
+    assert _prompt(_given(None, None)) == document.text
     (tmp_path / "t.txt").write_bytes(content + b"{document}\r\n")
     assert Template.load(tmp_path / "t.txt").filled("x", None) == document.text + "x"
 
@@ -143,4 +143,4 @@ def test_prompts_that_cannot_be_read_are_one_line(tmp_path, monkeypatch):
         (None, "standard input, line 1: not UTF-8 text"),
     ]:
         with pytest.raises(MasformerError, match=message):
-            _prompt(None, file and str(tmp_path / file))
+            _prompt(_given(None, file and str(tmp_path / file)))
