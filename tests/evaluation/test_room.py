@@ -399,6 +399,7 @@ def test_a_resumed_run_says_that_its_precision_changed(monkeypatch, tmp_path):
     }
     train(recipe(tmp_path, **settings), console=Console(quiet=True))
     shutil.rmtree(tmp_path / "out/model")
+    shutil.rmtree(max((tmp_path / "out/checkpoints").iterdir()))  # as if it had stopped before its last steps
     bfloat16_by_default(monkeypatch)
     console = Console(record=True, width=200, file=io.StringIO())
     train(recipe(tmp_path, **settings), resume=True, console=console)

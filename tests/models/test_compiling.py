@@ -98,7 +98,7 @@ def test_a_layer_that_leaves_its_plan_is_found_out_when_compiled_too():
     with torch.no_grad():
         model(TOKENS, use_cache=False)
         model.config._attn_implementation = "sdpa"
-        with pytest.raises(MasformerError, match="did not follow it"):
+        with pytest.raises(MasformerError, match="set to 'sdpa', which follows no plan"):
             model(TOKENS, use_cache=False)
 
 
