@@ -204,11 +204,6 @@ class AttentionPlan:
         """True when every layer has full attention."""
         return len(self.full_layers) == len(self)
 
-    @property
-    def sees_all(self) -> bool:
-        """True when some unit has full attention."""
-        return any(isinstance(span, FullSpan) for layer in self.layers for span in spans_of(layer))
-
     @classmethod
     def uniform(cls, num_layers: int, span: Span | str) -> AttentionPlan:
         """The same span, which may be its text, in every layer."""

@@ -6,6 +6,7 @@ stay. A target is cut at its end only where it is longer than `max_target`, or w
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,7 +62,7 @@ class Cut:
     target_tokens: int = 0
 
 
-class WholeRows(Dataset[dict[str, Tensor]]):
+class WholeRows(Dataset[dict[str, Tensor]], ABC):
     """Documents packed into rows, in order; none is split, and each sees only itself.
 
     Args:
@@ -84,9 +85,9 @@ class WholeRows(Dataset[dict[str, Tensor]]):
         which = int(np.searchsorted(self._firsts, index, side="right")) - 1
         return self.stores[which], index - int(self._firsts[which])
 
+    @abstractmethod
     def document(self, index: int) -> tuple[Ints, NDArray[np.bool_]]:
         """Tokens of one document as it is trained on, and whether each of them is predicted."""
-        raise NotImplementedError
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
         if not 0 <= row < len(self):
