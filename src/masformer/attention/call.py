@@ -60,9 +60,7 @@ class Call:
 
     def causal(self) -> Tensor:
         """What torch has kernels of its own for, the fastest of which it takes itself."""
-        return F.scaled_dot_product_attention(
-            *self.tensors, is_causal=True, scale=self.scale, dropout_p=self.dropout, enable_gqa=True
-        )
+        return causal_attention(*self.tensors, self.scale, self.dropout)
 
     def run(self, backend: Backend) -> Tensor:
         """What a backend makes of it: of the graph even where every query is padding, and empty where there is none."""
@@ -71,6 +69,18 @@ class Call:
         if self.trains and not out.requires_grad:
             out = out + sum(x[..., :0].sum() for x in self.tensors)
         return out
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> Tensor:
+    """Plain causal attention by torch's own kernels, for tensors as in `Call`."""
+    if query.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # The backward pass gives each thread whole key heads: with fewer heads than threads, they wait and spin.
+        group, few = query.shape[1] // key.shape[1], key.shape[0] * key.shape[1] < torch.get_num_threads()
+        if few and group > 1:
+            key, value = (x.repeat_interleave(group, 1) for x in (key, value))
+    return F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=True
+    )
 
 
 class Backend(ABC):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from masformer.attention.call import Backend, Call
+from masformer.attention.call import Backend, Call, causal_attention
 from masformer.attention.layout import Segment
 from masformer.spans import Span
 
@@ -130,14 +130,7 @@ class Kernel:
         return self.softcap is None and (not self.dropout or query.is_cuda)
 
     def causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if query.device.type == "cpu" and torch.is_grad_enabled():
-            # The backward pass gives each thread whole key heads: with fewer heads than threads, they wait and spin.
-            group, few = query.shape[1] // key.shape[1], key.shape[0] * key.shape[1] < torch.get_num_threads()
-            if few and group > 1:
-                key, value = (x.repeat_interleave(group, 1) for x in (key, value))
-        return F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.scale, dropout_p=self.dropout, enable_gqa=True
-        )
+        return causal_attention(query, key, value, self.scale, self.dropout)
 
     def groups_heads(self, query: Tensor, value: Tensor) -> bool:
         """Whether the kernel takes more query heads than key heads as they lie, and is as fast for few queries."""
