@@ -22,6 +22,7 @@ from masformer.placement import (
     placement_table,
     plot_search,
     search_layers,
+    summary,
 )
 from masformer.placement.budget import Purse
 from masformer.placement.choice import joint, shuffled
@@ -196,6 +197,16 @@ def test_a_search_by_heads_goes_on_and_is_drawn(tmp_path):
         for plan in (spans.plan, AttentionPlan.uniform(LAYERS, FullSpan()))
     ]
     assert costs[0] <= 0.45 * costs[1]
+
+
+def test_a_plan_is_found_and_held_against_nothing_where_no_window_is_held_out(tmp_path):
+    options = {"by": "heads", "criteria": "tail", "method": "gradient", "random_placements": None}
+    found = search(induction_model(heads=2), 5, **options, held_out_windows=0)
+    assert found.plan == search(induction_model(heads=2), 5, **options).plan
+    assert found.placements == {}
+    plot_search(found, tmp_path / "map.png")
+    assert f"found: {found.plan}" in summary(found)
+    assert "rank" not in summary(found)
 
 
 def test_greedy_adds_one_layer_after_the_other():
@@ -559,6 +570,8 @@ def test_a_budget_is_used_up_and_kept(text):
         ({"length": 257}, "beyond the 256 positions"),
         ({"batch_size": 0}, "batch size must be at least 1"),
         ({"random_placements": -1}, "random placements must be at least 0"),
+        ({"held_out_windows": 0}, "so random placements would do nothing"),
+        ({"held_out_windows": 0, "random_placements": None, "other_texts": {"t": DOCUMENTS}}, "so other texts would"),
         ({"other_texts": {"held-out": DOCUMENTS}}, "cannot be named 'held-out'"),
         ({"other_texts": {"short": DOCUMENTS[:1]}}, "text 'short' holds 1 windows"),
     ],

@@ -31,13 +31,23 @@ MINI = {
     "about": "Seconds.",
     "where": {
         "model": {"source": "@model"},
-        "choose": {"files": ["@papers"], "field": "document"},
-        "text": {"files": ["@papers"], "field": "document", "limit": 3},
-        "budget": 1,
+        "choose": {"papers": {"files": ["@papers"], "field": "document"}},
+        "texts": {"papers": {"files": ["@papers"], "field": "document", "limit": 3}},
+        "budgets": [1],
+        "searches": {
+            "heads by tail": {"by": "heads", "criteria": "tail"},
+            "layers by tail": {"by": "layers", "criteria": "tail"},
+            "layers one by one": {"by": "layers", "method": "sensitivity"},
+            "layers of before": {"by": "layers", "known": {"1": {"papers": "full@2; window:8"}}},
+        },
+        "better": [["heads by tail", "layers by tail"]],
+        "as_good": [["layers by tail", "layers one by one"]],
         "local": "window:8",
         "length": 32,
         "windows": 2,
-        "random": 1,
+        "random": 2,
+        "controls": 2,
+        "retrieval": {"tasks": ["passkey"], "depths": [50], "examples": 2, "length": 800},
     },
     "spans": {
         "model": {"source": "@model"},
@@ -168,8 +178,9 @@ def test_every_stage_runs_and_reports(language, tmp_path, monkeypatch):
     ]
     assert "less window:8 (" in verdicts[0]["why"]
     assert "less window:8+2 (" in verdicts[1]["why"]
-    found = json.loads((tmp_path / "study/where.json").read_text())["results"]
-    assert found[-1]["name"] == "found by search"
+    where = json.loads((tmp_path / "study/where.json").read_text())
+    found = where["papers"]
+    assert {row["full_bytes"] for row in found} == {0, 1 / 3, 1}
     pretrained = json.loads((tmp_path / "study/pretrained.json").read_text())
     assert {row["step"] for row in pretrained["curves"]} >= {1, 2}
     assert pretrained["verdicts"][1]["why"].startswith("all block less all local (")
@@ -268,9 +279,9 @@ def test_another_model_of_the_same_name_is_refused(tmp_path):
 
 def test_a_stage_alone_needs_its_own_texts_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    scale = study.load_scale("small", data={"papers": ["p.jsonl"]}, model="m", parts=study.parts_of(["where"]))
-    assert scale.where is not None
-    assert (scale.spans, scale.language) == (None, None), "they need meetings and books"
+    scale = study.load_scale("small", data={"meetings": ["m.jsonl"]}, model="m", parts=study.parts_of(["spans"]))
+    assert scale.spans is not None
+    assert (scale.where, scale.language) == (None, None), "they need papers and books"
     assert run("--scale", "small", "--out", "study", "--model", "m", "--data", "papers=p", "--stage", "training") == 2
     assert "scale small needs --data books=FILE for its part language" in capsys.readouterr().err
 

@@ -41,7 +41,7 @@ def search(
     held_out_windows: int = 8,
     probes: int | None = None,
     pairs: list[str] | None = None,
-    random_placements: int = 20,
+    random_placements: int | None = None,
     seed: int = records.SEED,
     batch_size: int | None = None,
     dtype: Dtype = "auto",
@@ -72,11 +72,11 @@ def search(
         field: key of the text in JSONL files.
         documents: use at most so many documents of each text.
         windows: windows of text to choose by.
-        held_out_windows: windows of text to report on.
+        held_out_windows: windows of text to report on; 0 finds the plan and leaves it at that.
         probes: for the criterion retrieval, prompts to choose by, and as many to report on (default: as many as
             windows; half of --pairs).
         pairs: for the criterion retrieval, JSONL files with prompt and target, in place of generated prompts.
-        random_placements: random placements of the same budget, for comparison.
+        random_placements: random placements of the same budget, for comparison (default: 20).
         seed: of the random placements and retrieval probes.
         batch_size: windows that run together (default: as many as fit on CUDA, else 1).
         for_: the tool that is to run the plan; refused where it could not.
@@ -128,7 +128,10 @@ def search(
         )
     if for_ is not None:
         check_export(config, result.plan, for_)
-    show(placement.placement_table(result))
+    if result.placements:
+        show(placement.placement_table(result))
+    else:
+        say(placement.summary(result))
     result.save(out, model=model, data=data)
     say(f"{out}: {result.plan}")
     if plot is not None:

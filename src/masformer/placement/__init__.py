@@ -6,12 +6,13 @@ measures what a wider span is worth to each unit, `choice` makes plans of what w
 """
 
 from masformer.placement.budget import Budget
-from masformer.placement.finding import METHODS, parse_criteria, search, search_layers
-from masformer.placement.report import placement_table, plot_search
+from masformer.placement.finding import METHODS, UNITS, parse_criteria, search, search_layers
+from masformer.placement.report import placement_table, plot_search, summary
 from masformer.placement.result import Completeness, Evidence, GradientWork, PlacementScore, SearchResult, Work
 
 __all__ = [
     "METHODS",
+    "UNITS",
     "Budget",
     "Completeness",
     "Evidence",
@@ -24,4 +25,5 @@ __all__ = [
     "plot_search",
     "search",
     "search_layers",
+    "summary",
 ]

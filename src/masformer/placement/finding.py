@@ -55,7 +55,7 @@ POINTS, ROUNDS = 4, 2
 """Of the method gradient, where nothing is said."""
 MOST_POINTS, MOST_ROUNDS = 100, 10
 CRITERIA = ("tail", "kl", "retrieval")
-MOST_RANDOM = 10_000
+RANDOM_PLACEMENTS, MOST_RANDOM = 20, 10_000
 
 
 def parse_criteria(text: str) -> dict[str, float]:
@@ -149,7 +149,7 @@ def search_layers(
     tokenizer: Any = None,
     probes: int | None = None,
     pairs: Sequence[Pair] | None = None,
-    random_placements: int = 20,
+    random_placements: int | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     precision: str = "auto",
@@ -190,14 +190,14 @@ def search_layers(
         rounds: of `gradient`; 2 by default.
         points: of each path of `gradient`; 4 by default.
         windows: text windows to choose by; also what the probes are made of.
-        held_out_windows: text windows to report on.
+        held_out_windows: text windows to report on; 0: the plan is found, and held against nothing.
         other_texts: name -> token ids of documents to report on as well.
         tokenizer: needed for the criterion `retrieval`.
         probes: retrieval probes to choose by, and as many to report on; by default as many as windows, and of `pairs`
             half of them.
         pairs: prompts and targets for the criterion `retrieval`, in place of probes; the first ones to choose by, the
             last ones to report on.
-        random_placements: controls; fewer where there are not as many.
+        random_placements: controls; fewer where there are not as many. By default 20.
         seed: of the random placements and the probes.
         batch_size: windows that run together; by default as many as fit on CUDA, else one. Passes for gradients take
             one at a time.
@@ -240,14 +240,20 @@ def search_layers(
     rounds, points = ROUNDS if rounds is None else rounds, POINTS if points is None else points
     check_int("rounds", rounds, 1, MOST_ROUNDS)
     check_int("points", points, 1, MOST_POINTS)
-    counts = {"windows": windows, "held-out windows": held_out_windows, "probes": probes, "length": length}
-    for name, number in counts.items():
-        check_int(name, number, 2 if name == "length" else 1)
+    counts = {"windows": (windows, 1), "held-out windows": (held_out_windows, 0), "probes": (probes, 1)}
+    for name, (number, least) in {**counts, "length": (length, 2)}.items():
+        check_int(name, number, least)
+    other_texts = dict(other_texts or {})
+    if held_out_windows == 0 and (other_texts or random_placements):
+        what = "random placements" if random_placements else "other texts"
+        raise MasformerError(f"without held-out windows nothing is reported on, so {what} would do nothing")
+    random_placements = (
+        (RANDOM_PLACEMENTS if held_out_windows else 0) if random_placements is None else random_placements
+    )
     check_int("random placements", random_placements, 0, MOST_RANDOM)
     check_seed(seed)
     if (limit := position_limit(model.config)) is not None and length > limit:
         raise MasformerError(f"length {length} is beyond the {limit} positions of the model")
-    other_texts = dict(other_texts or {})
     if HELD_OUT in other_texts:
         raise MasformerError(f"a text cannot be named {HELD_OUT!r}: that is the part of the documents not chosen by")
     local = Span.parse(local)
@@ -279,7 +285,7 @@ def search_layers(
     chosen_by = with_probes(calibration, later=False)
     if set(criteria) == {"retrieval"}:
         chosen_by = [window for window in chosen_by if window.probe]
-    texts = {HELD_OUT: with_probes(held_out, later=True)}
+    texts = {HELD_OUT: with_probes(held_out, later=True)} if held_out else {}
     for name, text in other_texts.items():
         taken = take_windows(cut(text), held_out_windows)
         if len(taken) < held_out_windows:

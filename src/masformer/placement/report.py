@@ -14,21 +14,29 @@ from masformer.placement.result import FOUND, FULL, RANDOM, SearchResult
 from masformer.plots import FULL_COLOR, INK, write_figure
 
 
-def placement_table(result: SearchResult) -> Table:
-    """The found plan among its controls on every text not chosen by; random placements as best, median and worst."""
-    texts = list(result.placements)
+def summary(result: SearchResult) -> str:
+    """What was found, and what it took, in lines."""
     sums = "".join(
         f"\ngains by {each.criterion}: {each.gains:.3f} nats in all, measured {each.measured:.3f}"
         for each in (result.gradient.completeness if result.gradient else ())
     )
-    ranks = ", ".join(f"{result.rank(text)} of {len(result.random(text)) + 1} on {text}" for text in texts)
+    places = [f"{result.rank(text)} of {len(result.random(text)) + 1} on {text}" for text in result.placements]
+    ranks = f"rank among random placements: {', '.join(places)}\n" if places else ""
     work = result.work
     saved = 1 - work.layer_evaluations / work.unshared_layer_evaluations if work.unshared_layer_evaluations else 0.0
+    return (
+        f"found: {result.plan}\n{ranks}"
+        f"{work.measurements:,} measurements, {work.recalled:,} recalled; shared prefixes saved {saved:.0%} of "
+        f"{work.unshared_layer_evaluations:,} layer evaluations{sums}"
+    )
+
+
+def placement_table(result: SearchResult) -> Table:
+    """The found plan among its controls on every text not chosen by; random placements as best, median and worst."""
+    texts = list(result.placements)
     table = Table(
         title=f"Held-out text, windows of {result.length:,} tokens: perplexity of the second half",
-        caption=f"found: {result.plan}\nrank among random placements: {ranks}\n"
-        f"{work.measurements:,} measurements, {work.recalled:,} recalled; shared prefixes saved {saved:.0%} of "
-        f"{work.unshared_layer_evaluations:,} layer evaluations{sums}",
+        caption=summary(result),
         title_justify="left",
         caption_justify="left",
         min_width=72,
@@ -129,5 +137,6 @@ def search_figure(result: SearchResult) -> Figure:
         strip.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=8, color=INK)
         strip.spines[["left", "right", "top"]].set_visible(False)
     note = "Perplexity of the second half of the windows; bars: random placements of the same cost."
-    figure.text(left, 0.1 / height, note, fontsize=8, color=INK, alpha=0.75)
+    if texts:
+        figure.text(left, 0.1 / height, note, fontsize=8, color=INK, alpha=0.75)
     return figure

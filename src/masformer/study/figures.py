@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
 from masformer.evaluation.intervals import Interval
 from masformer.plots import FULL_COLOR, INK, LOCAL_COLORS
+from masformer.reports.figures import COLORS
 
 
 def pareto(points: Sequence[tuple[str, float, Interval]]) -> Figure:
@@ -32,6 +33,35 @@ def pareto(points: Sequence[tuple[str, float, Interval]]) -> Figure:
     axes.set_xlabel("attention operations, percent of all full", fontsize=9, color=INK)
     axes.set_ylabel("perplexity over all full, percent (second half)", fontsize=9, color=INK)
     axes.set_xlim(left=0, right=115)
+    axes.tick_params(labelsize=8)
+    axes.spines[["right", "top"]].set_visible(False)
+    return figure
+
+
+def by_budget(
+    lines: Mapping[str, Sequence[tuple[float, Interval]]], clouds: Mapping[str, Sequence[tuple[float, Interval]]]
+) -> Figure:
+    """What plans lose against how much of them is full.
+
+    Args:
+        lines: name -> (share of the units, loss over that of full attention in nats), joined with bands.
+        clouds: the same of what is drawn as single points.
+    """
+    figure = Figure(figsize=(6.5, 4.0), facecolor="white", layout="constrained")
+    axes = figure.subplots()
+    for name, points in clouds.items():
+        shares, losses = [100 * share for share, _ in points], [over.mean for _, over in points]
+        axes.plot(shares, losses, "_", color=INK, alpha=0.45, markersize=9, label=name)
+    for index, (name, points) in enumerate(lines.items()):
+        color = COLORS[index % len(COLORS)]
+        shares = [100 * share for share, _ in points]
+        axes.plot(shares, [over.mean for _, over in points], "o-", color=color, markersize=4, linewidth=1.5, label=name)
+        lows, highs = [over.low for _, over in points], [over.high for _, over in points]
+        axes.fill_between(shares, lows, highs, color=color, alpha=0.12, linewidth=0)
+    axes.axhline(0, color=INK, linewidth=0.6, linestyle=":")
+    axes.set_xlabel("full units, percent", fontsize=9, color=INK)
+    axes.set_ylabel("loss over all full, nats (second half)", fontsize=9, color=INK)
+    axes.legend(fontsize=8, frameon=False, labelcolor=INK)
     axes.tick_params(labelsize=8)
     axes.spines[["right", "top"]].set_visible(False)
     return figure

@@ -9,8 +9,6 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from masformer.evaluation.intervals import Interval
-from masformer.plan import AttentionPlan
-from masformer.spans import FullSpan
 from masformer.study.verdicts import Verdict
 
 Results = Mapping[str, dict[str, Any]]
@@ -52,13 +50,6 @@ class Findings:
         """Adds a drawing, if there is one."""
         if drawn is not None:
             self.drawings.append((name, *drawn))
-
-
-def attention_share(plan: str, layers: int, length: int) -> float:
-    """Attention operations of a plan over those of full attention: the share of visible pairs (`masformer.cost`)."""
-    units = AttentionPlan.load(plan, layers).unit_counts(1)
-    pairs = sum(count * span.visible_pairs(length) for span, count in units.items())
-    return pairs / (layers * FullSpan().visible_pairs(length))
 
 
 def done(results: Results, names: Sequence[str]) -> list[dict[str, Any]] | None:

@@ -1,4 +1,4 @@
-"""Losses of one plan, by seed and document, from the results of its units."""
+"""Losses of one plan, by seed and document, and scores of prompts, from the results of units."""
 
 from __future__ import annotations
 
@@ -35,8 +35,13 @@ class Losses:
         return found
 
     def over(self, base: Losses, length: int) -> Interval:
-        """The loss in the second half less that of another plan, in nats, paired by seed and document."""
-        return difference(self.late(length), base.late(length), self.weights(length))
+        """The loss in the second half less that of another plan, in nats, paired by seed and document.
+
+        Where one was measured on the first documents alone, on these.
+        """
+        mine, theirs, weights = self.late(length), base.late(length), self.weights(length)
+        count = min(len(mine[0]), len(theirs[0]))
+        return difference([row[:count] for row in mine], [row[:count] for row in theirs], weights[:count])
 
     def row(self, length: int, **bases: Losses | None) -> Row:
         """Perplexity of all tokens and of the second half, with intervals, and how many seeds and documents.
@@ -86,3 +91,15 @@ def over_each_other(
 
 def _means(documents: Sequence[dict[str, Any]]) -> list[list[float]]:
     return [[nll / tokens for nll, tokens in zip(each["nll"], each["tokens"], strict=True)] for each in documents]
+
+
+def prompt_scores(result: dict[str, Any], length: int, metric: str) -> Values:
+    """[1][prompts] at a length, over all depths, in the order of their names; the sign turned: higher is worse."""
+    row = next(row for row in result["results"] if row["length"] == length and row.get("depth") is None)
+    each = row["by_example"]
+    return [[-score for _, score in sorted(zip(each["id"], each[metric], strict=True))]]
+
+
+def turned(values: Values) -> Values:
+    """With the sign turned."""
+    return [[-value for value in row] for row in values]

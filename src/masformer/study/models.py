@@ -13,10 +13,12 @@ from transformers import PretrainedConfig
 from masformer import benchmarks
 from masformer.cost import ModelShape, cost, prefill_bytes
 from masformer.errors import MasformerError
+from masformer.models.bridge import apply_plan
 from masformer.models.checkpoint import fit_tokenizer, load_config, load_model
+from masformer.models.sealing import kv_heads
 from masformer.plan import AttentionPlan
 from masformer.reports.document import slug
-from masformer.spans import Span
+from masformer.spans import FullSpan, Span
 from masformer.study.units import DATA, MODELS, Estimate, Place
 from masformer.training.model import dtype_of, new_model, recipe_config, recipe_tokenizer
 from masformer.training.recipe import ModelRecipe, Recipe
@@ -30,13 +32,44 @@ def load(model: ModelRecipe, plan: AttentionPlan | None = None) -> tuple[Any, An
     Raises:
         MasformerError: it cannot be read, or has no tokenizer.
     """
-    tokenizer = recipe_tokenizer(model)
     if model.source is None:
+        tokenizer = recipe_tokenizer(model)
         config, own = recipe_config(model, tokenizer)
         return new_model(config, plan or own, model).eval().to(benchmarks.default_device()), tokenizer
+    plan = plan or (None if model.plan is None else plan_of(model, model.plan))
+    if plan is None:
+        forget()
+        return _read(model, None)
+    key = (repr(model), _changed(Path(model.source)))
+    if key not in _KEPT:
+        forget()
+        _KEPT[key] = _read(model, plan)
+    loaded, tokenizer = _KEPT[key]
+    apply_plan(loaded, plan, model.backend)
+    return loaded, tokenizer
+
+
+_KEPT: dict[Any, tuple[Any, Any]] = {}
+"""The model that was read last: to read a quantised file takes longer than many a measurement."""
+
+
+def forget() -> None:
+    """Gives back the memory of the model that `load` read last."""
+    _KEPT.clear()
+
+
+def _changed(path: Path) -> tuple[float, ...]:
+    """When a model's files were written last; none for one of a hub."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
+    return tuple(file.stat().st_mtime for file in files)
+
+
+def _read(model: ModelRecipe, plan: AttentionPlan | None) -> tuple[Any, Any]:
+    assert model.source is not None
+    tokenizer = recipe_tokenizer(model)
     loaded, _ = load_model(
         model.source,
-        plan or (None if model.plan is None else plan_of(model, model.plan)),
+        plan,
         max_positions=model.max_positions,
         position_method=model.position_method,
         dtype=dtype_of(model.dtype),
@@ -64,9 +97,22 @@ def layers_of(model: ModelRecipe) -> int:
     return int(config_of(model).num_hidden_layers)
 
 
+def heads_of(model: ModelRecipe) -> int | None:
+    """Its number of KV heads in a layer; None where layers differ."""
+    return kv_heads(config_of(model))
+
+
 def plan_of(model: ModelRecipe, text: str) -> AttentionPlan:
-    """A plan as text or file, for the layers of a model."""
-    return AttentionPlan.load(text, layers_of(model))
+    """A plan as text or file, for the layers and KV heads of a model."""
+    return AttentionPlan.load(text, layers_of(model), heads_of(model))
+
+
+def attention_share(model: ModelRecipe, plan: str, length: int) -> float:
+    """Attention operations of a plan over those of full attention: the share of visible pairs (`masformer.cost`)."""
+    layers, heads = layers_of(model), heads_of(model) or 1
+    units = AttentionPlan.load(plan, layers, heads).unit_counts(heads)
+    pairs = sum(count * span.visible_pairs(length) for span, count in units.items())
+    return pairs / (layers * heads * FullSpan().visible_pairs(length))
 
 
 def forward_estimate(model: ModelRecipe, plan: AttentionPlan | None, lengths: Sequence[int], each: float) -> Estimate:

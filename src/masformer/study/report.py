@@ -16,7 +16,7 @@ from masformer.study.scale import Scale
 from masformer.study.units import Place
 from masformer.study.verdicts import Verdict
 
-SPECS = {"attention": ":.1%", "forward": ":.1%", "cache": ":.1%"}
+SPECS = {"attention": ":.1%", "full_bytes": ":.0%", "forward": ":.1%", "cache": ":.1%"}
 ACROSS = ("position", "step")
 """Keys whose values become columns of perplexities."""
 TITLES = {
@@ -24,6 +24,8 @@ TITLES = {
     "plan": "spans",
     "second_half": "second half",
     "over_full": "over all full",
+    "full_bytes": "full bytes",
+    "less_full": "less all full",
     "over_first": "over the first",
     "training_flops": "training",
     "rougeL": "ROUGE-L",

@@ -12,6 +12,7 @@ from typing import Any
 from masformer.data.sources import Source
 from masformer.errors import LARGEST, LARGEST_SEED, MasformerError, check_int, shown
 from masformer.evaluation.retrieval import TASKS
+from masformer.placement import METHODS, UNITS
 from masformer.settings import build, check_choice, read_settings
 from masformer.training.recipe import ModelRecipe
 
@@ -150,35 +151,104 @@ class LanguageStage:
 
 
 @dataclass(frozen=True)
+class SearchPart:
+    """A way to find what is full (`masformer.placement.search_layers`).
+
+    Attributes:
+        by: `layers` or `heads`.
+        criteria: what must not suffer, as text; None: what the method does by default.
+        method: of `masformer.placement.METHODS`.
+        rounds: of the method gradient; None: its own.
+        known: number of full layers -> name of the documents chosen by -> plan, where it was found before.
+    """
+
+    by: str
+    criteria: str | None = None
+    method: str = "gradient"
+    rounds: int | None = None
+    known: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_choice("where.searches.by", self.by, UNITS)
+        check_choice("where.searches.method", self.method, METHODS)
+
+
+@dataclass(frozen=True)
+class FindPart:
+    """What is hidden in text and asked for, under the plans that were found.
+
+    Attributes:
+        tasks: of `masformer.evaluation.retrieval.TASKS`.
+        depths: in percent.
+        examples: prompts for each task and depth.
+        length: of prompt and answer; None: that of the stage's windows.
+        room: tokens of an answer; None: the task's.
+        chat: whether the question stands in the tokenizer's chat template; None: where there is one.
+    """
+
+    tasks: list[str]
+    depths: list[float]
+    examples: int
+    length: int | None = None
+    room: int | None = None
+    chat: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_depths("where.retrieval", self.depths)
+        check_int("where.retrieval.examples", self.examples, 1)
+        check_each("where.retrieval", [self.length, self.room])
+        for task in self.tasks:
+            check_choice("where.retrieval.tasks", task, TASKS)
+
+
+@dataclass(frozen=True)
 class WhereStage:
-    """Which layers are full: rules, a search, and random controls, of equal cost.
+    """Which layers or KV heads are full: rules, searches, and random controls, of equal cost.
 
     Attributes:
         model: the model.
-        choose: documents that the search chooses by.
-        text: other documents, that all placements are measured on.
-        budget: number of full layers.
+        choose: name -> documents that searches choose by.
+        texts: name -> other documents, that placements are measured on.
+        budgets: numbers of full layers; by heads, as many KV heads as these layers have.
+        searches: name -> how what is full is found.
         local: span of the others.
         length: of the windows.
-        windows: that the search chooses by.
-        random: random placements.
-        seed: of them.
+        windows: that a search chooses by, and as many prompts.
+        random: random placements of each budget, half of them by layers and half by heads.
+        controls: documents of each text that rules and random placements are measured on; None: all.
+        better: pairs of searches, the first of which should find better plans.
+        as_good: pairs of searches, the first of which should find plans as good.
+        retrieval: prompts under what was found on the first of `choose`.
+        seed: of the random placements.
     """
 
     model: ModelRecipe
-    choose: Source
-    text: Source
-    budget: int
+    choose: dict[str, Source]
+    texts: dict[str, Source]
+    budgets: list[int]
+    searches: dict[str, SearchPart]
     local: str
     length: int
     windows: int = 4
-    random: int = 3
+    random: int = 4
+    controls: int | None = None
+    better: list[list[str]] = field(default_factory=list)
+    as_good: list[list[str]] = field(default_factory=list)
+    retrieval: FindPart | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("budget", "length", "windows", "random"):
+        for name in ("length", "windows"):
             check_int(f"where.{name}", getattr(self, name), 1)
+        check_int("where.random", self.random, 0)
         check_int("where.seed", self.seed, 0, LARGEST_SEED)
+        check_each("where.budgets", self.budgets)
+        check_each("where.controls", [self.controls])
+        for name in ("choose", "texts", "budgets", "searches"):
+            if not getattr(self, name):
+                raise MasformerError(f"where.{name} must hold something")
+        for name in ("better", "as_good"):
+            check_pairs(f"where.{name}", getattr(self, name), "searches", set(self.searches))
 
 
 @dataclass(frozen=True)

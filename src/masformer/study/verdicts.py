@@ -131,6 +131,23 @@ def is_better(claim: str, found: Interval, what: str, unit: str = "nats") -> Ver
     return Verdict(claim, answer, f"{what}: {signed(found)} {unit}")
 
 
+def are_better(claim: str, found: dict[str, Interval], unit: str = "nats") -> Verdict:
+    """Whether all differences are below 0 for certain; not, where one is above for certain.
+
+    Args:
+        claim: in a sentence.
+        found: what was compared -> value less what it is held against.
+        unit: of the values.
+    """
+    sure = [each for each in found.values() if not _lone(each)]
+    if any(each.low > 0 for each in sure):
+        answer = FAILS
+    else:
+        answer = HOLDS if sure and len(sure) == len(found) and all(each.high < 0 for each in sure) else OPEN
+    why = "; ".join(f"{what}: {signed(each)} {unit}" for what, each in found.items())
+    return Verdict(claim, answer, why or "nothing was measured")
+
+
 def is_different(claim: str, found: Interval, what: str, unit: str = "nats") -> Verdict:
     """Whether a difference is certainly above 0; not, where it is certainly within `MARGIN`.
 

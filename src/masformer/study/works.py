@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from masformer.evaluation.prompts import Example, Prompter, Template
 from masformer.evaluation.retrieval import TASKS, Prober, retrieve, training_pairs, word_tokenizer
 from masformer.evaluation.summarization import summarize
 from masformer.files import parse_json, read_text, write_whole
-from masformer.placement import search_layers
-from masformer.plan import PLACEMENTS
+from masformer.placement import parse_criteria, search_layers
+from masformer.placement.finding import POINTS, ROUNDS
+from masformer.plan import AttentionPlan
 from masformer.spans import Span
-from masformer.study.models import forward_estimate, layers_of, load, plan_of
+from masformer.study.models import forget, forward_estimate, layers_of, load, plan_of
 from masformer.study.units import Estimate, Place, Work
 from masformer.training.dry_run import forecast
 from masformer.training.model import END
@@ -151,6 +152,7 @@ class Train(Work):
 
     def run(self, place: Place, name: str) -> dict[str, Any]:
         began = time.monotonic()
+        forget()
         outcome = train(self.recipe, resume=True, console=Console(quiet=True))
         if outcome.signal is not None:
             raise StoppedError(name, outcome.signal)
@@ -164,39 +166,55 @@ class Train(Work):
 
 
 @dataclass(frozen=True)
-class Perplexity(Work):
-    """Perplexity under one plan, by length, position and document.
+class UnderPlan(Work):
+    """What is measured of a model under one plan.
 
     Attributes:
         model: the model.
         plan: its text; None: the plan that the unit `found_by` found.
-        text: documents.
-        lengths: of the windows, in tokens.
-        max_tokens: of each document, the first so many.
         found_by: name of a unit that searches.
     """
 
     model: ModelRecipe
     plan: str | None
-    text: Source
-    lengths: tuple[int, ...]
-    max_tokens: int
-    found_by: str | None = None
+    found_by: str | None = field(default=None, kw_only=True)
 
-    def estimate(self) -> Estimate:
-        plan = None if self.plan is None else plan_of(self.model, self.plan)
-        windows = (self.text.limit or 1) * self.max_tokens
-        parts = [forward_estimate(self.model, plan, [length], windows / length) for length in self.lengths]
-        return Estimate(sum(part.flops or 0 for part in parts), max(part.memory or 0 for part in parts))
+    def known_plan(self) -> AttentionPlan | None:
+        """The plan; None where it is to be found."""
+        return None if self.plan is None else plan_of(self.model, self.plan)
 
-    def run(self, place: Place, name: str) -> dict[str, Any]:
+    def loaded(self, place: Place) -> tuple[AttentionPlan, Any, Any]:
+        """The plan, the model under it, and its tokenizer."""
         text = self.plan
         if text is None:
             assert self.found_by is not None
             found = place.beside(self.found_by, "json")
             text = parse_json(read_text(found), str(found))["result"]["plan"]
         plan = plan_of(self.model, text)
-        loaded, tokenizer = load(self.model, plan)
+        return plan, *load(self.model, plan)
+
+
+@dataclass(frozen=True)
+class Perplexity(UnderPlan):
+    """Perplexity under one plan, by length, position and document.
+
+    Attributes:
+        text: documents.
+        lengths: of the windows, in tokens.
+        max_tokens: of each document, the first so many.
+    """
+
+    text: Source
+    lengths: tuple[int, ...]
+    max_tokens: int
+
+    def estimate(self) -> Estimate:
+        windows = (self.text.limit or 1) * self.max_tokens
+        parts = [forward_estimate(self.model, self.known_plan(), [length], windows / length) for length in self.lengths]
+        return Estimate(sum(part.flops or 0 for part in parts), max(part.memory or 0 for part in parts))
+
+    def run(self, place: Place, name: str) -> dict[str, Any]:
+        plan, loaded, tokenizer = self.loaded(place)
         tokens, _ = tokenize(tokenizer, self.text.documents(), max_tokens=self.max_tokens)
         results = compare_plans(
             loaded,
@@ -210,17 +228,20 @@ class Perplexity(Work):
 
 @dataclass(frozen=True)
 class Search(Work):
-    """Searches for the layers that need full attention.
+    """Searches for the layers or KV heads that need full attention.
 
     Attributes:
         model: the model.
         text: documents to choose by.
-        budget: number of full layers.
+        budget: number of full layers, or heads.
         local: span of the others.
         length: of the windows.
-        windows: to choose by, and as many to report on.
-        random: random placements among the controls.
-        seed: of them.
+        windows: to choose by; of the criterion retrieval, as many prompts.
+        by: `layers` or `heads`.
+        method: of `masformer.placement.METHODS`.
+        criteria: as text; None: what the method does by default.
+        rounds: of the method gradient; None: its own.
+        journal: name of the file for finished measurements; searches on the same text share one.
     """
 
     model: ModelRecipe
@@ -229,13 +250,21 @@ class Search(Work):
     local: str
     length: int
     windows: int
-    random: int
-    seed: int
+    by: str
+    method: str
+    criteria: str | None
+    rounds: int | None
+    journal: str
 
     def estimate(self) -> Estimate:
-        controls = self.random + len(PLACEMENTS) + 3
-        measured = self.windows * (layers_of(self.model) + 1 + controls)
-        return forward_estimate(self.model, None, [self.length], measured)
+        """Of one by gradient a pass, forward and backward, is taken for four forward passes."""
+        if self.method == "gradient":
+            kinds = len(parse_criteria(self.criteria)) if self.criteria else 2
+            return forward_estimate(self.model, None, [self.length], 4 * kinds * self.windows * POINTS * self._rounds())
+        return forward_estimate(self.model, None, [self.length], self.windows * (layers_of(self.model) + 1))
+
+    def _rounds(self) -> int:
+        return ROUNDS if self.rounds is None else self.rounds
 
     def run(self, place: Place, name: str) -> dict[str, Any]:
         loaded, tokenizer = load(self.model)
@@ -247,23 +276,23 @@ class Search(Work):
             Span.parse(self.local),
             length=self.length,
             prefix=prefix_token(tokenizer),
-            method="sensitivity",
+            method=self.method,
+            by=self.by,
+            criteria=self.criteria,
+            rounds=self.rounds,
             windows=self.windows,
-            held_out_windows=self.windows,
-            random_placements=self.random,
-            seed=self.seed,
-            journal=place.beside(name, "journal"),
+            held_out_windows=0,
+            tokenizer=tokenizer,
+            journal=place.beside(self.journal, "journal"),
         )
         return found.to_dict()
 
 
 @dataclass(frozen=True)
-class Retrieval(Work):
+class Retrieval(UnderPlan):
     """Finds what is hidden, under one plan, by length and depth.
 
     Attributes:
-        model: the model.
-        plan: its text.
         task: of `masformer.evaluation.retrieval.TASKS`.
         lengths: of prompt and answer together.
         depths: in percent.
@@ -274,8 +303,6 @@ class Retrieval(Work):
         chat: whether the question stands in the tokenizer's chat template; by default where there is one.
     """
 
-    model: ModelRecipe
-    plan: str
     task: str
     lengths: tuple[int, ...]
     depths: tuple[float, ...]
@@ -286,12 +313,10 @@ class Retrieval(Work):
     chat: bool | None = None
 
     def estimate(self) -> Estimate:
-        plan = plan_of(self.model, self.plan)
-        return forward_estimate(self.model, plan, self.lengths, self.examples * len(self.depths))
+        return forward_estimate(self.model, self.known_plan(), self.lengths, self.examples * len(self.depths))
 
     def run(self, place: Place, name: str) -> dict[str, Any]:
-        plan = plan_of(self.model, self.plan)
-        loaded, tokenizer = load(self.model, plan)
+        plan, loaded, tokenizer = self.loaded(place)
         prober = Prober(tokenizer, chat=self.chat, seed=self.seed, digits=self.digits, max_new_tokens=self.room)
         tasks, plans = [TASKS[self.task]], {str(plan): plan}
         kept = place.beside(name, "predictions.jsonl")

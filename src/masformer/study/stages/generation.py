@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from masformer.evaluation.intervals import Interval
 from masformer.reports.figures import draw, heat_map
-from masformer.study.findings import Findings, Results, Row, attention_share
-from masformer.study.models import layers_of, model_of, recipe_of
+from masformer.study.findings import Findings, Results, Row
+from masformer.study.losses import prompt_scores, turned
+from masformer.study.models import attention_share, model_of, recipe_of
 from masformer.study.scale import FULL, LOCAL, GenerationStage, RetrievalPart, SummarizationPart
 from masformer.study.units import Place, Unit
 from masformer.study.verdicts import Nearness, Values, Verdict, comes_close, difference
@@ -77,16 +77,17 @@ def findings(stage: GenerationStage, place: Place, results: Results) -> Findings
 def _add_summaries(made: Findings, part: SummarizationPart, place: Place, results: Results) -> None:
     here = {name: results[_summaries(name)] for name in part.plans if _summaries(name) in results}
     rows: list[Row] = []
-    layers = layers_of(_recipe(part, place, FULL).model)
+    model = _recipe(part, place, FULL).model
     for name, result in here.items():
         for row in result["results"]:
             found: Row = {"name": name, "plan": result["plan"], "length": row["length"], "documents": row["examples"]}
             found |= {metric: Interval(**row[metric]) for metric in SHOWN}
-            rows.append(found | {"seeds": 1, "attention": attention_share(result["plan"], layers, row["length"])})
+            rows.append(found | {"seeds": 1, "attention": attention_share(model, result["plan"], row["length"])})
     made.rows["summaries"] = rows
     made.draw("summaries", draw(rows, METRIC, "ROUGE-L"))
     scores = {
-        name: {length: _scores(result, length, METRIC) for length in part.lengths} for name, result in here.items()
+        name: {length: prompt_scores(result, length, METRIC) for length in part.lengths}
+        for name, result in here.items()
     }
     if FULL in scores:
         made.rows["differences of summaries"] = [
@@ -94,7 +95,7 @@ def _add_summaries(made: Findings, part: SummarizationPart, place: Place, result
                 "name": name,
                 "against": FULL,
                 "length": length,
-                METRIC: difference(_turned(each), _turned(scores[FULL][length])),
+                METRIC: difference(turned(each), turned(scores[FULL][length])),
             }
             for name, by_length in scores.items()
             if name != FULL
@@ -120,7 +121,7 @@ def _add_retrieval(made: Findings, part: RetrievalPart, results: Results) -> Non
     figure = heat_map(rows, "score")
     made.draw("retrieval", None if figure is None else (figure, "percent found, by length and depth"))
     longest = max(part.lengths)
-    scores = {name: _scores(result, longest, "score") for name, result in here.items()}
+    scores = {name: prompt_scores(result, longest, "score") for name, result in here.items()}
     claim = "Retrieval under a mix comes close to that under full attention, without training for it."
     made.verdicts.append(_near(claim, scores, "points"))
 
@@ -135,14 +136,3 @@ def _near(claim: str, scores: Mapping[str, Values], unit: str) -> Verdict:
             if name not in (FULL, LOCAL)
         }
     return comes_close(claim, near, unit)
-
-
-def _scores(result: dict[str, Any], length: int, metric: str) -> Values:
-    """[1][examples] at a length, over all depths, in the order of their names; the sign turned: higher is worse."""
-    row = next(row for row in result["results"] if row["length"] == length and row.get("depth") is None)
-    each = row["by_example"]
-    return [[-score for _, score in sorted(zip(each["id"], each[metric], strict=True))]]
-
-
-def _turned(values: Values) -> Values:
-    return [[-value for value in row] for row in values]

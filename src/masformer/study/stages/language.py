@@ -15,12 +15,11 @@ import numpy as np
 from masformer.cost import ModelShape, cost
 from masformer.evaluation.intervals import Interval
 from masformer.evaluation.perplexity.measure import exp_interval
-from masformer.plan import AttentionPlan
 from masformer.reports.figures import curves, draw
 from masformer.study.figures import pareto
-from masformer.study.findings import Findings, Results, Row, attention_share, done
+from masformer.study.findings import Findings, Results, Row, done
 from masformer.study.losses import Losses, over_each_other
-from masformer.study.models import config_of, layers_of, model_of, recipe_of
+from masformer.study.models import attention_share, config_of, model_of, plan_of, recipe_of
 from masformer.study.scale import FULL, LOCAL, LanguageStage
 from masformer.study.units import DATA, Place, Unit
 from masformer.study.verdicts import OPEN, Nearness, Verdict, comes_close, interval, is_no_worse
@@ -120,13 +119,13 @@ def _tokens(recipe: Recipe) -> int:
 def language_findings(stage: LanguageStage, place: Place, results: Results, group: str = LANGUAGE) -> Findings:
     """Perplexity by plan, length and position, against attention operations; and whether the cheap mixes come close."""
     length = max(stage.lengths)
-    layers = layers_of(_recipe(stage, place, FULL, stage.seeds[0], group).model)
+    model = _recipe(stage, place, FULL, stage.seeds[0], group).model
     losses = _losses(stage, results, group, "train", stage.plans)
     rows: list[Row] = []
     positions: list[Row] = []
 
     def share(name: str) -> float:
-        return attention_share(stage.plans[name], layers, length)
+        return attention_share(model, stage.plans[name], length)
 
     for name, each in losses.items():
         for size in stage.lengths:
@@ -270,6 +269,6 @@ def _curve(parts: Sequence[Mapping[str, Any]], length: int) -> list[tuple[int, I
 def _flops(recipe: Recipe) -> float:
     """Of a training run."""
     shape = ModelShape.of(config_of(recipe.model))
-    plan = AttentionPlan.load(recipe.model.plan or "full", shape.num_layers)
+    plan = plan_of(recipe.model, recipe.model.plan or "full")
     rows = (recipe.training.steps or 0) * recipe.training.rows
     return float(np.multiply(cost(shape, plan, recipe.data.length).training_flops, rows))

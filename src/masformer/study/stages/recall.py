@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from masformer.reports.figures import heat_map
-from masformer.study.findings import Findings, Results, Row, attention_share, done
-from masformer.study.models import layers_of, model_of, recipe_of
+from masformer.study.findings import Findings, Results, Row, done
+from masformer.study.models import attention_share, layers_of, model_of, recipe_of
 from masformer.study.scale import FULL, LOCAL, RecallStage
 from masformer.study.units import DATA, Place, Unit
 from masformer.study.verdicts import Nearness, Values, comes_close, interval
@@ -63,7 +63,7 @@ def findings(stage: RecallStage, place: Place, results: Results) -> Findings:
         parts = done(results, [_test(name, seed) for seed in seeds])
         if parts is None:
             continue
-        share = attention_share(plan, layers, stage.length)
+        share = attention_share(model, plan, stage.length)
         for depth in (None, *stage.depths):
             here = [[row["score"]["mean"]] for part in parts for row in part["results"] if row["depth"] == depth]
             row = {"name": name, "plan": plan, "length": stage.length, "depth": depth, "score": interval(here)}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from masformer.plan import AttentionPlan
 from masformer.reports.figures import draw
 from masformer.spans import FullSpan, Span, WindowSpan
-from masformer.study.findings import Findings, Results, attention_share
+from masformer.study.findings import Findings, Results
 from masformer.study.losses import Losses, over_each_other
-from masformer.study.models import layers_of
+from masformer.study.models import attention_share, layers_of
 from masformer.study.scale import SpansStage
 from masformer.study.units import Place, Unit
 from masformer.study.verdicts import is_no_worse
@@ -46,7 +46,7 @@ def _plan(stage: SpansStage, span: str) -> str:
 
 def findings(stage: SpansStage, place: Place, results: Results) -> Findings:
     """Perplexity by span, and blocks against windows."""
-    length, layers = stage.length, layers_of(stage.model)
+    length = stage.length
     losses = {span: Losses([results[_name(span)]]) for span in _spans(stage) if _name(span) in results}
     beside = f"layers {stage.full} full" if stage.full else "no layer full"
     made = Findings(
@@ -60,7 +60,7 @@ def findings(stage: SpansStage, place: Place, results: Results) -> Findings:
         made.rows[title] = [
             {"name": span, "length": length}
             | losses[span].row(length, over_first=losses.get(spans[0]))
-            | {"attention": attention_share(_plan(stage, span), layers, length)}
+            | {"attention": attention_share(stage.model, _plan(stage, span), length)}
             for span in spans
             if span in losses
         ]
@@ -69,7 +69,7 @@ def findings(stage: SpansStage, place: Place, results: Results) -> Findings:
             made.draw(f"spans {title}", None if figure is None else (figure[0], f"{title}: {figure[1]}"))
 
     def share(span: str) -> float:
-        return attention_share(span, 1, length)
+        return attention_share(stage.model, span, length)
 
     for windows, pairs in (("windows", _pairs(stage, False)), ("windows with sinks", _pairs(stage, True))):
         if pairs:

@@ -1,89 +1,323 @@
-"""Which layers are full: rules, a search, and random placements of equal cost, without training."""
+"""Which layers or KV heads are full: rules, searches, and random placements of equal cost, without training."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
+from masformer.data.sources import Source
+from masformer.evaluation.intervals import Interval
 from masformer.plan import PLACEMENTS, AttentionPlan
 from masformer.reports.figures import draw
-from masformer.spans import Span
-from masformer.study.findings import Findings, Results, attention_share
-from masformer.study.losses import Losses
-from masformer.study.models import layers_of
+from masformer.spans import FullSpan, Span
+from masformer.study.figures import by_budget
+from masformer.study.findings import Findings, Results, Row
+from masformer.study.losses import Losses, prompt_scores, turned
+from masformer.study.models import attention_share, heads_of, layers_of, plan_of
 from masformer.study.scale import FULL, LOCAL, WhereStage
 from masformer.study.units import Place, Unit
-from masformer.study.verdicts import is_better, is_different
-from masformer.study.works import Perplexity, Search
+from masformer.study.verdicts import (
+    Nearness,
+    are_better,
+    comes_close,
+    difference,
+    is_different,
+    is_no_worse,
+)
+from masformer.study.works import Perplexity, Retrieval, Search
 
 STAGE = "where"
-FOUND = "found by search"
-SEARCH = f"{STAGE}/search"
+CONTROLS = "rules and random"
 
 
-def plans(stage: WhereStage) -> dict[str, str]:
-    """Name -> plan, but for what is found."""
+@dataclass(frozen=True)
+class Placement:
+    """One placement that is measured.
+
+    Attributes:
+        name: of it, unlike all others.
+        plan: its text; None: what `search` finds.
+        size: what is full, in words (`8 layers`); empty for the two ends.
+        budget: number of full layers, or of layers with as many KV heads; None for the two ends.
+        search: name of the search that finds it; None: a rule, or drawn.
+        chosen: name of the documents that it was chosen by.
+    """
+
+    name: str
+    plan: str | None
+    size: str = ""
+    budget: int | None = None
+    search: str | None = None
+    chosen: str | None = None
+
+    @property
+    def unit(self) -> str:
+        """Name of the unit that searches."""
+        return f"{STAGE}/search/{self.search}/{self.size}/{self.chosen}"
+
+    @property
+    def is_control(self) -> bool:
+        """A rule, or drawn."""
+        return self.budget is not None and self.search is None
+
+
+def placements(stage: WhereStage) -> list[Placement]:
+    """All that are measured: the ends, what searches find, rules, and random ones."""
+    return [Placement(FULL, "full"), Placement(LOCAL, stage.local), *_found(stage), *_controls(stage)]
+
+
+def _size(stage: WhereStage, budget: int, by: str) -> str:
+    count = budget * (heads_of(stage.model) or 1) if by == "heads" else budget
+    return f"{count} {by if count > 1 else by[:-1]}"
+
+
+def _found(stage: WhereStage) -> Iterator[Placement]:
+    for budget in stage.budgets:
+        for name, part in stage.searches.items():
+            for chosen in stage.choose:
+                size = _size(stage, budget, part.by)
+                known = part.known.get(str(budget), {}).get(chosen)
+                yield Placement(f"{name}, {size}, chosen on {chosen}", known, size, budget, name, chosen)
+
+
+def _controls(stage: WhereStage) -> Iterator[Placement]:
     layers, local = layers_of(stage.model), Span.parse(stage.local)
-    found = {FULL: "full", LOCAL: stage.local}
-    for rule in PLACEMENTS:
-        found[rule] = str(AttentionPlan.mixed(layers, stage.budget, rule, local=local))
+    heads = heads_of(stage.model)
     choose = random.Random(stage.seed)
-    for number in range(1, stage.random + 1):
-        chosen = sorted(choose.sample(range(layers), stage.budget))
-        found[f"random {number}"] = str(AttentionPlan.mixed(layers, placement=chosen, local=local))
-    return found
+    for budget in stage.budgets:
+        size = _size(stage, budget, "layers")
+        for rule in PLACEMENTS:
+            plan = AttentionPlan.mixed(layers, budget, rule, local=local)
+            yield Placement(f"{rule}, {size}", str(plan), size, budget)
+        for number in range(1, stage.random + 1):
+            if heads is None or heads < 2 or number % 2:
+                chosen = sorted(choose.sample(range(layers), budget))
+                plan, size = AttentionPlan.mixed(layers, placement=chosen, local=local), _size(stage, budget, "layers")
+            else:
+                units = choose.sample(
+                    [(layer, head) for layer in range(layers) for head in range(heads)], budget * heads
+                )
+                plan = AttentionPlan.of_units(layers, heads, dict.fromkeys(units, FullSpan()), local=local)
+                size = _size(stage, budget, "heads")
+            yield Placement(f"random {number}, {size}", str(plan), size, budget)
 
 
 def units(stage: WhereStage, place: Place) -> list[Unit]:
-    """The search, then the perplexity of every placement on other text."""
-    search = Search(
-        stage.model,
-        stage.choose,
-        stage.budget,
-        stage.local,
-        stage.length,
-        stage.windows,
-        0,
-        stage.seed,
-    )
-    found = [Unit(SEARCH, STAGE, search)]
-    for name, plan in plans(stage).items():
-        found.append(Unit(_name(name), STAGE, Perplexity(stage.model, plan, stage.text, (stage.length,), stage.length)))
-    chosen = Perplexity(stage.model, None, stage.text, (stage.length,), stage.length, found_by=SEARCH)
-    return [*found, Unit(_name(FOUND), STAGE, chosen, (SEARCH,))]
+    """The searches, then the perplexity of every placement on other texts, then what is retrieved under some."""
+    every, found = placements(stage), []
+    for each in every:
+        if each.search is not None and each.plan is None and each.budget is not None and each.chosen is not None:
+            part = stage.searches[each.search]
+            work = Search(
+                stage.model,
+                stage.choose[each.chosen],
+                int(each.size.split()[0]),
+                stage.local,
+                stage.length,
+                stage.windows,
+                part.by,
+                part.method,
+                part.criteria,
+                part.rounds,
+                f"{STAGE}/search/{each.chosen}",
+            )
+            found.append(Unit(each.unit, STAGE, work))
+    for each in every:
+        for text, source in stage.texts.items():
+            few = replace(source, limit=stage.controls) if each.is_control and stage.controls else source
+            found.append(_measured(stage, each, _perplexity(each, text), few))
+    if (asked := stage.retrieval) is not None:
+        for each in _retrieved(stage):
+            for task in asked.tasks:
+                work = Retrieval(
+                    stage.model,
+                    each.plan,
+                    task,
+                    (_asked_length(stage),),
+                    tuple(asked.depths),
+                    asked.examples,
+                    room=asked.room,
+                    chat=asked.chat,
+                    found_by=_found_by(each),
+                )
+                found.append(Unit(_retrieval(each, task), STAGE, work, _needs(each)))
+    return found
 
 
-def _name(plan: str) -> str:
-    return f"{STAGE}/{plan}/perplexity"
+def _measured(stage: WhereStage, each: Placement, name: str, text: Source) -> Unit:
+    work = Perplexity(stage.model, each.plan, text, (stage.length,), stage.length, found_by=_found_by(each))
+    return Unit(name, STAGE, work, _needs(each))
+
+
+def _asked_length(stage: WhereStage) -> int:
+    assert stage.retrieval is not None
+    return stage.length if stage.retrieval.length is None else stage.retrieval.length
+
+
+def _retrieved(stage: WhereStage) -> list[Placement]:
+    first = next(iter(stage.choose))
+    return [each for each in placements(stage) if not each.is_control and each.chosen in (None, first)]
+
+
+def _found_by(each: Placement) -> str | None:
+    return each.unit if each.plan is None else None
+
+
+def _needs(each: Placement) -> tuple[str, ...]:
+    return (each.unit,) if each.plan is None else ()
+
+
+def _perplexity(each: Placement, text: str) -> str:
+    return f"{STAGE}/{each.name}/perplexity/{text}"
+
+
+def _retrieval(each: Placement, task: str) -> str:
+    return f"{STAGE}/{each.name}/{task}"
 
 
 def findings(stage: WhereStage, place: Place, results: Results) -> Findings:
-    """Perplexity of each placement, whether placement matters, and whether measuring it pays."""
-    length, layers = stage.length, layers_of(stage.model)
-    names = [name for name in (*plans(stage), FOUND) if _name(name) in results]
-    losses = {name: Losses([results[_name(name)]]) for name in names}
-    rows = [
-        {"name": name, "plan": results[_name(name)]["plan"], "length": length}
-        | each.row(length, over_full=losses.get(FULL))
-        | {"attention": attention_share(results[_name(name)]["plan"], layers, length)}
-        for name, each in losses.items()
-    ]
+    """Perplexity and retrieval of each placement; whether placement matters, searching pays, and heads beat layers."""
+    every, length = placements(stage), stage.length
+    losses: dict[str, dict[str, Losses]] = {
+        text: {
+            each.name: Losses([results[_perplexity(each, text)]])
+            for each in every
+            if _perplexity(each, text) in results
+        }
+        for text in stage.texts
+    }
     made = Findings(
         "Where",
-        f"Perplexity of {stage.text.place} with {stage.budget} of {layers} layers full and {stage.local} at the "
-        f"others, without any training; the search chose on {stage.choose.place}. Intervals are 95% over documents; "
-        "what a plan is over all full is the difference of the loss in the second half, in nats, paired by document.",
-        {"results": rows},
+        f"Perplexity at {length:,} tokens with some layers or KV heads full and {stage.local} at the others, without "
+        f"training, on {', '.join(stage.texts)}; a search chose on {stage.windows} windows of other documents. "
+        "Full bytes are the share of keys and values of full units. Intervals are 95% over documents; what a plan is "
+        "over all full is the difference of the loss in the second half, in nats, paired by document."
+        + (f" Rules and random placements were measured on {stage.controls} documents." if stage.controls else ""),
     )
-    made.draw("where", draw(rows, "over_full", "loss over all full, second half, nats"))
-    rules = [name for name in PLACEMENTS if name in losses]
-    if len(rules) > 1:
-        ordered = sorted(rules, key=lambda name: losses[name].over(losses[rules[0]], length).mean)
-        best, worst = losses[ordered[0]], losses[ordered[-1]]
-        apart = worst.over(best, length)
-        made.verdicts.append(
-            is_different("It matters which layers are full.", apart, f"{ordered[-1]} less {ordered[0]}")
-        )
-        if FOUND in losses:
-            claim = "Layers that a search finds are better than every rule."
-            made.verdicts.append(is_better(claim, losses[FOUND].over(best, length), f"found less {ordered[0]}"))
+    for text, here in losses.items():
+        made.rows[text] = [
+            _row(stage, each, results[_perplexity(each, text)]["plan"], here) for each in every if each.name in here
+        ]
+        _verdicts(made, stage, every, text, here)
+        lines = {name: _line(stage, every, name, here) for name in stage.searches}
+        drawn = {name: line for name, line in lines.items() if line}
+        if drawn and LOCAL in here and FULL in here:
+            ends = [(0.0, here[LOCAL].over(here[FULL], length))]
+            controls = [
+                (each.budget / layers_of(stage.model), here[each.name].over(here[FULL], length))
+                for each in every
+                if each.is_control and each.budget is not None and each.name in here
+            ]
+            figure = by_budget({name: [*ends, *line] for name, line in drawn.items()}, {CONTROLS: controls})
+            made.drawings.append((f"where {text}", figure, f"what is lost on {text}, by what is full"))
+    if stage.retrieval is not None:
+        _add_retrieval(made, stage, stage.retrieval.tasks, results)
     return made
+
+
+def _row(stage: WhereStage, each: Placement, plan: str, here: Mapping[str, Losses]) -> Row:
+    row: Row = {"name": each.name, "plan": plan, "length": stage.length}
+    row |= here[each.name].row(stage.length, over_full=here.get(FULL))
+    heads = heads_of(stage.model) or 1
+    counts = plan_of(stage.model, plan).unit_counts(heads)
+    row["full_bytes"] = counts[FullSpan()] / counts.total()
+    return row | {"attention": attention_share(stage.model, plan, stage.length)}
+
+
+def _of(stage: WhereStage, every: list[Placement], here: Mapping[str, Losses], name: str, budget: int) -> list[Losses]:
+    """Losses of what a search found at a budget, one for each text that it chose by; none where one is missing."""
+    mine = [each.name for each in every if each.search == name and each.budget == budget]
+    return [here[name] for name in mine] if all(name in here for name in mine) else []
+
+
+def _less(one: list[Losses], other: list[Losses], length: int) -> Interval:
+    """The loss of some plans less that of others, in pairs: each as wide as the texts that they were chosen by."""
+    count = min(len(each.late(length)[0]) for each in (*one, *other))
+    values, base = ([each.late(length)[0][:count] for each in side] for side in (one, other))
+    return difference(values, base, one[0].weights(length)[:count])
+
+
+def _line(
+    stage: WhereStage, every: list[Placement], name: str, here: Mapping[str, Losses]
+) -> list[tuple[float, Interval]]:
+    """Of a search: share of what is full -> loss over all full."""
+    line = []
+    for budget in sorted(stage.budgets):
+        mine = _of(stage, every, here, name, budget)
+        if mine and FULL in here:
+            line.append((budget / layers_of(stage.model), _less(mine, [here[FULL]] * len(mine), stage.length)))
+    return line
+
+
+def _verdicts(made: Findings, stage: WhereStage, every: list[Placement], text: str, here: Mapping[str, Losses]) -> None:
+    length = stage.length
+    controls = {
+        budget: sorted(
+            (each.name for each in every if each.is_control and each.budget == budget and each.name in here),
+            key=lambda name: _mean(here[name], length),
+        )
+        for budget in stage.budgets
+    }
+    rules = [name for name in controls[stage.budgets[0]] if not name.startswith("random")]
+    if len(rules) > 1:
+        apart = here[rules[-1]].over(here[rules[0]], length)
+        made.verdicts.append(
+            is_different(f"On {text} it matters which layers are full.", apart, f"{rules[-1]} less {rules[0]}")
+        )
+    for name in stage.searches:
+        found = {
+            f"{_size(stage, budget, stage.searches[name].by)} less {best[0]}": _less(
+                mine, [here[best[0]]] * len(mine), length
+            )
+            for budget, best in controls.items()
+            if best and (mine := _of(stage, every, here, name, budget))
+        }
+        claim = f"On {text}, what {name} finds is better than every rule and random placement."
+        made.verdicts.append(are_better(claim, found))
+    for pairs, claim, judge in (
+        (stage.better, "is better than", are_better),
+        (stage.as_good, "is as good as", is_no_worse),
+    ):
+        for one, other in pairs:
+            sides = {
+                budget: (_of(stage, every, here, one, budget), _of(stage, every, here, other, budget))
+                for budget in stage.budgets
+            }
+            found = {
+                f"{_size(stage, budget, stage.searches[one].by)} against "
+                f"{_size(stage, budget, stage.searches[other].by)}": _less(*both, length)
+                for budget, both in sides.items()
+                if all(both)
+            }
+            made.verdicts.append(judge(f"On {text}, what {one} finds {claim} what {other} finds.", found))
+
+
+def _mean(losses: Losses, length: int) -> float:
+    values = losses.late(length)[0]
+    return sum(values) / len(values)
+
+
+def _add_retrieval(made: Findings, stage: WhereStage, tasks: list[str], results: Results) -> None:
+    every = _retrieved(stage)
+    rows: list[Row] = []
+    for task in tasks:
+        here = {each.name: results[_retrieval(each, task)] for each in every if _retrieval(each, task) in results}
+        scores = {name: prompt_scores(result, _asked_length(stage), "score") for name, result in here.items()}
+        for name, result in here.items():
+            total = next(row for row in result["results"] if row["depth"] is None)
+            row: Row = {"name": name, "task": task, "found": Interval(**total["score"])}
+            if name != FULL and FULL in scores:
+                row["less_full"] = difference(turned(scores[name]), turned(scores[FULL]))
+            rows.append(row)
+        for name in stage.searches:
+            if FULL in scores and LOCAL in scores:
+                near = {
+                    each.size: Nearness.of(scores[FULL], scores[LOCAL], scores[each.name])
+                    for each in every
+                    if each.search == name and each.name in scores
+                }
+                claim = f"Of {task}, what {name} finds comes close to full attention."
+                made.verdicts.append(comes_close(claim, near, "points"))
+    made.rows["retrieval"] = rows
+    made.draw("where retrieval", draw(rows, "found", "percent found"))
