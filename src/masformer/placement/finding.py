@@ -51,7 +51,7 @@ from masformer.spans import FullSpan, Span
 
 METHODS = ("gradient", "sensitivity", "greedy", "joint")
 UNITS = ("layers", "heads")
-POINTS, ROUNDS = 4, 2
+POINTS, ROUNDS = 4, 1
 """Of the method gradient, where nothing is said."""
 MOST_POINTS, MOST_ROUNDS = 100, 10
 CRITERIA = ("tail", "kl", "retrieval")
@@ -187,7 +187,7 @@ def search_layers(
             the tail alone by default.
         spans: of `joint`: the spans to choose from, or their texts; by default full and `local`. Of `gradient`: what a
             unit may get in place of `local`; by default full.
-        rounds: of `gradient`; 2 by default.
+        rounds: of `gradient`; 1 by default.
         points: of each path of `gradient`; 4 by default.
         windows: text windows to choose by; also what the probes are made of.
         held_out_windows: text windows to report on; 0: the plan is found, and held against nothing.

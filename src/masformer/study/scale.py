@@ -182,6 +182,7 @@ class FindPart:
         depths: in percent.
         examples: prompts for each task and depth.
         length: of prompt and answer; None: that of the stage's windows.
+        searches: names of those whose plans are asked; None: all.
         room: tokens of an answer; None: the task's.
         chat: whether the question stands in the tokenizer's chat template; None: where there is one.
     """
@@ -190,6 +191,7 @@ class FindPart:
     depths: list[float]
     examples: int
     length: int | None = None
+    searches: list[str] | None = None
     room: int | None = None
     chat: bool | None = None
 
@@ -247,6 +249,8 @@ class WhereStage:
         for name in ("choose", "texts", "budgets", "searches"):
             if not getattr(self, name):
                 raise MasformerError(f"where.{name} must hold something")
+        for name in (self.retrieval.searches if self.retrieval else None) or ():
+            check_choice("where.retrieval.searches", name, self.searches)
         for name in ("better", "as_good"):
             check_pairs(f"where.{name}", getattr(self, name), "searches", set(self.searches))
 

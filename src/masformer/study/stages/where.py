@@ -104,29 +104,12 @@ def _controls(stage: WhereStage) -> Iterator[Placement]:
 
 
 def units(stage: WhereStage, place: Place) -> list[Unit]:
-    """The searches, then the perplexity of every placement on other texts, then what is retrieved under some."""
-    every, found = placements(stage), []
-    for each in every:
-        if each.search is not None and each.plan is None and each.budget is not None and each.chosen is not None:
-            part = stage.searches[each.search]
-            work = Search(
-                stage.model,
-                stage.choose[each.chosen],
-                int(each.size.split()[0]),
-                stage.local,
-                stage.length,
-                stage.windows,
-                part.by,
-                part.method,
-                part.criteria,
-                part.rounds,
-                f"{STAGE}/search/{each.chosen}",
-            )
-            found.append(Unit(each.unit, STAGE, work))
-    for each in every:
-        for text, source in stage.texts.items():
-            few = replace(source, limit=stage.controls) if each.is_control and stage.controls else source
-            found.append(_measured(stage, each, _perplexity(each, text), few))
+    """The searches, the perplexity of what they find on other texts, what is retrieved under it; then the controls."""
+    every = placements(stage)
+    chosen, controls = ([each for each in every if each.is_control == wanted] for wanted in (False, True))
+    found = [_search(stage, each) for each in chosen if each.search is not None and each.plan is None]
+    for each in chosen:
+        found += [_measured(stage, each, text, source) for text, source in stage.texts.items()]
     if (asked := stage.retrieval) is not None:
         for each in _retrieved(stage):
             for task in asked.tasks:
@@ -142,12 +125,36 @@ def units(stage: WhereStage, place: Place) -> list[Unit]:
                     found_by=_found_by(each),
                 )
                 found.append(Unit(_retrieval(each, task), STAGE, work, _needs(each)))
+    for each in controls:
+        for text, source in stage.texts.items():
+            few = source if stage.controls is None else replace(source, limit=stage.controls)
+            found.append(_measured(stage, each, text, few))
     return found
 
 
-def _measured(stage: WhereStage, each: Placement, name: str, text: Source) -> Unit:
-    work = Perplexity(stage.model, each.plan, text, (stage.length,), stage.length, found_by=_found_by(each))
-    return Unit(name, STAGE, work, _needs(each))
+def _search(stage: WhereStage, each: Placement) -> Unit:
+    assert each.search is not None
+    assert each.chosen is not None
+    part = stage.searches[each.search]
+    work = Search(
+        stage.model,
+        stage.choose[each.chosen],
+        int(each.size.split()[0]),
+        stage.local,
+        stage.length,
+        stage.windows,
+        part.by,
+        part.method,
+        part.criteria,
+        part.rounds,
+        f"{STAGE}/search/{each.chosen}",
+    )
+    return Unit(each.unit, STAGE, work)
+
+
+def _measured(stage: WhereStage, each: Placement, text: str, source: Source) -> Unit:
+    work = Perplexity(stage.model, each.plan, source, (stage.length,), stage.length, found_by=_found_by(each))
+    return Unit(_perplexity(each, text), STAGE, work, _needs(each))
 
 
 def _asked_length(stage: WhereStage) -> int:
@@ -156,8 +163,11 @@ def _asked_length(stage: WhereStage) -> int:
 
 
 def _retrieved(stage: WhereStage) -> list[Placement]:
+    """The ends, and what the named searches find on the first text."""
     first = next(iter(stage.choose))
-    return [each for each in placements(stage) if not each.is_control and each.chosen in (None, first)]
+    wanted = None if stage.retrieval is None else stage.retrieval.searches
+    every = [each for each in placements(stage) if not each.is_control and each.chosen in (None, first)]
+    return [each for each in every if each.search is None or wanted is None or each.search in wanted]
 
 
 def _found_by(each: Placement) -> str | None:
