@@ -28,6 +28,8 @@ from masformer.placement.budget import Purse
 from masformer.placement.choice import joint, shuffled
 from masformer.placement.measure import Journal, Measurer, PrefixPasses, model_fingerprint
 from masformer.placement.texts import Window, retrieval_probes, split_windows, text_windows
+from masformer.records import read_record, write_record
+from masformer.reports import build_report
 from tiny import ARCHITECTURES, PLAN, VOCABULARY, random_plan, tiny
 
 KEYS, NAMED, VALUES, FILLER = [*range(6), *range(12, 18)], [*range(6, 12), *range(18, 24)], range(24, 32), range(32, 40)
@@ -190,6 +192,11 @@ def test_a_search_by_heads_goes_on_and_is_drawn(tmp_path):
     assert imread(tmp_path / "map.png").shape[0] > 200
     first.save(tmp_path / "plan.yaml")
     assert AttentionPlan.load(tmp_path / "plan.yaml") == first.plan
+    write_record(tmp_path / "s.json", ["masformer", "search"], "0", **first.to_dict())
+    text = build_report([read_record(tmp_path / "s.json")], "by heads").to_markdown()
+    (complete,) = first.gradient.completeness
+    assert f"| tail | {complete.gains:.4f} | {complete.measured:.4f} |" in text
+    assert f"plan: {first.plan}" in text
     assert SearchResult.from_dict(json.loads(json.dumps(first.to_dict()))) == first
     spans = search(induction_model(heads=2), "45%", **options, spans=["full", "window:30"])
     costs = [

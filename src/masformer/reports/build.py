@@ -94,7 +94,10 @@ def _add_figures(own: Section, record: Record, view: View) -> None:
         _draw(own, record, path, rows, view)
     if record.kind == "search" and "evidence" in record.figures:
         result = SearchResult.from_dict(record.figures | {"seed": record.environment.get("seed", 0)})
-        caption = "what restricting each layer costs, and the plan found among other placements"
+        what = (
+            "what restricting each layer costs" if result.gradient is None else "what full attention is worth to each"
+        )
+        caption = f"{what}, and the plan found among other placements"
         own.figure(f"{record.name} layers", search_figure(result), caption)
 
 

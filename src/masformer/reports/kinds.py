@@ -140,17 +140,25 @@ KINDS: Mapping[str, View] = {
         metrics={"results": ("speedup=times as fast",)},
     ),
     "search": View(
-        intro="Layers that need full attention, and where the plan found stands among other placements of the same "
-        "cost on text that nothing was chosen by: perplexity of the second half of the windows.",
+        intro="Layers or KV heads that need full attention, and where the plan found stands among other placements of "
+        "the same cost on text that nothing was chosen by: perplexity of the second half of the windows.",
         facts=(
-            "plan", "method", "criteria.tail", "criteria.kl", "criteria.retrieval", "budget", "local", "length",
-            "windows", "work.layer_evaluations=layer evaluations", "work.seconds=seconds",
+            "plan", "method", "by", "criteria.tail", "criteria.kl", "criteria.retrieval", "budget", "local", "length",
+            "windows", "probes", "gradient.rounds=rounds", "gradient.points=points of the path",
+            "work.layer_evaluations=layer evaluations", "work.seconds=seconds",
         ),
-        tables={"placements": ("name=placement",), "evidence": ()},
+        tables={
+            "placements": ("name=placement",),
+            "gradient.completeness": ("criterion", "gains:.4f=sum of the gains", "measured:.4f=measured difference"),
+            "evidence": (),
+        },
         pivots={
             "placements": (("text",), ("tail_perplexity=perplexity", "kl:.4f=KL", "retrieval_accuracy:.0%=retrieved"))
         },
-        titles={"ranks": "rank of the plan found among random placements"},
+        titles={
+            "ranks": "rank of the plan found among random placements",
+            "gradient.completeness": "whether the gains add up, in nats",
+        },
     ),
     "train": View(
         intro="Training by a recipe, with the perplexity of held-out text.",
