@@ -2,7 +2,7 @@ import gguf
 import pytest
 import yaml
 
-from masformer import AttentionPlan, apply_plan, cli, load_model, save_model
+from masformer import AttentionPlan, MasformerError, apply_plan, cli, load_model, save_model
 from masformer.models import card
 from masformer.models.card import Origin, origin_of
 from masformer.models.export import export_model
@@ -173,3 +173,17 @@ def test_windows_without_sinks_are_exported_with_a_warning_unless_the_model_has_
     words[1] = str(tmp_path / "slides")
     assert cli.main([*words, "window:7"]) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_a_gguf_file_is_read_once_and_again_when_it_has_changed(tmp_path, monkeypatch):
+    path, real, reads = write_gguf(tmp_path / "model.gguf", 1), gguf.GGUFReader.__init__, []
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", lambda self, *words: reads.append(words) or real(self, *words))
+    first, _ = load_model(path)
+    assert len(reads) == 1
+    write_gguf(path, 2)
+    assert (len(first.model.layers), len(load_model(path)[0].model.layers)) == (1, 2)
+    assert len(reads) == 2
+    assert gguf.GGUFReader.__module__ == "gguf.gguf_reader", "outside of a load it is as it was"
+    with pytest.raises(MasformerError):
+        load_model(tmp_path)
+    assert gguf.GGUFReader.__module__ == "gguf.gguf_reader"

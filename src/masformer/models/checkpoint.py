@@ -28,6 +28,7 @@ from masformer.files import missing
 from masformer.models import adapters, hub
 from masformer.models.bridge import NAME, apply_plan
 from masformer.models.card import checkpoint_card, origin_of, write_card
+from masformer.models.gguf_files import reading_once
 from masformer.models.native import native_plan
 from masformer.models.positions import extend_positions
 from masformer.models.sealing import SEAL, is_sealed, kv_heads, unseal
@@ -42,6 +43,7 @@ TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "*.spm", "tekken.j
 """What the files of a tokenizer are called, one of which is in every folder that has one."""
 
 
+@reading_once()
 def load_config(
     model: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None
 ) -> tuple[PretrainedConfig, AttentionPlan]:
@@ -118,6 +120,7 @@ def check_plan(config: PretrainedConfig, plan: AttentionPlan) -> None:
     apply_plan(model, plan)
 
 
+@reading_once()
 def load_model(
     model: str | os.PathLike[str],
     plan: PlanSource | None = None,
@@ -261,6 +264,7 @@ def _unread(loaded: PreTrainedModel, path: Path) -> list[str]:
     return [name for name in doubtful if name not in known]
 
 
+@reading_once()
 def load_tokenizer(
     model: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None
 ) -> Any:
