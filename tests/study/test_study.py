@@ -90,6 +90,7 @@ MINI = {
         "text": PYTHON,
         "lengths": [48],
         "max_tokens": 96,
+        "retrieval": {"tasks": ["passkey"], "depths": [50], "examples": 2, "length": 800},
     },
     "generation": {
         "retrieval": {
@@ -184,6 +185,10 @@ def test_every_stage_runs_and_reports(language, tmp_path, monkeypatch):
     pretrained = json.loads((tmp_path / "study/pretrained.json").read_text())
     assert {row["step"] for row in pretrained["curves"]} >= {1, 2}
     assert pretrained["verdicts"][1]["why"].startswith("all block less all local (")
+    assert [(row["name"], row["task"], row["length"]) for row in pretrained["retrieval"]] == [
+        (name, "passkey", 800) for name in ("all full", "all local", "all block")
+    ]
+    assert len(where["retrieval"]) == 2 + 4
     assert str(tmp_path) not in text
     assert all(str(tmp_path) not in path.read_text() for path in (tmp_path / "study").glob("*.json"))
 

@@ -103,6 +103,36 @@ class RecallStage:
 
 
 @dataclass(frozen=True)
+class FindPart:
+    """What is hidden in text and asked for, under the plans of a stage.
+
+    Attributes:
+        tasks: of `masformer.evaluation.retrieval.TASKS`.
+        depths: in percent.
+        examples: prompts for each task and depth.
+        length: of prompt and answer; None: that of the stage's windows.
+        searches: of the stage `where`, names of those whose plans are asked; None: all.
+        room: tokens of an answer; None: the task's.
+        chat: whether the question stands in the tokenizer's chat template; None: where there is one.
+    """
+
+    tasks: list[str]
+    depths: list[float]
+    examples: int
+    length: int | None = None
+    searches: list[str] | None = None
+    room: int | None = None
+    chat: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_depths("retrieval", self.depths)
+        check_int("retrieval.examples", self.examples, 1)
+        check_each("retrieval", [self.length, self.room])
+        for task in self.tasks:
+            check_choice("retrieval.tasks", task, TASKS)
+
+
+@dataclass(frozen=True)
 class LanguageStage:
     """Language modelling: models that start from the same weights and are trained on under each plan.
 
@@ -119,6 +149,7 @@ class LanguageStage:
         vocabulary_text: what it is trained on.
         long: names of plans that are also trained from scratch at the long length, with as many tokens.
         equal: pairs of names of plans of equal cost, the first with blocks and the second with windows.
+        retrieval: prompts for every trained model; None: none.
     """
 
     recipe: dict[str, dict[str, Any]]
@@ -132,8 +163,11 @@ class LanguageStage:
     vocabulary_text: Source | None = None
     long: list[str] = field(default_factory=list)
     equal: list[list[str]] = field(default_factory=list)
+    retrieval: FindPart | None = None
 
     def __post_init__(self) -> None:
+        if self.retrieval is not None and self.retrieval.searches is not None:
+            raise MasformerError("language.retrieval.searches is of the stage where; every trained model is asked")
         check_plans("language", self.plans)
         check_seeds("language", self.seeds)
         check_int("language.max_tokens", self.max_tokens, max(self.lengths, default=1))
@@ -171,36 +205,6 @@ class SearchPart:
     def __post_init__(self) -> None:
         check_choice("where.searches.by", self.by, UNITS)
         check_choice("where.searches.method", self.method, METHODS)
-
-
-@dataclass(frozen=True)
-class FindPart:
-    """What is hidden in text and asked for, under the plans that were found.
-
-    Attributes:
-        tasks: of `masformer.evaluation.retrieval.TASKS`.
-        depths: in percent.
-        examples: prompts for each task and depth.
-        length: of prompt and answer; None: that of the stage's windows.
-        searches: names of those whose plans are asked; None: all.
-        room: tokens of an answer; None: the task's.
-        chat: whether the question stands in the tokenizer's chat template; None: where there is one.
-    """
-
-    tasks: list[str]
-    depths: list[float]
-    examples: int
-    length: int | None = None
-    searches: list[str] | None = None
-    room: int | None = None
-    chat: bool | None = None
-
-    def __post_init__(self) -> None:
-        check_depths("where.retrieval", self.depths)
-        check_int("where.retrieval.examples", self.examples, 1)
-        check_each("where.retrieval", [self.length, self.room])
-        for task in self.tasks:
-            check_choice("where.retrieval.tasks", task, TASKS)
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from masformer.cost import ModelShape, cost
 from masformer.evaluation.intervals import Interval
 from masformer.evaluation.perplexity.measure import exp_interval
 from masformer.reports.figures import curves, draw
+from masformer.study.asked import add_answers, asking
 from masformer.study.figures import pareto
 from masformer.study.findings import Findings, Results, Row, done
 from masformer.study.losses import Losses, over_each_other
 from masformer.study.models import attention_share, config_of, model_of, plan_of, recipe_of
-from masformer.study.scale import FULL, LOCAL, LanguageStage
+from masformer.study.scale import FULL, LOCAL, FindPart, LanguageStage
 from masformer.study.units import DATA, Place, Unit
 from masformer.study.verdicts import OPEN, Nearness, Verdict, comes_close, interval, is_no_worse
 from masformer.study.works import Perplexity, Train, Vocabulary
@@ -66,6 +67,10 @@ def units(stage: LanguageStage, place: Place, group: str = LANGUAGE) -> list[Uni
             when = turn if kind == "train" else turn + len(stage.seeds)  # long runs take longest, and come last
             found.append(Unit(made, belongs, Train(recipe), before if kind == "train" else needs, when))
             found.append(Unit(f"{made}/perplexity", belongs, work, (made,), when))
+            if stage.retrieval is not None:
+                for task in stage.retrieval.tasks:
+                    asks = asking(stage.retrieval, model_of(recipe), stage.plans[name], task, max(stage.lengths))
+                    found.append(Unit(f"{made}/{task}", belongs, asks, (made,), when))
     return found
 
 
@@ -154,6 +159,8 @@ def language_findings(stage: LanguageStage, place: Place, results: Results, grou
         claim = "Blocks, which the paper takes, are as good as windows of equal cost (trained under each)."
         found = over_each_other(losses, stage.equal, length, share)
         made.verdicts.append(_known(is_no_worse(claim, found), stage))
+    if (asked := stage.retrieval) is not None:
+        _add_retrieval(made, stage, asked, results, group)
     ratios = [
         (str(row["name"]), float(row["attention"]), row.get("over_full") or Interval(0, 0, 0, 1))
         for row in rows
@@ -165,6 +172,22 @@ def language_findings(stage: LanguageStage, place: Place, results: Results, grou
     if len(stage.lengths) > 1:
         made.draw(group, draw(rows, "perplexity", "perplexity"))
     return made
+
+
+def _add_retrieval(made: Findings, stage: LanguageStage, asked: FindPart, results: Results, group: str) -> None:
+    """What the trained models find, where all seeds of a plan were asked; and whether the mixes come close."""
+    here: dict[str, dict[str, list[dict[str, Any]]]] = {task: {} for task in asked.tasks}
+    for task, by_plan in here.items():
+        for name in stage.plans:
+            parts = done(results, [f"{_name(group, 'train', name, seed)}/{task}" for seed in stage.seeds])
+            if parts is not None:
+                by_plan[name] = parts
+    for task, scores in add_answers(made, f"{group} retrieval", here, asked.length or max(stage.lengths)).items():
+        if FULL in scores and LOCAL in scores:
+            mixes = [name for name in scores if name not in (FULL, LOCAL)]
+            near = {name: Nearness.of(scores[FULL], scores[LOCAL], scores[name]) for name in mixes}
+            claim = f"Of {task}, a mix comes close to full attention (trained under each)."
+            made.verdicts.append(_known(comes_close(claim, near, "points"), stage))
 
 
 def pretrained_findings(stage: LanguageStage, place: Place, results: Results) -> Findings:

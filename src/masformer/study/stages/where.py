@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from masformer.data.sources import Source
 from masformer.evaluation.intervals import Interval
 from masformer.plan import PLACEMENTS, AttentionPlan
-from masformer.reports.figures import draw
 from masformer.spans import FullSpan, Span
+from masformer.study.asked import add_answers, asking
 from masformer.study.figures import by_budget
 from masformer.study.findings import Findings, Results, Row
-from masformer.study.losses import Losses, prompt_scores, turned
+from masformer.study.losses import Losses
 from masformer.study.models import attention_share, heads_of, layers_of, plan_of
-from masformer.study.scale import FULL, LOCAL, WhereStage
+from masformer.study.scale import FULL, LOCAL, FindPart, WhereStage
 from masformer.study.units import Place, Unit
 from masformer.study.verdicts import (
     Nearness,
@@ -25,7 +25,7 @@ from masformer.study.verdicts import (
     is_different,
     is_no_worse,
 )
-from masformer.study.works import Perplexity, Retrieval, Search
+from masformer.study.works import Perplexity, Search
 
 STAGE = "where"
 CONTROLS = "rules and random"
@@ -113,17 +113,7 @@ def units(stage: WhereStage, place: Place) -> list[Unit]:
     if (asked := stage.retrieval) is not None:
         for each in _retrieved(stage):
             for task in asked.tasks:
-                work = Retrieval(
-                    stage.model,
-                    each.plan,
-                    task,
-                    (_asked_length(stage),),
-                    tuple(asked.depths),
-                    asked.examples,
-                    room=asked.room,
-                    chat=asked.chat,
-                    found_by=_found_by(each),
-                )
+                work = asking(asked, stage.model, each.plan, task, stage.length, _found_by(each))
                 found.append(Unit(_retrieval(each, task), STAGE, work, _needs(each)))
     for each in controls:
         for text, source in stage.texts.items():
@@ -155,11 +145,6 @@ def _search(stage: WhereStage, each: Placement) -> Unit:
 def _measured(stage: WhereStage, each: Placement, text: str, source: Source) -> Unit:
     work = Perplexity(stage.model, each.plan, source, (stage.length,), stage.length, found_by=_found_by(each))
     return Unit(_perplexity(each, text), STAGE, work, _needs(each))
-
-
-def _asked_length(stage: WhereStage) -> int:
-    assert stage.retrieval is not None
-    return stage.length if stage.retrieval.length is None else stage.retrieval.length
 
 
 def _retrieved(stage: WhereStage) -> list[Placement]:
@@ -222,7 +207,7 @@ def findings(stage: WhereStage, place: Place, results: Results) -> Findings:
             figure = by_budget({name: [*ends, *line] for name, line in drawn.items()}, {CONTROLS: controls})
             made.drawings.append((f"where {text}", figure, f"what is lost on {text}, by what is full"))
     if stage.retrieval is not None:
-        _add_retrieval(made, stage, stage.retrieval.tasks, results)
+        _add_retrieval(made, stage, stage.retrieval, results)
     return made
 
 
@@ -308,18 +293,13 @@ def _mean(losses: Losses, length: int) -> float:
     return sum(values) / len(values)
 
 
-def _add_retrieval(made: Findings, stage: WhereStage, tasks: list[str], results: Results) -> None:
+def _add_retrieval(made: Findings, stage: WhereStage, asked: FindPart, results: Results) -> None:
     every = _retrieved(stage)
-    rows: list[Row] = []
-    for task in tasks:
-        here = {each.name: results[_retrieval(each, task)] for each in every if _retrieval(each, task) in results}
-        scores = {name: prompt_scores(result, _asked_length(stage), "score") for name, result in here.items()}
-        for name, result in here.items():
-            total = next(row for row in result["results"] if row["depth"] is None)
-            row: Row = {"name": name, "task": task, "found": Interval(**total["score"])}
-            if name != FULL and FULL in scores:
-                row["less_full"] = difference(turned(scores[name]), turned(scores[FULL]))
-            rows.append(row)
+    here = {
+        task: {each.name: [results[_retrieval(each, task)]] for each in every if _retrieval(each, task) in results}
+        for task in asked.tasks
+    }
+    for task, scores in add_answers(made, "where retrieval", here, asked.length or stage.length).items():
         for name in stage.searches:
             if FULL in scores and LOCAL in scores:
                 near = {
@@ -329,5 +309,3 @@ def _add_retrieval(made: Findings, stage: WhereStage, tasks: list[str], results:
                 }
                 claim = f"Of {task}, what {name} finds comes close to full attention."
                 made.verdicts.append(comes_close(claim, near, "points"))
-    made.rows["retrieval"] = rows
-    made.draw("where retrieval", draw(rows, "found", "percent found"))
