@@ -1,11 +1,12 @@
 # make demo   the tour: a real model, real text, in minutes
 # make test   lint, types and the whole test suite
+# make docs   the pages as a site, in build/site
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint format install clean
+.PHONY: demo test docs lint format install clean
 
 demo: install
 	$(BIN)/masformer demo
@@ -13,6 +14,9 @@ demo: install
 # Tiny models gain nothing from threads: several test files run at once instead, each on one, in the order of conftest.py.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: install
 	$(BIN)/ruff check .
