@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from masformer import AttentionPlan, FullSpan, MasformerError, WindowSpan, apply_plan
+from masformer import AttentionPlan, BlockSpan, FullSpan, MasformerError, WindowSpan, apply_plan
 from masformer.models import compiling
 from masformer.models.compiling import compile_layers, is_compiled
 from tiny import ARCHITECTURES, VOCABULARY, tiny
@@ -112,6 +112,36 @@ def test_a_copy_has_weights_of_its_own():
             parameter.zero_()
         torch.testing.assert_close(other(TOKENS, use_cache=False).logits, expected)
     assert pickle.dumps(model.state_dict())
+
+
+def in_place(model):
+    model.compile()
+    return model
+
+
+def in_its_forward(model):
+    model.forward = torch.compile(model.forward)
+    return model
+
+
+MASK = torch.ones_like(TOKENS)
+MASK[0, :6] = 0
+MIXED = AttentionPlan((FullSpan(), WindowSpan(5, 2), BlockSpan(6), WindowSpan(40)))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neo"])
+@pytest.mark.parametrize("whole", [lambda model: torch.compile(model), in_place, in_its_forward])
+@pytest.mark.parametrize("plan", [MIXED, AttentionPlan.uniform(4, FullSpan())], ids=str)
+def test_a_model_that_torch_compiles_as_a_whole_keeps_its_plan_and_its_cache(kind, whole, plan):
+    plain, model = apply_plan(tiny(kind), plan), whole(apply_plan(tiny(kind), plan))
+    expected, actual = step(plain), step(model)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+    for given in ({}, {"attention_mask": MASK}, {"position_ids": PACKED, "use_cache": False}):
+        expected, actual = plain(TOKENS, **given).logits, model(TOKENS, **given).logits
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+    options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected, actual = (each.generate(TOKENS, attention_mask=MASK, **options) for each in (plain, model))
+    assert torch.equal(actual, expected)
 
 
 def test_what_cannot_be_compiled_is_refused():

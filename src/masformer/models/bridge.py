@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, partial, wraps
 from typing import Any
 
 import torch
@@ -58,6 +58,8 @@ _NO_SPANS = {
 _OTHER_STATE = {name for name in vars(Cache) if name.startswith("update_")}
 """The methods of a cache of transformers by which a module keeps something else than keys and values."""
 _KEYS = re.compile(r"(^|_)(q?kv?|key|keys)(_|$)")
+IN_GRAPHS = "masformer_in_graphs"
+"""Attribute of an attention module whose layer was compiled with it."""
 _INSTEAD = "masformer_attend"
 """The attribute of an attention module that holds what takes the place of `attend`, see `attending_by`."""
 CACHE_NAMES = ("cache", "past_key_values")
@@ -214,7 +216,26 @@ def _words(forward: Callable[..., Any]) -> frozenset[str]:
     return frozenset([*code.co_varnames, *code.co_names, *handed])
 
 
-def _attention(
+def _between_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Where torch compiles a model as a whole, the function runs as it is written, between two graphs."""
+    apart = torch._disable_dynamo(function)
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return (apart if torch.compiler.is_compiling() else function)(*args, **kwargs)
+
+    return run
+
+
+def _attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """The attention function that transformers calls; returns [batch, query_len, heads, head_dim].
+
+    It is part of a graph only where `compile_layers` asks for that, in passes without a cache.
+    """
+    return (_attend_layer if getattr(module, IN_GRAPHS, False) else _attend_apart)(module, *args, **kwargs)
+
+
+def _attend_layer(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -225,7 +246,6 @@ def _attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function that transformers calls; returns [batch, query_len, heads, head_dim]."""
     for name in ("s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise MasformerError(f"{type(module).__name__} passes {name}, which spans do not support")
@@ -254,6 +274,9 @@ def _attention(
     run: Callable[..., Tensor] = getattr(module, _INSTEAD, attend)
     out = run(query, key, value, span, layout=attention_mask, **options)
     return out.transpose(1, 2).contiguous(), None
+
+
+_attend_apart = _between_graphs(_attend_layer)
 
 
 def _attend_kept(query: Tensor, key: Tensor, value: Tensor, view: View, span: Span, options: dict[str, Any]) -> Tensor:
@@ -292,6 +315,7 @@ def attending_by(model: PreTrainedModel, function: Callable[..., Tensor]) -> Ite
             vars(module).pop(_INSTEAD, None)
 
 
+@_between_graphs
 def _mask(
     batch_size: int, kv_length: int, attention_mask: Tensor | None = None, device: Any = None, **kwargs: Any
 ) -> Layout | None:
@@ -303,6 +327,7 @@ def _mask(
     return Layout.of(real, None if current is None else current.documents)
 
 
+@_between_graphs
 def _before_forward(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     signature = _signature(type(base).forward)
     given = signature.bind(base, *args, **kwargs).arguments
@@ -395,6 +420,7 @@ def _choose_rotary_table(base: Any, cache: Any, positions: Tensor | None, new: i
     rotary.announce(base, prompt if prompt > after else 0)
 
 
+@_between_graphs
 def _after_forward(base: Any, args: tuple[Any, ...], output: Any) -> None:
     current = _pass.get()
     _pass.set(None)

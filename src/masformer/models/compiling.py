@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from masformer.errors import MasformerError
-from masformer.models.bridge import CACHE_NAMES, decoder_layers
+from masformer.models.bridge import CACHE_NAMES, IN_GRAPHS, decoder_layers
 from masformer.models.wrappers import bare_model
 
 GRAPHS = 64
@@ -47,6 +47,9 @@ def compile_layers(model: PreTrainedModel) -> PreTrainedModel:
     for layer in layers:
         if layer._compiled_call_impl is None:
             layer._compiled_call_impl = _Compiled(layer)
+        for module in layer.modules():
+            if hasattr(module, "masformer_span"):
+                setattr(module, IN_GRAPHS, True)
     return outer
 
 
