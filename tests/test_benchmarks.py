@@ -24,7 +24,7 @@ from masformer.benchmarks.limits import COPY, PRODUCT, Limits, Probe
 from masformer.benchmarks.models import decode_work, filled_cache, forward_work, random_tokens, variants
 from masformer.benchmarks.peers import DIRECT, PEERS, UnableError, direct
 from masformer.benchmarks.rows import with_exponents
-from masformer.benchmarks.timing import Timing
+from masformer.benchmarks.timing import Timing, peak_memory
 from masformer.cost import ModelShape, cost
 from masformer.errors import MasformerError
 from masformer.models import bridge
@@ -149,6 +149,19 @@ def test_a_call_is_timed_until_its_rounds_reach_the_cap_and_what_prepares_it_is_
     for cap in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(MasformerError, match="cap must be above 0 seconds"):
             compare_times(calls, 1, cap=cap)
+
+
+def test_calls_on_the_cpu_are_timed_there_though_there_is_a_gpu(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: waited.append(str(device)))
+    calls = {"call": lambda: sum(range(1000))}
+    for short in (False, True):
+        assert len(compare_times(calls, 2, short=short, device=torch.device("cpu"))["call"].seconds) == 2
+    peak_memory(calls["call"], torch.device("cpu"))
+    assert waited == []
+    compare_times(calls, 1, device=torch.device("cuda:3"))
+    assert set(waited) == {"cuda:3"}
 
 
 def test_attention_rows_hold_peers_limits_and_growth():

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from masformer import AttentionPlan, cli
+from masformer import AttentionPlan, benchmarks, cli
+from masformer.benchmarks import timing
 from masformer.generation import Chat
 from masformer.models.checkpoint import load_config
 from masformer.spans import FullSpan
@@ -492,6 +493,24 @@ def test_progress_and_device_are_told_on_standard_error_unless_quiet(capsys, fol
         assert json.loads(record.read_text())["device"].startswith("CPU, ")
         quiet = run(capsys, *words, "--quiet")
         assert (quiet[0], stage in quiet[2]) == (0, False)
+
+
+@pytest.mark.parametrize("words", [["attention"], ["prefill"], ["decode", "--new", "1"], ["train"], ["eval"]])
+def test_a_bench_runs_on_the_device_of_choice_and_records_it(capsys, folder, tmp_path, monkeypatch, words):
+    monkeypatch.setattr(benchmarks, "default_device", lambda: pytest.fail("another device was asked for"))
+    monkeypatch.setattr(timing, "default_device", benchmarks.default_device)
+    record = tmp_path / "record.json"
+    words = ["bench", *words, *([] if words == ["attention"] else [folder]), "--lengths", "16", "--repeats", "1"]
+    code, _, err = run(capsys, *words, "--device", "cpu", "--json", str(record))
+    assert code == 0, err
+    assert json.loads(record.read_text())["device"].startswith("CPU, ")
+    assert run(capsys, *words, "--device", "cuda:77")[2].startswith("masformer: error: --device cuda:77: torch sees")
+
+
+def test_what_is_only_written_is_put_on_no_other_device(capsys, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmarks, "default_device", lambda: pytest.fail("no device is needed"))
+    assert run(capsys, "convert", folder, str(tmp_path / "a"), "--plan", "window:8")[0] == 0
+    assert run(capsys, "export", folder, str(tmp_path / "b"), "--plan", "window:8", "--target", "transformers")[0] == 0
 
 
 def test_documents_shorter_than_a_window_are_counted(capsys, folder, text):

@@ -282,7 +282,11 @@ def forward_times(
     with progress_bar(quiet=quiet) as progress:
         task = progress.add_task("", total=len(calls) * ROUNDS)
         times = compare_times(
-            calls, ROUNDS, lambda name: progress.update(task, advance=1, description=name), warm_up=False
+            calls,
+            ROUNDS,
+            lambda name: progress.update(task, advance=1, description=name),
+            warm_up=False,
+            device=model.device,
         )
     if stock is None:
         return times, None

@@ -115,6 +115,7 @@ def bench_attention(
                 repeats,
                 prefixed(progress, length, f", {pass_}"),
                 cap=cap,
+                device=device,
                 short=True,
             )
             limits = probe.limits(times)

@@ -74,7 +74,7 @@ def bench_eval(
             perplexity(variant.model, documents, length, prefix=0)
 
         calls = {variant.name: partial(evaluate, variant) for variant in measured}
-        times = compare_times(calls, repeats, prefixed(progress, length), prepare=prepare, cap=cap)
+        times = compare_times(calls, repeats, prefixed(progress, length), prepare=prepare, cap=cap, device=model.device)
         works = {variant.name: forward_work(model, variant.visible, length, length, count) for variant in measured}
         for variant in measured:
             name = variant.name

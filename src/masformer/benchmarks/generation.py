@@ -84,7 +84,7 @@ def bench_prefill(
             progress(f"{length:,} tokens: {variant.name}, memory")
             variant.apply(backend)
             cache = variant.make_cache(length + 1)
-            memory[variant.name] = peak_memory(partial(variant.run, tokens, cache))
+            memory[variant.name] = peak_memory(partial(variant.run, tokens, cache), model.device)
             caches[variant.name] = cache_bytes(cache)
             del cache
 
@@ -93,7 +93,13 @@ def bench_prefill(
 
         calls = {variant.name: partial(prefill, variant) for variant in measured}
         times = compare_times(
-            probe.calls() | calls, repeats, prefixed(progress, length), warm_up=False, prepare=prepare, cap=cap
+            probe.calls() | calls,
+            repeats,
+            prefixed(progress, length),
+            warm_up=False,
+            prepare=prepare,
+            cap=cap,
+            device=model.device,
         )
         limits = probe.limits(times)
         rates.append({"length": length} | limits.to_dict())
@@ -163,7 +169,9 @@ def bench_decode(
                 last[0] = variant.run(last[0], cache)
 
         calls = {variant.name: partial(decode, variant) for variant in measured}
-        times = compare_times(probe.calls() | calls, repeats, prefixed(progress, length), prepare=prepare, cap=cap)
+        times = compare_times(
+            probe.calls() | calls, repeats, prefixed(progress, length), prepare=prepare, cap=cap, device=model.device
+        )
         limits = probe.limits(times)
         rates.append({"length": length} | limits.to_dict())
         works = {variant.name: decode_work(model, variant.visible, length, new, batch) for variant in measured}
@@ -174,6 +182,6 @@ def bench_decode(
             row = model_row(length, variant, times[name], times[base], works[name], works[base], limits, batch * new)
             over, by_bytes = times[FULL].median / times[name].median, works[FULL].bytes / works[name].bytes
             row |= {"over_full": over, "ideal_bytes": by_bytes, "share_bytes": over / by_bytes}
-            peak = peak_memory(partial(variant.run, last[0], cache))
+            peak = peak_memory(partial(variant.run, last[0], cache), model.device)
             found.append(row | {"cache_bytes": cache_bytes(cache), "peak_bytes": peak})
     return {"results": with_exponents(found, ["name"]), "limits": rates}

@@ -40,6 +40,7 @@ def compare_times(
     prepare: Mapping[str, Callable[[], object]] | None = None,
     cap: float | None = None,
     short: bool = False,
+    device: torch.device | None = None,
 ) -> dict[str, Timing]:
     """Times calls in turn, round after round, so that a slow spell of the machine meets all of them alike.
 
@@ -52,6 +53,7 @@ def compare_times(
         cap: seconds after which a call takes no part in further rounds; it has been in one at least.
         short: on CUDA, time the kernels as they run within a model: calls follow each other without waiting, each
             between two events of the device and after its caches were emptied, for `BATCH` seconds a round.
+        device: where the calls compute; by default `default_device`.
 
     Raises:
         MasformerError: `repeats` or `cap` is out of range.
@@ -60,7 +62,8 @@ def compare_times(
     check_cap(cap)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     spent = dict.fromkeys(calls, 0.0)
-    timer = _device_seconds if short and torch.cuda.is_available() else _wall_seconds
+    device = device or default_device()
+    timer = _device_seconds if short and device.type == "cuda" else _wall_seconds
     rounds = [False] * warm_up + [True] * repeats
     for number, timed in enumerate(rounds, start=1):
         for name, call in calls.items():
@@ -70,7 +73,7 @@ def compare_times(
             if prepare and name in prepare:
                 prepare[name]()
             start = time.perf_counter()
-            found = timer(call) if timed else call()
+            found = timer(call, device) if timed else call()
             if timed:
                 seconds[name].append(found)  # type: ignore[arg-type]
                 spent[name] += time.perf_counter() - start
@@ -88,44 +91,52 @@ def check_cap(cap: float | None) -> None:
         raise MasformerError(f"cap must be above 0 seconds, got {cap}")
 
 
-def _wall_seconds(call: Callable[[], object]) -> float:
-    _finish()
+def _wall_seconds(call: Callable[[], object], device: torch.device) -> float:
+    _finish(device)
     start = time.perf_counter()
     call()
-    _finish()
+    _finish(device)
     return time.perf_counter() - start
 
 
-def _device_seconds(call: Callable[[], object]) -> float:
+def _device_seconds(call: Callable[[], object], device: torch.device) -> float:
     """The median of calls that follow each other; emptying the caches also hides the time that a launch takes."""
-    count = max(1, min(MOST, int(BATCH / _wall_seconds(call))))
-    other = torch.empty(2**29, dtype=torch.uint8, device="cuda")
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-    for begin, end in events:
-        other.zero_()
-        begin.record()
-        call()
-        end.record()
-    _finish()
+    count = max(1, min(MOST, int(BATCH / _wall_seconds(call, device))))
+    other = torch.empty(2**29, dtype=torch.uint8, device=device)
+    with torch.cuda.device(device):
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+        for begin, end in events:
+            other.zero_()
+            begin.record()
+            call()
+            end.record()
+        _finish(device)
     return statistics.median(float(begin.elapsed_time(end)) / 1000 for begin, end in events)
 
 
-def _finish() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _finish(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
-def peak_memory(call: Callable[[], object]) -> int | None:
+def peak_memory(call: Callable[[], object], device: torch.device | None = None) -> int | None:
     """Bytes that a call holds at most, above what is held before it.
 
-    On CUDA, of torch's allocator. On Linux, of the whole process, with what earlier calls left free given back
-    beforehand; what the call frees and takes again is not counted twice, but some of it may stay. None elsewhere.
+    On CUDA, of torch's allocator. On the CPU under Linux, of the whole process, with what earlier calls left free given
+    back beforehand; what the call frees and takes again is not counted twice, but some of it may stay. None elsewhere.
+
+    Args:
+        call: what is measured.
+        device: where it computes; by default `default_device`.
     """
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    device = device or default_device()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         call()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu":
+        return None
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
     def kibibytes(kind: str) -> int:

@@ -114,10 +114,16 @@ def bench_train(
             progress(f"{length:,} tokens: {variant.name}, memory")
             gc.collect()
             variant.apply(backend)
-            memory[variant.name] = peak_memory(partial(step, variant))
+            memory[variant.name] = peak_memory(partial(step, variant), model.device)
         calls = {variant.name: partial(step, variant) for variant in measured}
         times = compare_times(
-            probe.calls() | calls, repeats, prefixed(progress, length), warm_up=False, prepare=prepare, cap=cap
+            probe.calls() | calls,
+            repeats,
+            prefixed(progress, length),
+            warm_up=False,
+            prepare=prepare,
+            cap=cap,
+            device=model.device,
         )
         limits = probe.limits(times)
         rates.append({"length": length} | limits.to_dict())

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from masformer import benchmarks, records
-from masformer.cli.options import LINE, Backend, BenchOptions, Figures, lengths_of, say, show
+from masformer.cli.options import LINE, Backend, Figures, ModelOptions, device_of, lengths_of, say, show
 from masformer.errors import MasformerError, check_seed
 from masformer.models.checkpoint import load_config
 from masformer.plots import checked_figure, plot_times
@@ -28,6 +28,7 @@ def bench_attention(
     head_dim: int = 64,
     batch: int = 1,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    device: str | None = None,
     backend: Backend = "auto",
     forward_only: bool = False,
     peers: str = "all",
@@ -59,6 +60,7 @@ def bench_attention(
     """
     check_seed(seed)
     torch.manual_seed(seed)
+    place = device_of(device)
     spans = [layer_span([Span.parse(part) for part in text.split(",")]) for text in span or ["window:512"]]
     sizes = lengths_of("--lengths", lengths)
     names = {"all": list(benchmarks.PEERS), "none": []}.get(peers) or [n for n in peers.split(",") if peers != "none"]
@@ -70,6 +72,7 @@ def bench_attention(
             sizes,
             **shape,
             dtype=dtype,
+            device=place,
             backend=backend,
             backward=not forward_only,
             peers=names,
@@ -81,12 +84,13 @@ def bench_attention(
     found = _measured("attention", "Attention; speed-up over full causal SDPA", measure, plot, quiet)
     for why, what in found["left_out"].items():
         say(f"left out: {why} ({'; '.join(what)})")
-    return {**shape, "dtype": dtype, "backend": backend, **found}
+    named = {"dtype": dtype, "device": records.device_name(place), "backend": backend}
+    return {**shape, **named, **found}
 
 
 def bench_prefill(
     model: str,
-    options: BenchOptions,
+    options: ModelOptions,
     *,
     lengths: str = "1024,2048,4096,8192",
     batch: int = 1,
@@ -122,7 +126,7 @@ def bench_prefill(
 
 def bench_decode(
     model: str,
-    options: BenchOptions,
+    options: ModelOptions,
     *,
     lengths: str = "1024,2048,4096,7680",
     new: int = 32,
@@ -160,7 +164,7 @@ def bench_decode(
 
 def bench_train(
     model: str,
-    options: BenchOptions,
+    options: ModelOptions,
     *,
     lengths: str = "2048",
     checkpointing: bool = False,
@@ -205,7 +209,7 @@ def bench_train(
 
 def bench_eval(
     model: str,
-    options: BenchOptions,
+    options: ModelOptions,
     *,
     lengths: str = "2048,8192",
     tokens: int = 65536,
@@ -245,7 +249,7 @@ def _bench(
     measure: Callable[..., dict[str, Any]],
     settings: dict[str, Any],
     model: str,
-    options: BenchOptions,
+    options: ModelOptions,
     lengths: str,
     random_weights: bool,
     seed: int,
@@ -262,13 +266,14 @@ def _bench(
         if options.max_positions is not None:
             raise MasformerError("--max-positions does nothing with --random-weights; the config says the positions")
         dtype = options.dtype if options.dtype == "auto" else benchmarks.DTYPES[options.dtype]
-        loaded = benchmarks.random_model(model, next(iter(plans.values())), dtype, benchmarks.default_device())
+        loaded = benchmarks.random_model(model, next(iter(plans.values())), dtype, options.place)
     else:
         loaded, _ = options.load(model, next(iter(plans.values())))
     found = _measured(
         bench, title, lambda progress: measure(loaded, plans, sizes, **settings, progress=progress), plot, quiet
     )
-    named = {"model": model, "random_weights": random_weights, "dtype": str(loaded.dtype), **settings}
+    named = {"model": model, "random_weights": random_weights, "dtype": str(loaded.dtype)}
+    named |= {"device": records.device_name(loaded.device), **settings}
     return {**named, "plans": list(map(str, plans.values())), **found}
 
 

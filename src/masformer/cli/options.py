@@ -106,8 +106,8 @@ class WeightOptions(Options):
 
     @property
     def place(self) -> torch.device:
-        """Where the model is put."""
-        return benchmarks.default_device()
+        """Where the model is put: nothing runs it."""
+        return torch.device("cpu")
 
     def load(self, model: str, plan: AttentionPlan) -> tuple[Any, Any]:
         """The model in its place, and its tokenizer or None."""
@@ -148,11 +148,6 @@ class RunningOptions(WeightOptions):
     def place(self) -> torch.device:
         """Where the model is put: as asked, else where `default_device` says."""
         return device_of(self.device)
-
-
-@dataclass(frozen=True)
-class BenchOptions(WeightOptions, PlanOptions):
-    """Several plans of one model, timed on the default device, whose clock and memory are read."""
 
 
 @dataclass(frozen=True)
