@@ -78,6 +78,26 @@ def predicted(store, index=0):
     return [text.decode(turn) for turn in turns]
 
 
+WEATHER = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_a_template_is_told_of_the_tools_of_a_conversation(tmp_path, template):
+    path = tmp_path / "talks.jsonl"
+    rows = [{"m": TALK, "t": WEATHER}, {"m": TALK, "t": None}, {"m": TALK, "t": []}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    source = Source(files=[str(path)], messages="m", tools="t")
+    named = "{% if tools %}{{ 'tools: ' + tools[0].function.name + '\n' }}{% endif %}" + template
+    store = token_store("talks", source, tokenizer(named), tmp_path / "cache")
+    begins = [tokenizer(None).decode(store.document(row).tolist()).startswith("tools: weather") for row in range(3)]
+    assert begins == [True, False, False]
+    assert [predicted(store, row) for row in range(3)] == [["hello<e>", "ok<e>"]] * 3
+    with pytest.raises(MasformerError, match="talks.jsonl:1: the chat template does not read tools"):
+        token_store("talks", source, tokenizer(template), tmp_path / "cache")
+    with pytest.raises(MasformerError, match="tools does nothing without messages"):
+        Source(files=[str(path)], tools="t")
+
+
 @pytest.mark.parametrize(
     ("template", "turns"),
     [

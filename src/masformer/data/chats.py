@@ -58,36 +58,43 @@ class ChatTokenizer:
         Raises:
             MasformerError: it is no conversation, or the template cannot say which tokens are the assistant's.
         """
-        (text,) = row.texts.values()
+        text, *tools = row.texts.values()
         messages = [_message(each, f"{row.name}: message {n}") for n, each in enumerate(json.loads(text), start=1)]
         turns = [n for n, message in enumerate(messages) if message["role"] == ASSISTANT]
         if not any(_says_something(messages[n]) for n in turns):
             return None
         messages = messages[: turns[-1] + 1]
-        self._check_read(messages, row.name)
-        tokens, wanted = (self._marked if MARKS.search(self.template) else self._added)(messages, turns, row.name)
+        told = {"tools": known} if tools and (known := json.loads(tools[0])) else {}
+        self._check_read(messages, row.name, told)
+        tell = self._marked if MARKS.search(self.template) else self._added
+        tokens, wanted = tell(messages, turns, row.name, told)
         last = max(place for place, own in enumerate(wanted) if own)
         end = self.tokenizer.eos_token_id
         if tokens[last] not in self._special and end is not None:  # the template ends no turn: the text ends here
             tokens, wanted = [*tokens, end], [*wanted, True]
         return tokens, wanted
 
-    def _text(self, messages: Sequence[Mapping[str, Any]], name: str, prompt: bool = False) -> str:
+    def _text(
+        self, messages: Sequence[Mapping[str, Any]], name: str, told: Mapping[str, Any], prompt: bool = False
+    ) -> str:
         try:
-            text: str = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+            text: str = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=prompt, **told
+            )
         except Exception as error:  # templates raise what they like
             reason = " ".join(str(error).split())
             raise MasformerError(f"{name}: the chat template refuses the messages: {reason}") from error
         return text
 
-    def _check_read(self, messages: Sequence[Mapping[str, Any]], name: str) -> None:
-        """Raises where the template leaves out what messages say, by role and by part; each is tried once."""
-        for part in PARTS:
-            if any(message.get(part) for message in messages) and not re.search(rf"\b{part}\b", self.template):
+    def _check_read(self, messages: Sequence[Mapping[str, Any]], name: str, told: Mapping[str, Any]) -> None:
+        """Raises where the template leaves out what messages say, by role and by part, or the tools; roles are tried
+        once."""
+        for part in [*(part for part in PARTS if any(message.get(part) for message in messages)), *told]:
+            if not re.search(rf"\b{part}\b", self.template):
                 raise MasformerError(f"{name}: the chat template does not read {part}")
         for role in {message["role"] for message in messages if message["content"]} - self._read:
             probe = [{**m, "content": PROBE} if m["role"] == role and m["content"] else m for m in messages]
-            if PROBE not in self._text(probe, name):
+            if PROBE not in self._text(probe, name, told):
                 raise MasformerError(f"{name}: the chat template leaves out what messages of the role {role} say")
             self._read.add(role)
 
@@ -96,14 +103,15 @@ class ChatTokenizer:
         return found
 
     def _added(
-        self, messages: Sequence[Mapping[str, Any]], turns: Sequence[int], name: str
+        self, messages: Sequence[Mapping[str, Any]], turns: Sequence[int], name: str, told: Mapping[str, Any]
     ) -> tuple[list[int], list[bool]]:
         """By prefixes: a turn is what is there after it, less what is there when it is asked for."""
         if turns[0] == 0:
             raise MasformerError(f"{name}: it begins with the assistant's turn; allowed: a system or user turn first")
-        texts = [self._text(messages, name)]
+        texts = [self._text(messages, name, told)]
         for turn in turns:
-            texts += [self._text(messages[:turn], name, prompt=True), self._text(messages[: turn + 1], name)]
+            texts += [self._text(messages[:turn], name, told, prompt=True)]
+            texts += [self._text(messages[: turn + 1], name, told)]
         whole, *parts = self._tokens(texts)
         wanted = [False] * len(whole)
         for turn, before, after in zip(turns, parts[::2], parts[1::2], strict=True):
@@ -119,12 +127,12 @@ class ChatTokenizer:
         return whole, wanted
 
     def _marked(
-        self, messages: Sequence[Mapping[str, Any]], turns: Sequence[int], name: str
+        self, messages: Sequence[Mapping[str, Any]], turns: Sequence[int], name: str, told: Mapping[str, Any]
     ) -> tuple[list[int], list[bool]]:
         """By the template's marks, and the token that ends a turn, where the marks leave it out."""
         try:
             made = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+                list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **told
             )
             tokens, wanted = list(made["input_ids"]), [bool(each) for each in made["assistant_masks"]]
         except Exception as error:  # slow tokenizers have no marks, and templates raise what they like

@@ -258,6 +258,7 @@ def _texts(row: Mapping[str, Any], fields: Iterable[str], place: str, lists: boo
     for field in fields:
         text = _value(row, field, place)
         if lists:
+            text = [] if text is None and found else text  # the tools of a conversation that has none
             if not isinstance(text, list):
                 raise MasformerError(f"{place}: field {field!r} holds a {type(text).__name__}, it must hold a list")
             text = json.dumps(text, ensure_ascii=False, default=str)

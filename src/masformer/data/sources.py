@@ -35,6 +35,7 @@ class Source:
         prompt: of prompt/target pairs, the field of the prompt; None for plain texts.
         target: of prompt/target pairs, the field of the target.
         messages: of conversations, the field of the list of messages (`masformer.data.chats`); None for others.
+        tools: of conversations, the field of the list of tools that the template is told of; None where there is none.
         where: field -> the value a row must have to be taken; `meta.kind` is a field inside a field (`read_rows`).
         skip: leave out so many of the selected rows.
         limit: take at most so many of them.
@@ -53,6 +54,7 @@ class Source:
     prompt: str | None = None
     target: str | None = None
     messages: str | None = None
+    tools: str | None = None
     where: dict[str, Any] = default(default_factory=dict)
     skip: int = 0
     limit: int | None = None
@@ -78,6 +80,8 @@ class Source:
             raise MasformerError("field does nothing where prompt and target are given")
         if self.messages is not None and (self.prompt is not None or self.field != TEXT):
             raise MasformerError("field, prompt and target do nothing where messages is given")
+        if self.tools is not None and self.messages is None:
+            raise MasformerError("tools does nothing without messages")
         check_int("skip", self.skip, 0)
         if self.limit is not None:
             check_int("limit", self.limit, 1)
@@ -96,7 +100,7 @@ class Source:
     def fields(self) -> tuple[str, ...]:
         """The fields that are read: the text's, the prompt's and the target's, or the messages'."""
         if self.messages is not None:
-            return (self.messages,)
+            return (self.messages,) if self.tools is None else (self.messages, self.tools)
         return (self.field,) if self.prompt is None or self.target is None else (self.prompt, self.target)
 
     @property
