@@ -92,7 +92,7 @@ def test_a_template_is_told_of_the_tools_of_a_conversation(tmp_path, template):
     begins = [tokenizer(None).decode(store.document(row).tolist()).startswith("tools: weather") for row in range(3)]
     assert begins == [True, False, False]
     assert [predicted(store, row) for row in range(3)] == [["hello<e>", "ok<e>"]] * 3
-    with pytest.raises(MasformerError, match="talks.jsonl:1: the chat template does not read tools"):
+    with pytest.raises(MasformerError, match=r"talks.jsonl:1: the chat template does not read tools"):
         token_store("talks", source, tokenizer(template), tmp_path / "cache")
     with pytest.raises(MasformerError, match="tools does nothing without messages"):
         Source(files=[str(path)], tools="t")

@@ -5,6 +5,8 @@ import pytest
 from masformer import MasformerError, load_model
 from masformer.models import hub
 from masformer.models.checkpoint import load_config, load_tokenizer
+from masformer.training.model import recipe_tokenizer
+from masformer.training.recipe import ModelRecipe
 from tiny import tiny_config
 
 
@@ -30,7 +32,11 @@ def here(tmp_path, monkeypatch):
     answers.cache_clear()
 
 
-@pytest.mark.parametrize("read", [load_config, load_model, load_tokenizer])
+def of_a_recipe(name):
+    return recipe_tokenizer(ModelRecipe(source="tiny-llama", tokenizer=name))
+
+
+@pytest.mark.parametrize("read", [load_config, load_model, load_tokenizer, of_a_recipe])
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -56,6 +62,8 @@ def test_a_hub_out_of_reach_is_asked_once(here, name):
             MasformerError, match=f"no folder {name} here; as a model of the hub it is not in the cache"
         ):
             load_config(name)
+        with pytest.raises(MasformerError, match=f"no folder {name} here; as a model of the hub"):
+            of_a_recipe(name)
     assert len(here) == 1
 
 

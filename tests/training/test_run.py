@@ -528,5 +528,18 @@ def test_the_command_trains_and_records(tmp_path, capsys):
     assert figures["steps"] == 3
     assert figures["recipe"]["training"]["steps"] == 3
     assert main(words) == 2
-    assert main([*words, "--resume", "--dry-run"]) == 2
-    assert "--resume does nothing in a dry run" in capsys.readouterr().err
+    for option in ("--resume", "--quiet"):
+        assert main([*words, option, "--dry-run"]) == 2
+        assert f"{option} does nothing in a dry run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_in_a_pipe_a_run_says_each_stage_once_and_nothing_in_between_where_it_is_quiet(tmp_path, capsys, quiet):
+    words = ["train", "--config", str(recipe_file(tmp_path)), "--training.steps", "3", *["--quiet"] * quiet]
+    assert main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("training: ") for line in lines) == (not quiet)
+    assert any(line.startswith("reading ") for line in lines) is not quiet
+    assert any(line.startswith("step 3/3") for line in lines) is not quiet
+    assert lines[-1].startswith(f"{tmp_path / 'out' / 'model'}: ")
+    assert any("weights are trained" in line for line in lines)

@@ -20,7 +20,14 @@ from masformer.errors import MasformerError
 from masformer.training.recipe import Recipe, load_recipe, recipe_settings
 
 
-def train(*, config: str, set: list[str] | None = None, resume: bool = False, dry_run: bool = False) -> Figures:
+def train(
+    *,
+    config: str,
+    set: list[str] | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+    quiet: bool = False,
+) -> Figures:
     """Trains a model as a recipe says: continual training on long rows, fine-tuning on pairs, or from scratch.
 
     Args:
@@ -28,20 +35,21 @@ def train(*, config: str, set: list[str] | None = None, resume: bool = False, dr
         set: a setting in place of the recipe's: NAME=VALUE; --training.steps 60 is --set training.steps=60.
         resume: go on from the newest whole checkpoint of the output folder.
         dry_run: show shapes, steps, cost and memory, and train nothing.
+        quiet: say what is trained and what was written, and nothing in between.
 
     Example:
         masformer train --config recipes/tiny-from-scratch.yaml --training.steps 20 --output runs/tiny
     """
     recipe = load_recipe(config, [f"--{setting}" for setting in set or ()])
-    if dry_run and resume:
-        raise MasformerError("--resume does nothing in a dry run")
+    if dry_run and (resume or quiet):
+        raise MasformerError(f"{'--resume' if resume else '--quiet'} does nothing in a dry run")
     if dry_run:
         from masformer.training.dry_run import dry_run as forecast
 
         return {"recipe": recipe.to_dict(), "forecast": forecast(recipe, console).to_dict()}
     from masformer.training.run import train as run
 
-    outcome = run(recipe, resume=resume, console=Console(highlight=False))
+    outcome = run(recipe, resume=resume, console=Console(highlight=False), quiet=quiet)
     if dist.is_available() and dist.is_initialized():
         gc.collect()  # what is sharded holds the group, whose threads must not outlive it
         dist.destroy_process_group()

@@ -281,11 +281,13 @@ def load_tokenizer(
 
 
 def read_tokenizer(source: str, name: str | None = None, **options: Any) -> Any:
-    """A tokenizer by hub id or folder; `name` is what messages call it, options are transformers' own.
+    """A tokenizer by hub id or folder, options are transformers' own; `name` is that of the model it was found with.
 
     Raises:
         MasformerError: it cannot be read, or has no vocabulary, as transformers makes it up where files are missing.
     """
+    if name is None and not Path(source).exists() and hub.is_cached_alone(source, file="tokenizer_config.json"):
+        options["local_files_only"] = True
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except BaseException as error:  # the library behind it panics, which is no Exception, where merges do not fit

@@ -16,12 +16,13 @@ PATIENCE = 5.0
 """Seconds for the hub to answer at all."""
 
 
-def is_cached_alone(name: str, revision: str | None = None) -> bool:
+def is_cached_alone(name: str, revision: str | None = None, file: str = "config.json") -> bool:
     """Whether a model of the hub can only be had from this machine's cache, the hub being out of reach.
 
     Args:
         name: of the model, no path of anything here.
         revision: branch, tag or commit.
+        file: that is in the cache where the model is.
 
     Raises:
         MasformerError: it is a path rather than a name of the hub, or it is near to what is here, or it is not in the
@@ -32,7 +33,7 @@ def is_cached_alone(name: str, revision: str | None = None) -> bool:
     hint = f"; near: {', '.join(near)}" if near else ""
     if not _is_name(name) or (path.parent != Path() and path.parent.is_dir() and near):
         raise MasformerError(f"no folder {name} here{hint}")
-    if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+    if isinstance(try_to_load_from_cache(name, file, revision=revision), str):
         return not _answers(constants.ENDPOINT)
     if path.parent == Path() and near:
         raise MasformerError(f"no folder {name} here{hint} (a model of the hub is named as OWNER/{name})")

@@ -80,13 +80,14 @@ class Outcome:
     evaluations: Mapping[int, Mapping[str, float]]
 
 
-def train(recipe: Recipe, *, resume: bool = False, console: Console | None = None) -> Outcome:
+def train(recipe: Recipe, *, resume: bool = False, console: Console | None = None, quiet: bool = False) -> Outcome:
     """Trains what a recipe says.
 
     Args:
         recipe: the run.
         resume: go on from the newest whole checkpoint of the output folder, if there is one.
         console: where lines for people go.
+        quiet: say what is trained and what was written, and nothing in between.
 
     Raises:
         MasformerError: something in the recipe cannot be done, or cannot be written.
@@ -108,7 +109,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         _say(console, f"{output / 'model'} is there already: the run is finished; more training.steps go on from it")
         return Outcome(output / "model", 0, None, {})
     PartialState().wait_for_everyone()
-    rows, report = _read(recipe, arguments, console)
+    rows, report = _read(recipe, arguments, console, quiet)
     steps = recipe.training.steps or step_count(recipe, len(rows))
     _check_done(found, steps)
     schedule = Schedule(rows, steps * recipe.training.rows, recipe.training.seed, recipe.data.shuffle)
@@ -130,13 +131,13 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         return recipe.evaluation.is_due(step, steps) and step not in evaluations
 
     arguments = training_arguments(recipe, steps, is_missing(begun))
-    with progress_bar(console) as bar:
+    with progress_bar(console, quiet=quiet) as bar:
         task = bar.add_task("", total=steps)
         watch = Watch(
             recipe,
             evaluations,
             autocast,
-            lambda head, figures: _say(bar.console, f"{head}  {figures_text(figures)}"),
+            lambda head, figures: None if quiet else _say(bar.console, f"{head}  {figures_text(figures)}"),
             lambda done, total, what: bar.update(task, completed=done, total=total, description=what),
         )
         trainer = SpanTrainer(recipe, prepared, schedule, tasks, arguments, watch)
@@ -294,11 +295,11 @@ def _flat(name: str, value: Any) -> dict[str, Any]:
 
 
 def _read(
-    recipe: Recipe, arguments: TrainingArguments, console: Console
+    recipe: Recipe, arguments: TrainingArguments, console: Console, quiet: bool
 ) -> tuple[PackedRows | WholeRows, dict[str, Any]]:
     """Tokenizes in one process, the others open what it wrote."""
     data = recipe.data
-    with arguments.main_process_first(local=True, desc="tokenizing"), progress_bar(console) as bar:
+    with arguments.main_process_first(local=True, desc="tokenizing"), progress_bar(console, quiet=quiet) as bar:
         tokenizer = recipe_tokenizer(recipe.model)
         stores = []
         for name, source in data.sources.items():

@@ -243,7 +243,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.autocast = autocast
         self.output = Path(recipe.output)
         self.stopped_by: int | None = None
-        self._tokens = self._all_tokens = 0
+        self._tokens = 0
         self._seconds = self._all_seconds = self._begun = 0.0
         self._step = self._steps = self.steps_done = 0
         self._board: Any = None
@@ -255,7 +255,6 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def saw(self, tokens: int) -> None:
         """Counts tokens that are trained on, over all processes."""
         self._tokens += tokens
-        self._all_tokens += tokens
 
     def counted(self, state: Any) -> dict[str, float]:
         """Tokens and speed since this was asked for before."""
@@ -293,9 +292,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         control.should_save = (every is not None and (step % every == 0 or last)) or self.is_stopped()
         control.should_evaluate = self.recipe.evaluation.is_due(step, state.max_steps) and not self.is_stopped()
         control.should_training_stop |= self.is_stopped()
-        speed = self._all_tokens / self._all_seconds if self._all_seconds else 0
-        left = clock(self._all_seconds / self.steps_done * (state.max_steps - step))
-        self.advance(step, state.max_steps, f"{speed:,.0f} tokens/s, {left} left")
+        self.advance(step, state.max_steps, "training")
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The Trainer asks once more here, after the last step."""
