@@ -68,6 +68,14 @@ def test_several_plans_in_one_run(capsys, folder):
     assert out.count("Cost of one sequence") == 2
 
 
+def test_a_plan_file_is_told_with_its_plan(capsys, folder, text, tmp_path):
+    PLAN.save(tmp_path / "found.yaml")
+    plans = ["--plan", str(tmp_path / "found.yaml"), "--plan", "full"]
+    for words in (["eval", "perplexity", folder, "--data", text, "--max-tokens", "40"], ["bench", "prefill", folder]):
+        code, out, _ = run(capsys, *words, *plans, "--lengths", "32", "--quiet")
+        assert (code, out.splitlines()[0]) == (0, f"{tmp_path / 'found.yaml'}: {PLAN}")
+
+
 def test_convert_then_eval_gives_the_perplexity_of_the_plan(capsys, folder, text, tmp_path):
     out_folder, direct, converted = tmp_path / "out", tmp_path / "direct.json", tmp_path / "converted.json"
     options = ["--data", text, "--lengths", "32,96", "--max-tokens", "300"]

@@ -336,6 +336,20 @@ def test_intervals_and_general_rows(tmp_path):
     assert [figure.caption for figure in report.figures()] == ["rouge with 95% intervals, by length"]
 
 
+def test_a_plan_file_is_shown_as_its_plan(tmp_path):
+    names = {"full": "full", "runs/Found.YAML": "full@1; window:8", "mine.json": "block:4"}
+    rows = [{"name": name, "plan": plan, "length": 64, "score": 1.5} for name, plan in names.items()]
+    reach = [{"name": name, "task": "passkey", "effective_length": 64} for name in names]
+    apart = [{"name": "full", "against": "mine.json", "difference": 0.5}]
+    record = made(tmp_path, kind="eval retrieval", model="m", results=rows, effective_lengths=reach, differences=apart)
+    report = build_report([record], "x")
+    first, second, third = report.tables()
+    for table in (first, second):
+        assert [row[0] for row in table.rows] == list(names.values())
+    assert "block:4" in third.rows[0]
+    assert not any(name in report.to_markdown() for name in list(names)[1:])
+
+
 def test_rows_by_depth_give_heat_maps_and_a_table_over_all_depths(tmp_path):
     rows = [
         {

@@ -38,6 +38,8 @@ from strategies import plans, spans
         (math.nan, "nan"),
         ([256, 1024], "256, 1,024"),
         ([], "-"),
+        ([0.0, 50.0, 100.0], "0, 50, 100"),
+        ([0.0, 33.3, 100], "0, 33.30, 100"),
         ("pubmed.jsonl.xz", "pubmed.jsonl.xz"),
     ],
 )

@@ -16,7 +16,7 @@ from masformer.errors import MasformerError, read_int, shown
 from masformer.models.checkpoint import load_model
 from masformer.models.gguf_files import written_dtype
 from masformer.models.positions import parse_max_positions
-from masformer.plan import AttentionPlan, read_plans
+from masformer.plan import PLAN_SUFFIXES, AttentionPlan, read_plans
 from masformer.tables import show_table
 
 Figures = dict[str, Any]
@@ -71,7 +71,11 @@ class PlanOptions(RuleOptions):
         ruled = self.ruled(own, self.plan)
         if ruled is not None:
             return {str(ruled): ruled}
-        return read_plans(self.plan or [own], len(own), own.kv_heads, what="--plan")
+        plans = read_plans(self.plan or [own], len(own), own.kv_heads, what="--plan")
+        for name, plan in plans.items():
+            if Path(name).suffix.lower() in PLAN_SUFFIXES:
+                say(f"{name}: {plan}")
+        return plans
 
 
 @dataclass(frozen=True)

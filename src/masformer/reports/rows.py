@@ -10,6 +10,7 @@ from typing import Any
 
 from masformer.errors import MasformerError
 from masformer.evaluation.intervals import Interval
+from masformer.plan import PLAN_SUFFIXES
 from masformer.reports.document import Table
 from masformer.reports.values import NOTHING, as_interval, is_number, show
 
@@ -60,9 +61,15 @@ def row_sets(figures: Mapping[str, Any]) -> dict[str, list[Row]]:
     Rows are lists of mappings (`results`); of mappings that each hold such a list (`plans.costs`), where every row also
     gets the texts and numbers beside the list; mappings of names to such lists (`placements`) or to mappings of equal
     keys (`ranks`), where the name is a column; and mappings of names to raw timings (`forward.seconds`), of which the
-    median is shown.
+    median is shown. Where a plan file names a row, its plan takes the place of the file's name.
     """
-    return {path: rows for path, rows in _row_sets(figures, "") if rows}
+    found = {path: rows for path, rows in _row_sets(figures, "") if rows}
+    every = [row for rows in found.values() for row in rows]
+    named = [(str(row["name"]), row["plan"]) for row in every if {"name", "plan"} <= set(row)]
+    files = {name: plan for name, plan in named if name.lower().endswith(PLAN_SUFFIXES)}
+    for row in every:
+        row |= {key: files[name] for key in ("name", "against") if (name := str(row.get(key))) in files}
+    return found
 
 
 def _row_sets(values: Mapping[str, Any], stem: str) -> Iterator[tuple[str, list[Row]]]:

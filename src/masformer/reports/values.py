@@ -58,6 +58,8 @@ def show(value: Any, key: str = "", spec: str | None = None) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, (list, tuple)):
+        if all(is_number(each) and float(each).is_integer() for each in value):
+            value = [int(each) for each in value]
         return ", ".join(show(each, key, spec) for each in value) or NOTHING
     if isinstance(value, str):
         return Code(value) if is_plan(value) else " ".join(value.split())  # a cell is one line
