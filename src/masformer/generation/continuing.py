@@ -1,14 +1,12 @@
-"""Generation from long prompts: prefill in chunks, streamed text, and what it cost."""
+"""Prompts are continued: prefill in chunks, streamed text, and what it cost."""
 
 from __future__ import annotations
 
 import copy
-import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -17,8 +15,7 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, Tex
 
 from masformer.cache import SpanCache
 from masformer.cost import ModelShape, bytes_text, cost
-from masformer.data.tokens import opening_tokens, part_tokens
-from masformer.errors import LARGEST_SEED, MasformerError, check_int, check_number, check_seed
+from masformer.errors import MasformerError, check_int, check_number, check_seed
 from masformer.models import rotary
 from masformer.models.bridge import cache_name
 from masformer.models.positions import position_limit
@@ -108,62 +105,6 @@ class CheckNumbers(LogitsProcessor):  # type: ignore[misc]
                 "the model's scores of the next token are not numbers: its weights are damaged, or too coarse"
             )
         return scores
-
-
-def prompt_tokens(tokenizer: Any, text: str, *, chat: bool | None = None, system: str | None = None) -> list[int]:
-    """Token ids of a prompt.
-
-    Args:
-        tokenizer: of transformers.
-        text: the prompt, or the user's message in a chat.
-        chat: whether to put it into the tokenizer's chat template; None: where there is one.
-        system: system message of the chat.
-
-    Raises:
-        MasformerError: the prompt is empty, or there is no chat template to put it into, or it refuses the messages.
-    """
-    chat = uses_chat(tokenizer, chat)
-    if system is not None and not chat:
-        raise MasformerError("a system message needs a chat template, which is not used here")
-    if not text.strip():
-        raise MasformerError("the prompt is empty")
-    if not chat:
-        return opening_tokens(tokenizer, text)
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    chat_prompt = chat_text(tokenizer, [*messages, {"role": "user", "content": text}])
-    return part_tokens(tokenizer, chat_prompt)
-
-
-def uses_chat(tokenizer: Any, chat: bool | None = None) -> bool:
-    """Whether a prompt is put into the tokenizer's chat template: as asked, or by default where there is one.
-
-    Raises:
-        MasformerError: it is asked for, and there is none.
-    """
-    template = getattr(tokenizer, "chat_template", None)
-    if chat and not template:
-        raise MasformerError("the tokenizer has no chat template; give the prompt as it is")
-    return bool(template) if chat is None else chat
-
-
-def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-    """The messages in the tokenizer's chat template, up to where the answer begins; special tokens stand in the text.
-
-    Args:
-        tokenizer: of transformers, with a chat template.
-        messages: each with `role` and `content`.
-        variables: what else the template is given, `tools` for example.
-
-    Raises:
-        MasformerError: the template refuses them.
-    """
-    try:
-        text: str = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=False, **variables
-        )
-    except Exception as error:
-        raise MasformerError(f"the chat template refuses the messages: {' '.join(str(error).split())}") from error
-    return text
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: Any) -> list[int]:
@@ -279,107 +220,6 @@ def generate(
         cache_bytes=cache.nbytes,
         full_cache_bytes=_full_cache_bytes(model, cache, beams),
     )
-
-
-class Chat:
-    """A conversation in the model's chat template, in one cache: of each turn only the new tokens are read.
-
-    Where the template writes an earlier answer in another way than the model did, the cache goes back to the last token
-    that stays, or is filled anew where a window has moved past it.
-
-    Args:
-        model: a model with a plan, in evaluation mode.
-        tokenizer: its tokenizer.
-        system: system message.
-        seed: of sampling, for the whole conversation.
-        options: of `generate`: `max_new_tokens`, `temperature`, `top_p`, `top_k`, `chunk`.
-
-    Attributes:
-        messages: what was said, as templates read it.
-
-    Raises:
-        MasformerError: the tokenizer has no chat template.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: Any, *, system: str | None = None, seed: int = 0, **options: Any
-    ) -> None:
-        uses_chat(tokenizer, True)
-        check_seed(seed)
-        self.model, self.tokenizer, self.options = bare_model(model), tokenizer, options
-        self.messages = [] if system is None else [{"role": "system", "content": system}]
-        self._random, self._seed = random.Random(seed), seed
-        self._read: list[int] = []
-        self._cache = SpanCache(AttentionPlan.from_dict(self.model.config.masformer))
-
-    def answer(
-        self,
-        text: str,
-        on_text: Callable[[str], None] = lambda text: None,
-        on_prompt: Callable[[int, int], None] = lambda done, new: None,
-    ) -> Generation:
-        """Says something to the model, and gives its answer.
-
-        Args:
-            text: of the user.
-            on_text: see `generate`.
-            on_prompt: called with how many of the new tokens of the prompt were read, and how many those are.
-
-        Raises:
-            MasformerError: there is nothing to answer, or the conversation is beyond the model's positions.
-            KeyboardInterrupt: it was interrupted. What the model had said till then stays in the conversation; without
-                a word of it, the turn is as if it had not been.
-        """
-        if not text.strip():
-            raise MasformerError("the message is empty")
-        messages = [*self.messages, {"role": "user", "content": text}]
-        prompt = part_tokens(self.tokenizer, chat_text(self.tokenizer, messages))
-        self._go_back(prompt)
-        new = len(prompt) - len(self._read)
-        pieces: list[str] = []
-
-        def hand_on(piece: str) -> None:
-            pieces.append(piece)
-            on_text(piece)
-
-        try:
-            result = generate(
-                self.model,
-                self.tokenizer,
-                prompt,
-                cache=self._cache,
-                seed=self._seed,
-                on_text=hand_on,
-                on_prompt=lambda done: on_prompt(done, new),
-                **self.options,
-            )
-        except BaseException:
-            self._forget()
-            if said := "".join(pieces):
-                self.messages = [*messages, {"role": "assistant", "content": said}]
-            raise
-        self._seed = self._random.randrange(LARGEST_SEED)
-        self._read = [*prompt, *result.token_ids][: self._cache.get_seq_length()]
-        self.messages = [*messages, {"role": "assistant", "content": result.text}]
-        return result
-
-    def _go_back(self, prompt: list[int]) -> None:
-        """Leaves in the cache what the prompt begins with, and less than all of it."""
-        pairs = zip(self._read, prompt[:-1], strict=False)
-        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        first, now = (rotary.table(self.model.config, length) for length in (self._cache.prompt, len(prompt)))
-        try:
-            if first != now or not same:
-                self._forget()  # what was read has other rotary positions than this text
-            elif same < len(self._read):
-                self._cache.crop(same - len(self._read))
-                self._read = self._read[:same]
-        except MasformerError:  # a window has moved past it
-            self._forget()
-
-    def _forget(self) -> None:
-        self._cache.reset()
-        self._read = []
 
 
 @dataclass(frozen=True)
