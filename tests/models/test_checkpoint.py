@@ -1,3 +1,4 @@
+import io
 import json
 from pathlib import Path
 
@@ -5,8 +6,8 @@ import pytest
 import torch
 
 from masformer import AttentionPlan, MasformerError, apply_plan, load_model, save_model
-from masformer.models.checkpoint import load_config
-from tiny import ARCHITECTURES, PLAN, tiny, tiny_config
+from masformer.models.checkpoint import load_config, load_tokenizer
+from tiny import ARCHITECTURES, PLAN, letter_tokenizer, tiny, tiny_config
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -82,6 +83,31 @@ def test_pickled_weights_are_never_loaded(tmp_path):
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(MasformerError, match="safetensors"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("read", [load_config, load_model, load_tokenizer])
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_beside_a_model_is_never_run_nor_asked_for(tmp_path, monkeypatch, read, file):
+    tiny("llama", vocab_size=257).save_pretrained(tmp_path)
+    letter_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "code.py").write_text("open('ran', 'w')")
+    data = json.loads((tmp_path / file).read_text())
+    code = {
+        "AutoConfig": "code.Config",
+        "AutoModelForCausalLM": "code.Model",
+        "AutoTokenizer": [None, "code.Tokenizer"],
+    }
+    data |= {"model_type": "strange", "tokenizer_class": "Strange", "auto_map": code}
+    (tmp_path / file).write_text(json.dumps(data))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    monkeypatch.setattr("builtins.input", lambda *asked: "y")
+    if read is load_config and file != "config.json":
+        read(tmp_path)
+    else:
+        with pytest.raises(MasformerError, match="needs code of its own, which is not run here"):
+            read(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_missing_models_are_named(tmp_path):

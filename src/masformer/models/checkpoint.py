@@ -39,6 +39,8 @@ from masformer.spans import FullSpan, Span
 
 DEEPEST = 1024
 """Layers of a model: several times what any has; transformers builds what a damaged config says, for hours."""
+OWN_CODE = {"trust_remote_code": False}
+"""For transformers, which would ask on standard input whether to run the code that a model brings along."""
 TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "*.spm", "tekken.json")
 """What the files of a tokenizer are called, one of which is in every folder that has one."""
 
@@ -83,7 +85,7 @@ def _read_config(
             status = Path(source, options["gguf_file"]).stat()
             config = copy.deepcopy(_gguf_config(source, options["gguf_file"], status.st_mtime_ns, status.st_size))
         else:
-            config = AutoConfig.from_pretrained(source, **options)
+            config = AutoConfig.from_pretrained(source, **OWN_CODE, **options)
         _check_layers({"num_hidden_layers": getattr(config, "num_hidden_layers", None)})
         return config, None
     except MasformerError as error:
@@ -95,7 +97,7 @@ def _read_config(
 @lru_cache(maxsize=4)
 def _gguf_config(folder: str, file: str, changed: int, size: int) -> PretrainedConfig:
     """The config of a .gguf file, whose vocabulary transformers reads with it: seconds, and a load asks three times."""
-    return AutoConfig.from_pretrained(folder, gguf_file=file)
+    return AutoConfig.from_pretrained(folder, gguf_file=file, **OWN_CODE)
 
 
 def _check_layers(data: Mapping[str, Any]) -> None:
@@ -187,6 +189,7 @@ def load_model(
             use_safetensors=use_safetensors,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
+            **OWN_CODE,
             **options,
         )
     except Exception as error:
@@ -289,7 +292,7 @@ def read_tokenizer(source: str, name: str | None = None, **options: Any) -> Any:
     if name is None and not Path(source).exists() and hub.is_cached_alone(source, file="tokenizer_config.json"):
         options["local_files_only"] = True
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **OWN_CODE, **options)
     except BaseException as error:  # the library behind it panics, which is no Exception, where merges do not fit
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
@@ -369,6 +372,11 @@ def _adapter(model: str | os.PathLike[str]) -> MasformerError:
 
 
 def _cannot(what: str, model: str | os.PathLike[str], error: BaseException) -> MasformerError:
+    if "trust_remote_code" in str(error):
+        return MasformerError(
+            f"{os.fspath(model)} needs code of its own, which is not run here; load it with transformers, if you trust "
+            "it, and give the model to apply_plan"
+        )
     return MasformerError(f"cannot {what} {os.fspath(model)}: {' '.join(str(error).split())}")
 
 
