@@ -10,6 +10,8 @@ import torch
 
 from masformer import AttentionPlan, benchmarks, cli
 from masformer.benchmarks import timing
+from masformer.cli import parser
+from masformer.cli.parser import SHELLS
 from masformer.generation import Chat
 from masformer.models.checkpoint import load_config
 from masformer.spans import FullSpan
@@ -60,6 +62,16 @@ def test_plan_prints_the_picture_and_records_the_cost(capsys, tmp_path):
     assert set(figures["versions"]) == {"python", "torch", "transformers"}
     assert figures["command"].startswith("masformer plan /")
     assert {"seed", "device", "threads"} <= set(figures)
+
+
+def test_plan_says_what_to_try_and_what_the_model_cannot_reach(capsys, folder):
+    for words, tried, beyond in (
+        (["--seq", "64"], True, False),
+        (["--seq", "64,129"], True, True),
+        (["--seq", "128", "--plan", "window:8"], False, False),
+    ):
+        code, out, _ = run(capsys, "plan", folder, *words)
+        assert (code, "try --full 1 --placement middle" in out, "has 128 positions" in out) == (0, tried, beyond)
 
 
 def test_several_plans_in_one_run(capsys, folder):
@@ -469,8 +481,19 @@ def test_every_setting_of_a_recipe_is_listed(capsys):
     assert "0.0001" in out
 
 
+@pytest.mark.parametrize("shell", SHELLS)
+def test_completion_is_written_for_a_shell(capsys, shell):
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["--print_completion", shell])
+    out = capsys.readouterr().out
+    assert exit_.value.code == 0
+    for word in ("perplexity", "prefill-chunk", "bfloat16", "lm-eval"):
+        assert word in out
+
+
 def test_completion_says_what_it_needs(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    monkeypatch.setattr(parser, "find_spec", lambda name: None)
     for option in ("--print_completion", "--print_shtab"):
         code, _, err = run(capsys, option, "bash")
         assert (code, "pip install 'masformer[completion]'" in err) == (2, True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import jsonargparse
@@ -31,7 +30,7 @@ from masformer.cli import (
     train,
 )
 from masformer.cli.options import LINE, say
-from masformer.cli.parser import Command, Help, Show, add_commands, error_line, grouped, option_name
+from masformer.cli.parser import SHELLS, Command, Complete, Help, add_commands, error_line, grouped, option_name
 from masformer.errors import MasformerError, beyond_memory, check_text
 from masformer.settings import check_plain
 from masformer.streams import guarded
@@ -104,8 +103,6 @@ PASSED_ON: dict[str, Any] = {"lm-eval": harness.lm_eval}
 
 def whole_parser() -> jsonargparse.ArgumentParser:
     """Of all commands."""
-    has_shtab = find_spec("shtab") is not None
-    jsonargparse.set_parsing_settings(add_print_completion_argument=has_shtab)
     parser = jsonargparse.ArgumentParser(
         prog="masformer",
         usage="masformer COMMAND [options]",
@@ -115,15 +112,11 @@ def whole_parser() -> jsonargparse.ArgumentParser:
     )
     version = f"masformer {masformer.__version__}"
     parser.add_argument("-V", "--version", action="version", version=version, help="show the version and exit")
-    if not has_shtab:
-        text = "Print a script that completes commands in a shell; needs the package shtab."
-        parser.add_argument("--print_completion", "--print_shtab", action=Show, const=_needs_shtab, help=text)
+    text = f"print a script that completes commands in {', '.join(SHELLS)}, and exit"
+    names = "--print_completion", "--print_shtab"
+    parser.add_argument(*names, action=Complete, choices=SHELLS, metavar="SHELL", help=text)
     add_commands(parser, COMMANDS, PASSED_ON)
     return parser
-
-
-def _needs_shtab() -> None:
-    raise MasformerError("--print_completion needs shtab: pip install 'masformer[completion]'")
 
 
 def parse(words: Sequence[str]) -> tuple[Command, dict[str, Any]]:

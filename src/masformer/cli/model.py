@@ -12,7 +12,10 @@ from masformer.cost import ModelShape, compare, cost_table
 from masformer.errors import MasformerError
 from masformer.models.card import weights_text
 from masformer.models.checkpoint import check_folder, check_plan, load_config, save_model
+from masformer.models.positions import position_limit
+from masformer.plan import AttentionPlan
 from masformer.plots import picture, plot_plan
+from masformer.spans import FullSpan
 
 
 def show_plan(
@@ -54,6 +57,11 @@ def show_plan(
         if plot is not None:
             plot_plan(each, plot, max(lengths))
             say(f"attention patterns: {plot}")
+    limit = position_limit(config)
+    if limit is not None and limit < max(lengths):
+        say(f"the model has {limit:,} positions; convert and train take more with --max-positions and max_positions")
+    if list(plans.values()) == [AttentionPlan.uniform(len(own), FullSpan())]:
+        say(f"a plan saves: try --full {max(1, len(own) // 4)} --placement middle --local window:512+4")
     return {"model": model, "cache_dtype": cache_dtype, "plans": figures}
 
 

@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from importlib.util import find_spec
 from textwrap import fill
 from typing import Any, get_args, get_type_hints
 
@@ -14,7 +15,7 @@ import jsonargparse
 from docstring_parser import parse as parse_docstring
 
 from masformer.cli.options import Figures, Options
-from masformer.errors import shown
+from masformer.errors import MasformerError, shown
 from masformer.files import near_names
 
 Command = Callable[..., Any]
@@ -63,6 +64,9 @@ ABOUT = {
 }
 """What the commands below a name have in common."""
 
+SHELLS = ("bash", "zsh", "fish")
+"""That commands can be completed in."""
+
 WIDTH = 80
 """Columns that the help fits into."""
 
@@ -99,6 +103,16 @@ class Show(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
         self.const()
         parser.exit()
+
+
+class Complete(argparse.Action):
+    """Prints the script that completes the commands of a parser in a shell, and stops."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        if find_spec("shtab") is None:
+            raise MasformerError(f"{option} needs shtab: pip install 'masformer[completion]'")
+        print(parser.get_completion_script(f"shtab-{values}"))
+        raise SystemExit(0)  # the parser is of no further use
 
 
 def example(command: Command) -> str:

@@ -254,7 +254,7 @@ def _is_selected(row: Mapping[str, Any], where: Mapping[str, str], place: str) -
 
 
 def _texts(row: Mapping[str, Any], fields: Iterable[str], place: str, lists: bool) -> dict[str, str]:
-    found = {}
+    found: dict[str, str] = {}
     for field in fields:
         text = _value(row, field, place)
         if lists:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -218,7 +219,7 @@ def _words(forward: Callable[..., Any]) -> frozenset[str]:
 
 def _between_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
     """Where torch compiles a model as a whole, the function runs as it is written, between two graphs."""
-    apart = torch._disable_dynamo(function)
+    apart = _disable_dynamo(function)
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
