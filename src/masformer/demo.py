@@ -212,7 +212,7 @@ def found_plans(
     quiet: bool,
 ) -> list[AttentionPlan]:
     """Plans with so many full KV heads (layers, where these have unlike heads), all found from the same passes."""
-    found = []
+    found: list[AttentionPlan] = []
     with TemporaryDirectory() as folder:
         for count in counts:
             with stage_progress(quiet=quiet or bool(found)) as progress:

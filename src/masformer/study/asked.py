@@ -55,7 +55,9 @@ def add_answers(
     rows: list[Row] = []
     scores: dict[str, Scores] = {}
     for task, here in results.items():
-        mine = {plan: [prompt_scores(each, length, "score")[0] for each in parts] for plan, parts in here.items()}
+        mine: Scores = {
+            plan: [prompt_scores(each, length, "score")[0] for each in parts] for plan, parts in here.items()
+        }
         for plan, parts in here.items():
             whole = next(row for row in parts[0]["results"] if row["depth"] is None)["score"]
             found = Interval(**whole) if len(parts) == 1 else interval(turned(mine[plan]))
