@@ -35,10 +35,11 @@ def window(seed=0, length=LENGTH):
 WINDOWS = (window(),)
 
 
-def gains(model, criterion="tail", windows=WINDOWS, wider=(FULL,), points=4, target=ALL, journal=None, **options):
+def gains(
+    model, criterion="tail", windows=WINDOWS, wider=(FULL,), points=4, target=ALL, at_end=False, journal=None, **options
+):
     meter = GainMeter(Measurer(model, journal=journal, kl=criterion == "kl", **options), LOCAL, wider, points)
-    found = meter.gains(criterion, list(windows), target)
-    return found
+    return meter.gains(criterion, list(windows), target, at_end)
 
 
 def losses(model, plans, windows=WINDOWS, kl=False):
@@ -82,6 +83,21 @@ def test_gains_are_the_slopes_of_the_loss(kind):
         assert found[unit] == pytest.approx(-(ends[0] - ends[1]) / (2 * step), rel=near, abs=1e-3 * near)
     assert found.shape == (LAYERS, heads)
     assert not np.allclose(found, 0, atol=1e-4)
+
+
+def test_at_the_end_of_a_path_gains_are_the_slopes_at_the_plan():
+    model, one, step = sharp(), window(), 2e-3
+    moved = {(1, 0): FULL, (3, 1): FULL, (2, 0): FULL, (2, 1): FULL}
+    target = AttentionPlan.of_units(LAYERS, HEADS, moved, local=LOCAL)
+    found = gains(model, target=target, at_end=True)[0]
+    for unit in np.ndindex(found.shape):
+        ends = []
+        for sign in (1, -1):
+            shares = np.zeros(found.shape)
+            shares[tuple(np.transpose([*moved]))] = 1
+            shares[unit] += sign * step
+            ends.append(blended(model, shares.tolist(), one))
+        assert found[unit] == pytest.approx(-(ends[0] - ends[1]) / (2 * step), rel=5e-3, abs=5e-6)
 
 
 @pytest.mark.parametrize("criterion", ["tail", "kl"])

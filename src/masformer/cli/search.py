@@ -66,7 +66,7 @@ def search(
         criteria: what must not suffer: tail, kl, retrieval, or a weighted mix like tail:1,kl:0.5 (default: tail and
             retrieval alike; of the older methods tail).
         span: for gradient and joint, a span to choose from; may be repeated (default: full).
-        rounds: of gradient: after the first, gains are measured again around the plan found (default: 1).
+        rounds: of gradient: after the first, gains are measured again at the plan found (default: 1).
         points: of gradient: points of the path from local to full (default: 4).
         test: files of other text to report on as well.
         field: key of the text in JSONL files.

@@ -161,7 +161,7 @@ def search_layers(
 
     `gradient` measures the gains of all units, layers or KV heads, in the same passes (`masformer.placement.gradient`)
     and gives the budget to the units whose gains are largest; with several spans, to those that gain most together. In
-    further rounds the path leads to the plan found before, and gains are means over the rounds.
+    further rounds gains are measured once more at the plan found before, and are means over the rounds.
 
     The others measure layers: `sensitivity` restricts one layer at a time, the others full, and keeps full those whose
     restriction hurts most. `greedy` starts with every layer local and makes full the layer that helps most, given those
@@ -188,7 +188,7 @@ def search_layers(
         spans: of `joint`: the spans to choose from, or their texts; by default full and `local`. Of `gradient`: what a
             unit may get in place of `local`; by default full.
         rounds: of `gradient`; 1 by default.
-        points: of each path of `gradient`; 4 by default.
+        points: of the path of `gradient`; 4 by default.
         windows: text windows to choose by; also what the probes are made of.
         held_out_windows: text windows to report on; 0: the plan is found, and held against nothing.
         other_texts: name -> token ids of documents to report on as well.
@@ -301,7 +301,7 @@ def search_layers(
     controls = 3 + len(rules) + random_placements
     total = controls * sum(map(len, texts.values()))
     total += 2 * len(chosen_by) if gradient else plans * len(chosen_by)
-    total += rounds * points * sum(map(len, measured_by.values())) if gradient else 0
+    total += (points + rounds - 1) * sum(map(len, measured_by.values())) if gradient else 0
     stage, done = "choosing", 0
 
     def advance(count: int) -> None:
@@ -430,9 +430,9 @@ def _by_gradient(
     widest = _widest(wider, purse.length)
     plan = AttentionPlan.uniform(purse.layers, widest)
     found: dict[str, list[NDArray[np.float64]]] = {name: [] for name in criteria}
-    for _ in range(rounds):
+    for number in range(rounds):
         for name, windows in measured_by.items():
-            each = meter.gains(name, windows, plan)
+            each = meter.gains(name, windows, plan, at_end=number > 0)
             found[name].append(each if heads else each.sum(-1, keepdims=True))
         gains = _weighed({name: np.mean(each, 0) for name, each in found.items()}, criteria, wider.index(widest))
         units = gains.reshape(len(wider), -1)

@@ -106,8 +106,8 @@ class GradientWork:
     """How gains were measured.
 
     Attributes:
-        rounds: the first along the path to the widest span everywhere, the others to the plan found before.
-        points: of each path.
+        rounds: the first along the path to the widest span everywhere, the others at the plan found before.
+        points: of the path.
         passes: forward passes with their backward passes; of a resumed search, those of the last run; not compared.
         completeness: of the first round, by criterion.
     """

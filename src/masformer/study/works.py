@@ -259,12 +259,10 @@ class Search(Work):
     def estimate(self) -> Estimate:
         """Of one by gradient a pass, forward and backward, is taken for four forward passes."""
         if self.method == "gradient":
+            passes = POINTS + (ROUNDS if self.rounds is None else self.rounds) - 1
             kinds = len(parse_criteria(self.criteria)) if self.criteria else 2
-            return forward_estimate(self.model, None, [self.length], 4 * kinds * self.windows * POINTS * self._rounds())
+            return forward_estimate(self.model, None, [self.length], 4 * kinds * self.windows * passes)
         return forward_estimate(self.model, None, [self.length], self.windows * (layers_of(self.model) + 1))
-
-    def _rounds(self) -> int:
-        return ROUNDS if self.rounds is None else self.rounds
 
     def run(self, place: Place, name: str) -> dict[str, Any]:
         loaded, tokenizer = load(self.model)
