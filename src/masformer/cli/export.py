@@ -8,10 +8,10 @@ from typing import Literal
 from masformer.cli.options import Figures, StoredModelOptions, console, say
 from masformer.cli.parser import INSTEAD
 from masformer.errors import MasformerError
+from masformer.export import check_export, export_model, quality_warning, support_tables
+from masformer.export.verify import check_installed, verify_export
 from masformer.models.card import weights_text
 from masformer.models.checkpoint import check_folder, load_config
-from masformer.models.export import check_export, export_model, quality_warning, support_tables
-from masformer.models.export.verify import check_installed, verify_export
 
 
 def export(

@@ -23,9 +23,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from masformer.errors import MasformerError
+from masformer.export.choose import find_target
+from masformer.export.targets import TARGETS, Target
 from masformer.models.bridge import apply_plan
-from masformer.models.export.choose import find_target
-from masformer.models.export.targets import TARGETS, Target
 from masformer.models.positions import position_limit
 from masformer.models.wrappers import bare_model
 from masformer.plan import AttentionPlan

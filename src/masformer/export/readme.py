@@ -9,8 +9,8 @@ from transformers import PretrainedConfig
 
 from masformer.cost import ModelShape, bytes_text, compare
 from masformer.errors import MasformerError
+from masformer.export.targets import Target
 from masformer.models.card import Origin, header
-from masformer.models.export.targets import Target
 from masformer.models.positions import position_limit
 from masformer.plan import AttentionPlan
 

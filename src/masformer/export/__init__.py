@@ -18,14 +18,14 @@ from rich.table import Table
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from masformer.errors import MasformerError
+from masformer.export.choose import check_export, chosen_entry, form_for, quality_warning, write_config
+from masformer.export.forms import extra_weights
+from masformer.export.readme import folder_readme
+from masformer.export.stock import check_stock
+from masformer.export.targets import TARGETS
 from masformer.files import write_whole
 from masformer.models.card import origin_of, write_card
 from masformer.models.checkpoint import model_folder, whole_weights
-from masformer.models.export.choose import check_export, chosen_entry, form_for, quality_warning, write_config
-from masformer.models.export.forms import extra_weights
-from masformer.models.export.readme import folder_readme
-from masformer.models.export.stock import check_stock
-from masformer.models.export.targets import TARGETS
 from masformer.models.sealing import CODE_FILE, is_sealed, unseal
 from masformer.models.wrappers import bare_model
 

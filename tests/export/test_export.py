@@ -16,13 +16,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from masformer import AttentionPlan, MasformerError, apply_plan, cli, load_model, save_model
-from masformer.models import export as package
-from masformer.models.export import TARGETS, check_export, export_model
-from masformer.models.export.choose import kind_of, nearest, objection
-from masformer.models.export.forms import FORMS, architecture, period
-from masformer.models.export.stock import check_stock
-from masformer.models.export.targets import KINDS
-from masformer.models.export.verify import check_installed, verify_export
+from masformer import export as package
+from masformer.export import TARGETS, check_export, export_model
+from masformer.export.choose import kind_of, nearest, objection
+from masformer.export.forms import FORMS, architecture, period
+from masformer.export.stock import check_stock
+from masformer.export.targets import KINDS
+from masformer.export.verify import check_installed, verify_export
 from masformer.models.native import native_plan
 from masformer.models.sealing import kv_heads
 from tiny import ARCHITECTURES, GPTS, VOCABULARY, random_plan, random_unit_plan, tiny, tiny_config

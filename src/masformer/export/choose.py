@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from masformer.errors import MasformerError
-from masformer.models.export.forms import (
+from masformer.export.forms import (
     FORMS,
     FULL,
     PERIODIC,
@@ -21,7 +21,7 @@ from masformer.models.export.forms import (
     layer_positions,
     period,
 )
-from masformer.models.export.targets import KINDS, TARGETS, Entry, Target
+from masformer.export.targets import KINDS, TARGETS, Entry, Target
 from masformer.models.native import native_plan
 from masformer.models.positions import position_limit
 from masformer.models.sealing import kv_heads
