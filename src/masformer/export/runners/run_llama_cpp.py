@@ -18,7 +18,7 @@ MOST = 1000
 
 
 def server(job: dict[str, Any], length: int) -> Any:
-    """The server of one file, exact: keys and values in float32, each call from the first token on."""
+    """The server of one file, exact: keys and values in float32, prompts in batches."""
     parameters = xllamacpp.CommonParams()
     parameters.model.path = job["folder"]
     parameters.n_ctx = length
@@ -30,32 +30,26 @@ def server(job: dict[str, Any], length: int) -> Any:
     return xllamacpp.Server(parameters)
 
 
-def ask(run: Any, prompt: list[int], new: int) -> tuple[list[int], list[dict[int, float]]]:
-    """The greedy tokens after a prompt, and the log-probabilities of each step."""
-    asked = {
-        "prompt": prompt,
-        "n_predict": new,
-        "n_probs": MOST,
-        "temperature": 0.0,
-        "samplers": ["temperature"],
-        "cache_prompt": False,
-        "ignore_eos": True,
-    }
-    answer = run.handle_completions(asked)
-    answer = json.loads(answer) if isinstance(answer, str | bytes) else answer
-    if "choices" not in answer:
-        raise RuntimeError(f"llama.cpp answers {answer}")
-    steps = answer["choices"][0]["logprobs"]["content"]
-    return [step["id"] for step in steps], [{each["id"]: each["logprob"] for each in step["top_logprobs"]} for step in steps]
-
-
-def tokenised(run: Any, text: str) -> list[int]:
-    """The tokens of a text, with those that the file says come around it."""
-    data = json.dumps({"content": text, "add_special": True}).encode()
+def split(run: Any, text: str, special: bool) -> list[int]:
+    """The tokens of a text; `special`: with those that the file says come around it."""
+    data = json.dumps({"content": text, "add_special": special}).encode()
     request = urllib.request.Request(f"{run.listening_address}/tokenize", data, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request) as response:
         tokens: list[int] = json.load(response)["tokens"]
     return tokens
+
+
+def following(run: Any, prompt: list[int], letter: int, cached: bool) -> dict[int, float]:
+    """The log-probabilities of the token after a prompt.
+
+    The token that is drawn is a letter, always, which changes nothing in them: half a character would have no answer.
+    """
+    asked = {"prompt": prompt, "n_predict": 1, "n_probs": MOST, "temperature": 0.0, "samplers": ["temperature"]}
+    answer = run.handle_completions(asked | {"logit_bias": [[letter, 1e9]], "cache_prompt": cached})
+    answer = json.loads(answer) if isinstance(answer, str | bytes) else answer
+    if "choices" not in answer:
+        raise RuntimeError(f"llama.cpp answers {answer}")
+    return {each["id"]: each["logprob"] for each in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]}
 
 
 with open(sys.argv[1], encoding="utf-8") as file:
@@ -63,13 +57,16 @@ with open(sys.argv[1], encoding="utf-8") as file:
 for job in jobs:
     tokens = job["tokens"]
     run = server(job, len(tokens) + job["new_tokens"])
-    found = [ask(run, tokens[: position + 1], 1)[1][0] for position in job["positions"]]
-    continuation, steps = ask(run, tokens, job["new_tokens"])
-    width = job["vocabulary"]
-    distributions = numpy.full((len(found) + len(steps), width), numpy.nan, dtype=numpy.float32)
-    for row, step in enumerate([*found, *steps]):
-        distributions[row, list(step)] = list(step.values())
-    more = {} if job.get("text") is None else {"tokenised": numpy.array(tokenised(run, job["text"]))}
+    letter = split(run, "a", special=False)[-1]
+    found = [following(run, tokens[: position + 1], letter, cached=False) for position in job["positions"]]
+    continuation: list[int] = []
+    for step in range(job["new_tokens"]):
+        found.append(following(run, tokens + continuation, letter, cached=step > 0))
+        continuation.append(max(found[-1], key=found[-1].__getitem__))
+    distributions = numpy.full((len(found), job["vocabulary"]), numpy.nan, dtype=numpy.float32)
+    for row, known in enumerate(found):
+        distributions[row, list(known)] = list(known.values())
+    more = {} if job.get("text") is None else {"tokenised": numpy.array(split(run, job["text"], special=True))}
     numpy.savez(job["answer"], distributions=distributions, continuation=numpy.array(continuation), **more)
     del run
 assert "masformer" not in sys.modules
