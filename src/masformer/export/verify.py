@@ -19,11 +19,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from masformer.errors import MasformerError
+from masformer.export import llama_cpp
 from masformer.export.choose import find_target
+from masformer.export.llama_cpp.files import read_gguf
+from masformer.export.llama_cpp.weights import rounded
+from masformer.export.stock import SAMPLE
 from masformer.export.targets import TARGETS, Target
 from masformer.models.bridge import apply_plan
 from masformer.models.positions import position_limit
@@ -34,8 +39,17 @@ from masformer.spans import FullSpan
 TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "replace"}
 """Of what other programs say, whatever the encoding of this one is."""
 NEW_TOKENS, POSITIONS, SEED = 16, 48, 0
-TOLERANCE = {"transformers": 1e-4, "mlx-lm": 1e-4, "vllm": 1e-3}
-"""Target -> the largest difference of logits (vllm: log-probabilities) that is rounding, per largest logit above 1."""
+TOLERANCE = {"transformers": 1e-4, "mlx-lm": 1e-4, "vllm": 1e-3, "llama.cpp": 1e-3}
+"""Target -> the largest difference of logits (vllm, llama.cpp: log-probabilities) that is rounding, per largest logit
+above 1."""
+COARSE = {GGMLQuantizationType.F16: 0.02, GGMLQuantizationType.BF16: 0.2}
+"""The same for llama.cpp's files whose matrices are no float32: it rounds what they are multiplied with as well."""
+QUANTISED = 1.0
+"""The same for all others."""
+SEEN = 0.25
+"""How far a difference that is put down to such rounding may go, as a share of what full attention would differ by."""
+LLAMA_CPP_POSITIONS, BATCH = 4, 64
+"""llama.cpp's server reads the prompt up to each position, this many tokens at a time."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +61,8 @@ class Verification:
         version: of it.
         tokens: length of the prompt, random tokens.
         window: the longest reach of a layer that is not full; 0 where all are.
-        difference: largest difference of the logits (vllm: log-probabilities of the next token).
+        difference: largest difference of the logits (vllm: log-probabilities of the next token; llama.cpp: of the
+            likeliest 1000).
         full_difference: the same, had the tool run full attention in every layer.
         continuation: the greedy tokens.
     """
@@ -100,14 +115,17 @@ def verify_export(
     path: str | os.PathLike[str],
     target: str,
     python: str | os.PathLike[str] | None = None,
+    *,
+    tokenizer: Any = None,
 ) -> Verification:
     """Loads an export in its tool and compares.
 
     Args:
         model: the model with its plan, as it was given to `export_model`.
-        path: the exported folder.
+        path: the exported folder or file.
         target: the tool, key of `TARGETS`.
         python: interpreter of the environment that has it; by default the running one.
+        tokenizer: for llama.cpp, whose files have tokenizers of their own: must split a text alike.
 
     Raises:
         MasformerError: the tool is not installed, cannot load the export, or computes something else.
@@ -122,24 +140,44 @@ def verify_export(
         raise MasformerError(f"the model has {limit} positions, too few to verify a continuation of {NEW_TOKENS}")
     vocabulary = model.get_input_embeddings().num_embeddings
     tokens = torch.randint(min(3, vocabulary - 1), vocabulary, (length,), generator=torch.manual_seed(SEED))
-    positions = torch.linspace(0, length - 2, min(POSITIONS, length - 1)).long().unique()
-    answer = _run(tool, Path(path), tokens, positions, python)
+    many = LLAMA_CPP_POSITIONS if target == llama_cpp.NAME else POSITIONS
+    positions = torch.linspace(0, length - 2, min(many, length - 1)).long().unique()
+    more: dict[str, Any] = {}
+    kinds: set[GGMLQuantizationType] = set()
+    if target == llama_cpp.NAME:
+        content = read_gguf(path)
+        kinds = {each.kind for each in content.tensors.values()} - {GGMLQuantizationType.F32}
+        text = SAMPLE if hasattr(tokenizer, "encode") else None
+        more = {"vocabulary": content.tensors["token_embd.weight"].shape[0], "batch": BATCH, "text": text}
+    answer = _run(tool, Path(path), tokens, positions, python, more)
     continuation = torch.from_numpy(answer["continuation"]).long()
     whole = torch.cat([tokens, continuation])
     kept = torch.cat([positions, torch.arange(length - 1, len(whole) - 1)])
-    exact = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
+    exact = model
+    if model.dtype != torch.float32 or kinds:
+        exact = copy.deepcopy(model).float()
+    if GGMLQuantizationType.Q8_0 in kinds:  # what was stored; weights that came so are none the less for it
+        for parameter in exact.parameters():
+            parameter.data = rounded(parameter.data, GGMLQuantizationType.Q8_0)
     logits = _logits(exact, whole, kept)
     try:
         full = _logits(apply_plan(exact, AttentionPlan.uniform(len(plan), FullSpan())), whole, kept)
     finally:
         apply_plan(exact, plan)
     count = len(positions)
-    theirs = torch.from_numpy(answer["logits" if "logits" in answer else "logprobs"]).float()
     ours, others = logits[:count], full[:count]
+    theirs = torch.from_numpy(answer[next(key for key in ANSWERS if key in answer)]).float()
     if "logprobs" in answer:
         ours, others = (each.log_softmax(-1).gather(-1, tokens[positions + 1, None])[:, 0] for each in (ours, others))
+    if "distributions" in answer:
+        known = ~theirs.isnan()
+        ours, others, theirs = logits.log_softmax(-1)[known], full.log_softmax(-1)[known], theirs[known]
     greedy = logits[count:]
     tolerance = TOLERANCE[target] * max(1.0, float(logits.abs().max()))
+    if kinds:
+        tolerance = max(tolerance, *(COARSE.get(kind, QUANTISED) for kind in kinds))
+        if not plan.is_full:
+            tolerance = min(tolerance, SEEN * float((ours - others).abs().max()))
     found = Verification(
         target=target,
         version=version,
@@ -154,6 +192,8 @@ def verify_export(
             f"{target} {version} computes something else from {os.fspath(path)}: the logits differ by "
             f"{found.difference:.2g}; full attention would by {found.full_difference:.2g}, rounding by {tolerance:.2g}"
         )
+    if "tokenised" in answer and answer["tokenised"].tolist() != list(tokenizer.encode(SAMPLE)):
+        raise MasformerError(f"{target} {version} splits text in another way with {os.fspath(path)}")
     missed = greedy.amax(-1) - greedy.gather(-1, continuation[:, None])[:, 0]
     if len(continuation) != NEW_TOKENS or bool((missed > 2 * tolerance).any()):
         raise MasformerError(f"{target} {version} continues the text from {os.fspath(path)} in another way")
@@ -179,9 +219,14 @@ def _interpreter(python: str | os.PathLike[str] | None) -> str:
 
 
 def _run(
-    tool: Target, folder: Path, tokens: Tensor, positions: Tensor, python: str | os.PathLike[str] | None
+    tool: Target,
+    folder: Path,
+    tokens: Tensor,
+    positions: Tensor,
+    python: str | os.PathLike[str] | None,
+    more: dict[str, Any],
 ) -> dict[str, Any]:
-    script = Path(__file__).parent / "runners" / f"run_{tool.name.replace('-', '_')}.py"
+    script = Path(__file__).parent / "runners" / f"run_{tool.name.replace('-', '_').replace('.', '_')}.py"
     with tempfile.TemporaryDirectory() as temporary:
         jobs, answer = Path(temporary) / "jobs.json", Path(temporary) / "answer.npz"
         job = {
@@ -190,6 +235,7 @@ def _run(
             "positions": positions.tolist(),
             "new_tokens": NEW_TOKENS,
             "answer": str(answer),
+            **more,
         }
         jobs.write_text(json.dumps([job]), encoding="utf-8")
         command = [_interpreter(python), "-I", str(script), str(jobs)]
@@ -202,4 +248,6 @@ def _run(
             return dict(arrays)
 
 
+ANSWERS = ("logits", "logprobs", "distributions")
+"""What a tool gives, see the runners."""
 assert set(TOLERANCE) == {name for name, target in TARGETS.items() if target.package}

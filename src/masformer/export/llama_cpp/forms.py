@@ -151,7 +151,9 @@ def _check(content: Content, form: Form) -> None:
             raise MasformerError(f"llama.cpp's {form.windows}, which runs windows for {name}, reads no tensor {tensor}")
     rotary = content.get("rope.dimension_count", head_dim_of(content))
     if rotary != head_dim_of(content):
-        raise MasformerError(f"rotary positions in {rotary} of {head_dim_of(content)} values of a head: not with windows")
+        raise MasformerError(
+            f"rotary positions in {rotary} of {head_dim_of(content)} values of a head: not with windows"
+        )
 
 
 def _permuted(tensor: Tensor, heads: int) -> Tensor:

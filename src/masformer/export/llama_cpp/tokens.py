@@ -49,7 +49,9 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Any, config: PretrainedConfig) 
     data = json.loads(backend.to_str())
     model = data["model"]
     if model["type"] != "BPE":
-        raise MasformerError(f"llama.cpp is written no {model['type']} tokenizer, only byte-level BPE and SentencePiece BPE")
+        raise MasformerError(
+            f"llama.cpp is written no {model['type']} tokenizer, only byte-level BPE and SentencePiece BPE"
+        )
     if not model["merges"]:
         raise MasformerError("the tokenizer has no merges, and llama.cpp reads no BPE tokenizer without")
     pieces = bool(model.get("byte_fallback"))
@@ -108,7 +110,9 @@ def _prefix(data: dict[str, Any]) -> bool:
         elif kind == "Metaspace" and part.get("replacement") == _SPACE and not part.get("split", True):
             prefix, replaced = part.get("prepend_scheme", "always") != "never", True
         else:
-            raise MasformerError(f"llama.cpp's SentencePiece has no {kind} step, which this tokenizer takes before merges")
+            raise MasformerError(
+                f"llama.cpp's SentencePiece has no {kind} step, which this tokenizer takes before merges"
+            )
     if not replaced:
         raise MasformerError(f"llama.cpp's SentencePiece writes spaces as {_SPACE}, which this tokenizer does not")
     return prefix
@@ -174,4 +178,6 @@ def _added(tokenizer: Any) -> dict[str, bool]:
         for eos in (False, True):
             if around == [*[first] * bos, *bare, *[last] * eos]:
                 return {"bos": bos, "eos": eos}
-    raise MasformerError("llama.cpp puts no other tokens around a text than the first and the last, and this tokenizer does")
+    raise MasformerError(
+        "llama.cpp puts no other tokens around a text than the first and the last, and this tokenizer does"
+    )
