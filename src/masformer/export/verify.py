@@ -44,7 +44,7 @@ TOLERANCE = {"transformers": 1e-4, "mlx-lm": 1e-4, "vllm": 1e-3, "llama.cpp": 1e
 above 1."""
 COARSE = {GGMLQuantizationType.F16: 0.02, GGMLQuantizationType.BF16: 0.2}
 """The same for llama.cpp's files whose matrices are no float32: it rounds what they are multiplied with as well."""
-QUANTISED = 1.0
+MOST = 1.0
 """The same for all others."""
 SEEN = 0.25
 """How far a difference that is put down to such rounding may go, as a share of what full attention would differ by."""
@@ -175,7 +175,7 @@ def verify_export(
     greedy = logits[count:]
     tolerance = TOLERANCE[target] * max(1.0, float(logits.abs().max()))
     if kinds:
-        tolerance = max(tolerance, *(COARSE.get(kind, QUANTISED) for kind in kinds))
+        tolerance = max(tolerance, *(COARSE.get(kind, MOST) for kind in kinds))
         if not plan.is_full:
             tolerance = min(tolerance, SEEN * float((ours - others).abs().max()))
     found = Verification(
