@@ -62,8 +62,8 @@ def export(
     if as_it_is:
         if quantised or options.dtype != "auto" or options.max_positions is not None:
             raise MasformerError(
-                "the tensors of a .gguf file stay as they are for llama.cpp, so --quantised, --dtype and --max-positions "
-                "do nothing"
+                "the tensors of a .gguf file stay as they are for llama.cpp, so --quantised, --dtype and "
+                "--max-positions do nothing"
             )
         config = gguf_config(model)
         own = native_plan(config)

@@ -156,7 +156,7 @@ def verify_export(
     exact = model
     if model.dtype != torch.float32 or kinds:
         exact = copy.deepcopy(model).float()
-    if GGMLQuantizationType.Q8_0 in kinds:  # what was stored; weights that came so are none the less for it
+    if GGMLQuantizationType.Q8_0 in kinds <= {GGMLQuantizationType.Q8_0, GGMLQuantizationType.F16}:  # what was stored
         for parameter in exact.parameters():
             parameter.data = rounded(parameter.data, GGMLQuantizationType.Q8_0)
     logits = _logits(exact, whole, kept)

@@ -180,9 +180,9 @@ The architecture in the file is `{architecture}`, which computes what the model'
 none, and would run full attention. {old}
 
 - `--swa-full` keeps the whole cache for layers that slide as well: it undoes what the plan saves.
-- Prompts that begin alike: the layers that slide have forgotten what the last answer left behind its window, so a prompt
-  that branches off earlier is read anew, from the last checkpoint on. llama-server keeps checkpoints of those layers by
-  itself (`--ctx-checkpoints N` for more or fewer); a prompt that goes on where the last one ended is not read anew.
+- Prompts that begin alike: a prompt that goes on where the last one ended is not read again. One that branches off
+  earlier is, from the last checkpoint on, for the layers that slide have forgotten what lies before their window.
+  llama-server keeps checkpoints of those layers by itself (`--ctx-checkpoints N` for more or fewer).
 - A file that is converted from the model's own folder again, by llama.cpp's `convert_hf_to_gguf.py`, has no windows:
   it reads no `layer_types` of these models."""
 _OLD = {
@@ -199,10 +199,8 @@ def _readme(
     limit = int(content.get("context_length"))
     lengths = sorted({length for length in (2048, 8192, 32768) if length < limit} | {limit})
     full = AttentionPlan.parse("full", len(plan))
-    rows = [
-        f"| {length} | {bytes_text(cache_bytes(content, plan, length))} | {bytes_text(cache_bytes(content, full, length))} |"
-        for length in lengths
-    ]
+    sizes = [[bytes_text(cache_bytes(content, each, length)) for each in (plan, full)] for length in lengths]
+    rows = [f"| {length} | {ours} | {whole} |" for length, (ours, whole) in zip(lengths, sizes, strict=True)]
     lines = [
         header(origin, plan, "gguf", [NAME, "gguf"]).strip(),
         f"# {name}: mixed attention spans, for {NAME}",
@@ -220,8 +218,8 @@ def _readme(
         "## Memory",
         "\n".join(
             [
-                f"Weights: {bytes_text(content.nbytes)}. KV cache of one sequence in float16, {UBATCH} tokens computed at a "
-                "time (`-ub`):",
+                f"Weights: {bytes_text(content.nbytes)}. KV cache of one sequence in float16, {UBATCH} tokens computed at "
+                "a time (`-ub`):",
                 "",
                 "| context | this plan | full attention |",
                 "|---|---|---|",
