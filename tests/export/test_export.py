@@ -131,6 +131,7 @@ def exported(tmp_path_factory):
         full = answers(apply_plan(model, SAMPLES["full"]))[0]
         for plan in dict.fromkeys([*PLANS, native_plan(config_of(case))]):
             targets = [name for name, target in TARGETS.items() if objection(config_of(case), plan, target) is None]
+            targets = [name for name in targets if name != "llama.cpp"]  # which is given a file: test_llama_cpp.py
             for target in targets if plan in (PLANS[0], native_plan(config_of(case))) else targets[:1]:
                 if plan not in ours:
                     ours[plan] = answers(apply_plan(model, plan))
@@ -270,10 +271,13 @@ def test_every_entry_has_a_form_a_source_and_a_reason():
             "full@1; window:9",
             "no GPT-Neo class, and its transformers backend needs a hook; --target",
         ),
-        ("gguf", "llama", "full@1; window:9", "run full attention, silently; --target transformers can"),
-        ("gguf", "gemma2", "full@1; block:9", "reads a period in place of a list of layers"),
+        ("llama.cpp", "phi3", "full@1; window:9", "run full attention, silently"),
+        ("llama.cpp", "gemma2", "full@1; block:9", "reads a period for it in place of a list of layers"),
+        ("llama.cpp", "qwen3", "full@1; window:9+4", "full@1; window:9 (drop the sinks)"),
+        ("llama.cpp", "llama", "full@1; block:6x2", "full@1; window:12 (use windows in place of blocks)"),
+        ("llama.cpp", "olmo2", "window:9,full,window:5,window:9", "full@1; window:9 (use one window)"),
         ("transformers", "llama", "full@1; window:1", "full@1; window:2 (use windows of at least 2)"),
-        ("onnx", "llama", "full", "unknown target 'onnx'; allowed: transformers, vllm, mlx-lm, gguf"),
+        ("onnx", "llama", "full", "unknown target 'onnx'; allowed: transformers, vllm, mlx-lm, llama.cpp"),
         ("transformers", "llama", "full,full", "the plan has 2 layers, but the model has 4"),
     ],
 )
@@ -298,6 +302,18 @@ def test_a_refusal_names_the_nearest_plan(target, kind, plan, message):
         ("vllm", "mistral", {"hidden_act": "gelu"}, "only with hidden_act silu, not gelu"),
         ("vllm", "llama", {"quantization_config": {"quant_method": "fp8"}}, "its weights are quantised"),
         ("vllm", "llama", rope("default", partial_rotary_factor=0.5), "does not agree with transformers on rotary"),
+        (
+            "llama.cpp",
+            "llama",
+            rope("default", partial_rotary_factor=0.5),
+            "does not agree with transformers on rotary",
+        ),
+        ("llama.cpp", "llama", rope("dynamic", factor=2.0), "does not compute dynamic rotary positions"),
+        ("llama.cpp", "llama", YARN["rope_parameters"] | {"beta_fast": 20.0}, "reads beta_fast of yarn"),
+        ("llama.cpp", "qwen3", YARN, "does not compute yarn rotary positions"),
+        ("llama.cpp", "olmo2", rope("linear", factor=2.0), "does not compute linear rotary positions"),
+        ("llama.cpp", "qwen3", {"attention_bias": True}, "only with attention_bias False, not True"),
+        ("llama.cpp", "smollm3", {"no_rope_layers": [1, 1, 1, 1]}, "leaves out positions in every fourth layer"),
     ],
 )
 def test_settings_that_a_tool_reads_in_another_way_are_refused(target, kind, changes, message):
@@ -508,10 +524,11 @@ OUT = ["export", "MODEL", "OUT", "--target"]
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([*OUT, "onnx"], "--target 'onnx' is not allowed; allowed: transformers, vllm, mlx-lm, gguf"),
+        ([*OUT, "onnx"], "--target 'onnx' is not allowed; allowed: transformers, vllm, mlx-lm, llama.cpp"),
         (["export", "MODEL", "OUT"], "masformer export needs --target; see masformer export --help"),
         ([*OUT, "transformers", "--plan", "window:9+4"], "(drop the sinks)"),
-        ([*OUT, "gguf", "--plan", "full@1; window:9"], "llama.cpp reads no window for it"),
+        ([*OUT, "llama.cpp", "--plan", "full@1; window:9"], "reads one file, so OUT must end in .gguf: out"),
+        ([*OUT, "vllm", "--plan", "full@1; window:9", "--quantised", "q8_0"], "for llama.cpp alone, not for vllm"),
         ([*OUT, "transformers", "--plan", "full", "--plan", "window:4"], "--plan is given twice; export takes one"),
         ([*OUT, "transformers", "--plan", "full@1; window:9", "--python", "python3"], "does nothing without --verify"),
         ([*OUT, "vllm", "--plan", "full@1; window:9", "--verify", "--python", "no/python"], "no/python: No such file"),

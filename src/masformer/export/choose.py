@@ -141,11 +141,8 @@ def _llama_cpp_objection(config: PretrainedConfig, plan: AttentionPlan) -> str |
     if config.model_type == "smollm3" and list(config.no_rope_layers) != [int((i + 1) % 4 != 0) for i in range(layers)]:
         return "it leaves out positions in every fourth layer of these models, and in no others"
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if (
-        plan.is_full
-        and config.model_type in ("qwen2", "smollm3")
-        and head_dim * config.num_attention_heads != config.hidden_size
-    ):
+    wide = head_dim * config.num_attention_heads != config.hidden_size
+    if plan.is_full and wide and config.model_type in ("qwen2", "smollm3"):
         return "its full attention takes these models only with heads that are as wide together as the model"
     return None
 

@@ -218,8 +218,8 @@ def _readme(
         "## Memory",
         "\n".join(
             [
-                f"Weights: {bytes_text(content.nbytes)}. KV cache of one sequence in float16, {UBATCH} tokens computed at "
-                "a time (`-ub`):",
+                f"Weights: {bytes_text(content.nbytes)}. KV cache of one sequence in float16, {UBATCH} tokens computed "
+                "at a time (`-ub`):",
                 "",
                 "| context | this plan | full attention |",
                 "|---|---|---|",
