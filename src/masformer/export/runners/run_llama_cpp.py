@@ -6,6 +6,7 @@ computes at a time, and `text`, which it splits into `tokenised`.
 """
 
 import json
+import os
 import sys
 import urllib.request
 from typing import Any
@@ -25,6 +26,8 @@ def server(job: dict[str, Any], length: int) -> Any:
     parameters.n_parallel = 1
     parameters.n_batch = parameters.n_ubatch = job["batch"]
     parameters.warmup = False
+    if threads := int(os.environ.get("OMP_NUM_THREADS", 0)):
+        parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
     parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     return xllamacpp.Server(parameters)
