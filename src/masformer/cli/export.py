@@ -56,7 +56,7 @@ def export(
     """
     if python is not None and not verify:
         raise MasformerError("--python does nothing without --verify")
-    check_output(out, target, overwrite=overwrite)
+    check_output(out, target, model, overwrite=overwrite)
     check_quantised(quantised, target)
     as_it_is = target == llama_cpp.NAME and Path(model).suffix == ".gguf" and Path(model).is_file()
     if as_it_is:

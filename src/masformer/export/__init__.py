@@ -110,10 +110,14 @@ def export_model(
         write_whole(folder / "config.json", config_file)
 
 
-def check_output(path: str | os.PathLike[str], target: str, *, overwrite: bool = False) -> None:
-    """Before long work: whether the export of a target could be written there; raises MasformerError where not."""
-    check = llama_cpp.check_file if target == llama_cpp.NAME else check_folder
-    check(path, overwrite=overwrite)
+def check_output(
+    path: str | os.PathLike[str], target: str, source: str | os.PathLike[str], *, overwrite: bool = False
+) -> None:
+    """Before long work: whether an export of the source could be written there; raises MasformerError where not."""
+    if target == llama_cpp.NAME:
+        llama_cpp.check_file(path, overwrite=overwrite, source=source)
+    else:
+        check_folder(path, overwrite=overwrite)
 
 
 def check_quantised(quantised: str | None, target: str) -> None:

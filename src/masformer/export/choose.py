@@ -20,6 +20,7 @@ from masformer.export.forms import (
     for_vllm,
     layer_positions,
     period,
+    unknown_to_converters,
 )
 from masformer.export.targets import KINDS, TARGETS, Entry, Target
 from masformer.models.native import native_plan
@@ -86,8 +87,11 @@ def write_config(config: PretrainedConfig, plan: AttentionPlan, target: Target, 
         entry: what it does with the model.
     """
     data = FORMS[form_for(config, plan, entry)](config, plan)
-    finish = {"vllm": for_vllm, "mlx-lm": for_mlx_lm}.get(target.name)
-    return finish(data) if finish else data
+    if target.name == "mlx-lm":
+        data = for_mlx_lm(data)
+    if target.name == "vllm":
+        return for_vllm(data)
+    return data if plan.is_full or plan == native_plan(config) else unknown_to_converters(data)
 
 
 def form_for(config: PretrainedConfig, plan: AttentionPlan, entry: Entry) -> str:

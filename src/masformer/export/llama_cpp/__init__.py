@@ -31,8 +31,15 @@ _KEPT_BYTES = 2
 """Of a value in its cache, by default."""
 
 
-def check_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+def check_file(
+    path: str | os.PathLike[str], *, overwrite: bool = False, source: str | os.PathLike[str] | None = None
+) -> None:
     """Before long work: whether a file can be written there.
+
+    Args:
+        path: the file.
+        overwrite: it may be there already.
+        source: what it is made of, which it must not be.
 
     Raises:
         MasformerError: its name is of another kind, it exists (unless `overwrite`), or it cannot be written.
@@ -42,6 +49,8 @@ def check_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> None
         raise MasformerError(f"{NAME} reads one file, so OUT must end in .gguf: {path}")
     if path.exists() and not overwrite:
         raise MasformerError(f"{path} exists already; choose another file, or --overwrite (overwrite=True) it")
+    if source is not None and path.exists() and Path(source).exists() and path.samefile(source):
+        raise MasformerError(f"{path} is the source itself; choose another file")
     if path.is_dir():
         raise MasformerError(f"{path} is a folder, so it is not overwritten")
     check_place(path)
@@ -92,9 +101,7 @@ def export_gguf(
         MasformerError: llama.cpp cannot run the plan on it (with the nearest plan that it can), or a file cannot be
             read or written.
     """
-    check_file(path, overwrite=overwrite)
-    if Path(path).exists() and Path(path).samefile(source):
-        raise MasformerError(f"{os.fspath(path)} is the source itself; choose another file")
+    check_file(path, overwrite=overwrite, source=source)
     content = read_gguf(source)
     config = _config_of(content, source)
     tool, plan, _ = chosen_entry(config, plan, NAME)
