@@ -59,8 +59,8 @@ _CONVERTERS = {
         "not know the architecture that config.json names. `masformer export --target llama.cpp` writes such files."
     ),
     False: (
-        "**Not for llama.cpp's `convert_hf_to_gguf.py`**: it takes this folder for a model with full attention, and says "
-        "nothing. `masformer export --target llama.cpp` writes such files."
+        "**Not for llama.cpp's `convert_hf_to_gguf.py`**: it takes this folder for a model with full attention, "
+        "silently. `masformer export --target llama.cpp` writes such files."
     ),
 }
 """Whether the converter stops at a folder with windows -> what is said of it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 import json
 import os
 import subprocess
@@ -226,26 +227,49 @@ def _run(
     python: str | os.PathLike[str] | None,
     more: dict[str, Any],
 ) -> dict[str, Any]:
-    script = Path(__file__).parent / "runners" / f"run_{tool.name.replace('-', '_').replace('.', '_')}.py"
+    job = {
+        "folder": str(folder.resolve()),
+        "tokens": tokens.tolist(),
+        "positions": positions.tolist(),
+        "new_tokens": NEW_TOKENS,
+        **more,
+    }
+    script = f"run_{tool.name.replace('-', '_').replace('.', '_')}.py"
+    answer, _ = run_script(script, [job], tool.name, python)
+    with np.load(io.BytesIO(answer), allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def run_script(
+    name: str, job: dict[str, Any] | list[dict[str, Any]], tool: str, python: str | os.PathLike[str] | None = None
+) -> tuple[bytes, str]:
+    """Runs a script of `runners` in a process of its own.
+
+    Args:
+        name: of the script.
+        job: what it is to do, or a list of one such; `answer` is added.
+        tool: for messages.
+        python: interpreter of the environment that has the tool; by default the running one.
+
+    Returns:
+        The answer, and what it said on standard error.
+
+    Raises:
+        MasformerError: it failed, with the last line that it said.
+    """
+    script = Path(__file__).parent / "runners" / name
     with tempfile.TemporaryDirectory() as temporary:
         jobs, answer = Path(temporary) / "jobs.json", Path(temporary) / "answer.npz"
-        job = {
-            "folder": str(folder.resolve()),
-            "tokens": tokens.tolist(),
-            "positions": positions.tolist(),
-            "new_tokens": NEW_TOKENS,
-            "answer": str(answer),
-            **more,
-        }
-        jobs.write_text(json.dumps([job]), encoding="utf-8")
+        only = job[0] if isinstance(job, list) else job
+        only["answer"] = str(answer)
+        jobs.write_text(json.dumps(job), encoding="utf-8")
         command = [_interpreter(python), "-I", str(script), str(jobs)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, capture_output=True, env=environment, cwd=temporary, check=False, **TEXT)
         if done.returncode or not answer.is_file():
             last = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
-            raise MasformerError(f"{tool.name} cannot run {folder}: {last}")
-        with np.load(answer, allow_pickle=False) as arrays:
-            return dict(arrays)
+            raise MasformerError(f"{tool} cannot run {only['folder']}: {last}")
+        return answer.read_bytes(), done.stderr
 
 
 ANSWERS = ("logits", "logprobs", "distributions")
