@@ -236,6 +236,35 @@ def test_the_table_decides_and_its_reason_is_the_message(target, name, kind):
         check_export(config, near[0], target)
 
 
+READ_BY_CONVERTERS = (
+    "MistralForCausalLM",
+    "SmolLM3ForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Phi3ForCausalLM",
+)
+"""Classes that llama.cpp's converter knows, and whose windows it does not read, or read by a rule of its own."""
+
+
+@pytest.mark.parametrize("target", ["transformers", "vllm", "mlx-lm"])
+@pytest.mark.parametrize("kind", ["llama", "llama with biases", "mistral", "qwen2", "qwen3", "smollm3", "phi3"])
+def test_a_folder_with_windows_stops_converters_or_warns_of_them(tmp_path, target, kind):
+    plan = SAMPLES["window"] if kind == "phi3" else SAMPLES["mixed"]
+    name, changes = CASES[kind]
+    if objection(config_of(kind), plan, TARGETS[target]) is not None:
+        pytest.skip(f"{target} takes no {kind} models with windows")
+    export_model(apply_plan(lively(name, **changes), plan), tmp_path / "out", target)
+    known = json.loads((tmp_path / "out/config.json").read_text())["architectures"][0]
+    text = (tmp_path / "out/README.md").read_text()
+    if (target, known) == ("vllm", "MistralForCausalLM"):  # by which vLLM chooses its class
+        assert "takes this folder for a model with full attention, silently" in text
+    else:
+        assert known not in READ_BY_CONVERTERS
+        assert "it stops, for it does not know the architecture" in text
+    export_model(apply_plan(lively(name, **changes), SAMPLES["full"]), tmp_path / "full", "transformers")
+    assert "convert_hf_to_gguf" not in (tmp_path / "full/README.md").read_text()
+
+
 def test_every_entry_has_a_form_a_source_and_a_reason():
     for target in TARGETS.values():
         for entry in target.entries.values():

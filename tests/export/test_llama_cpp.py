@@ -465,3 +465,44 @@ def test_what_was_read_is_written_again(tmp_path):
     path = write(lively("qwen3"), tmp_path / "out.gguf", quantised="q8_0")
     write_gguf(read_gguf(path), tmp_path / "again.gguf")
     assert stored(path)[1:] == stored(tmp_path / "again.gguf")[1:]
+
+
+def test_the_bench_times_the_same_weights_with_and_without_a_plan(capsys, python, tmp_path):
+    write(lively(max_position_embeddings=2048), tmp_path / "tiny.gguf", "full")
+    plan = "full@1,3; window:9"
+    words = [
+        "bench",
+        "llama-cpp",
+        tmp_path / "tiny.gguf",
+        "--plan",
+        plan,
+        "--lengths",
+        "1020",
+        "--new",
+        "4",
+        "--repeats",
+    ]
+    code, out, _ = command(capsys, *words, "1", "--threads", "1", "--python", python, "--quiet")
+    rows = {(row["pass"], row["name"]): row for row in json.loads(out.splitlines()[-1])["results"]}
+    assert (code, len(rows)) == (0, 4)
+    for (_, name), row in rows.items():
+        assert row["tokens_per_second"] > 0
+        assert row["cache_bytes"] == pytest.approx(row["predicted_cache_bytes"], abs=20000), name
+    assert rows["prompt", plan]["predicted_cache_bytes"] < rows["prompt", "all full"]["predicted_cache_bytes"]
+    assert [each.name for each in tmp_path.iterdir() if "bench" in each.name] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--plan", "window:9+4"], "llama.cpp cannot run window:9+4 on llama models"),
+        (["--plan", "window:9", "--lengths", "128"], "128 and 32 tokens are more than the 128 of"),
+        (["--plan", "window:9", "--lengths", "64", "--repeats", "0"], "repeats"),
+        (["--plan", "window:9", "--lengths", "64", "--python", "no/python"], "no/python: No such file"),
+    ],
+)
+def test_the_bench_refuses_before_the_work(capsys, tmp_path, words, message):
+    source = write_tiny(tmp_path / "tiny.gguf", 4)
+    code, _, err = command(capsys, "bench", "llama-cpp", source, "--quiet", *words)
+    assert (code, err.count("\n")) == (2, 1)
+    assert message in err

@@ -59,11 +59,10 @@ def bench_llama_cpp(
         check_int(name, value, 1)
     check_int("threads", threads, 0)
     config = gguf_config(source)
+    limit = config.max_position_embeddings
     for length in lengths:
-        if length + new > config.max_position_embeddings:
-            raise MasformerError(
-                f"{source} has {config.max_position_embeddings} positions, too few for {length} + {new}"
-            )
+        if length + new > limit:
+            raise MasformerError(f"{length} and {new} tokens are more than the {limit} of {source}")
     for plan in plans.values():
         check_export(config, plan, llama_cpp.NAME)
     version = check_installed(llama_cpp.NAME, python)
