@@ -495,8 +495,9 @@ def test_the_bench_times_the_same_weights_with_and_without_a_plan(capsys, python
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--plan", "window:9+4"], "llama.cpp cannot run window:9+4 on llama models"),
-        (["--plan", "window:9", "--lengths", "128"], "128 and 32 tokens are more than the 128 of"),
+        (["--plan", "window:9+4", "--lengths", "64"], "llama.cpp cannot run window:9+4 on llama models"),
+        (["--plan", "window:9", "--lengths", "129"], "129 tokens: allowed for"),
+        (["--plan", "window:9", "--lengths", "32"], "and 32 new ones: 33 to 128"),
         (["--plan", "window:9", "--lengths", "64", "--repeats", "0"], "repeats"),
         (["--plan", "window:9", "--lengths", "64", "--python", "no/python"], "no/python: No such file"),
     ],

@@ -15,6 +15,7 @@ import torch
 from masformer.benchmarks.rows import Row, with_exponents
 from masformer.errors import MasformerError, check_int
 from masformer.export import check_export, export_gguf, gguf_config, llama_cpp
+from masformer.export.llama_cpp.files import read_gguf
 from masformer.export.verify import check_installed, run_script
 from masformer.plan import AttentionPlan
 
@@ -40,8 +41,8 @@ def bench_llama_cpp(
     Args:
         source: a .gguf file without a plan.
         plans: those that are written of it, by name; full attention is always there, as the file is.
-        lengths: of the prompts, random tokens.
-        new: tokens after each.
+        lengths: of the whole texts: a prompt of random tokens, and the new ones.
+        new: tokens after a prompt.
         repeats: rounds, after one for warming up.
         threads: of llama.cpp; 0: its own choice.
         python: interpreter of the environment that has xllamacpp; by default the running one.
@@ -61,8 +62,8 @@ def bench_llama_cpp(
     config = gguf_config(source)
     limit = config.max_position_embeddings
     for length in lengths:
-        if length + new > limit:
-            raise MasformerError(f"{length} and {new} tokens are more than the {limit} of {source}")
+        if not new < length <= limit:
+            raise MasformerError(f"{length} tokens: allowed for {source} and {new} new ones: {new + 1} to {limit}")
     for plan in plans.values():
         check_export(config, plan, llama_cpp.NAME)
     version = check_installed(llama_cpp.NAME, python)
@@ -73,9 +74,9 @@ def bench_llama_cpp(
         files = {name: Path(folder) / f"{index}.gguf" for index, name in enumerate(every)}
         for name, plan in every.items():
             export_gguf(source, files[name], plan)
-        content = llama_cpp.read_gguf(source)
+        content = read_gguf(source)
         for length in lengths:
-            tokens = torch.randint(3, 250, (length,), generator=torch.manual_seed(length)).tolist()
+            tokens = torch.randint(3, 250, (length - new,), generator=torch.manual_seed(length)).tolist()
             seconds: dict[str, dict[str, list[float]]] = {name: {each: [] for each in PASSES} for name in every}
             caches: dict[str, int] = {}
             for round_ in range(repeats + 1):
@@ -86,12 +87,12 @@ def bench_llama_cpp(
                     timings = json.loads(answer.decode())
                     caches[name] = round(sum(map(float, _CACHE.findall(said))) * 2**20)
                     for each, key in PASSES.items():
-                        if timings[f"{key}_n"] != (length if each == "prompt" else new):
+                        if timings[f"{key}_n"] != (length - new if each == "prompt" else new):
                             raise MasformerError(f"llama.cpp ran {timings[f'{key}_n']} tokens in place of all: {each}")
                         if round_:
                             seconds[name][each].append(timings[f"{key}_ms"] / 1000)
             for each in PASSES:
-                count = length if each == "prompt" else new
+                count = length - new if each == "prompt" else new
                 base = statistics.median(seconds[FULL][each])
                 for name, plan in every.items():
                     median = statistics.median(seconds[name][each])
@@ -106,7 +107,7 @@ def bench_llama_cpp(
                             "tokens_per_second": count / median,
                             "speedup": base / median,
                             "cache_bytes": caches[name],
-                            "predicted_cache_bytes": llama_cpp.cache_bytes(content, plan, length + new),
+                            "predicted_cache_bytes": llama_cpp.cache_bytes(content, plan, length),
                         }
                     )
     return {"version": version, "results": with_exponents(rows, ["name", "pass"])}

@@ -263,7 +263,7 @@ def bench_llama_cpp(
 
     Args:
         model: .gguf file; a model in a folder becomes one by masformer export --target llama.cpp --plan full.
-        lengths: prompt lengths in tokens, separated by commas.
+        lengths: of prompt and new tokens together, separated by commas.
         new: tokens after each prompt.
         threads: of llama.cpp; 0: its own choice.
         repeats: timed rounds, after one for warming up.
@@ -271,7 +271,7 @@ def bench_llama_cpp(
         plot: file for a picture of time against length.
 
     Example:
-        masformer bench llama-cpp model.Q4_K_M.gguf --lengths 2048,8000 --plan 'full@11-18; window:512'
+        masformer bench llama-cpp model.Q4_K_M.gguf --lengths 2048,8192 --plan 'full@11-18; window:512'
     """
     sizes = lengths_of("--lengths", lengths)
     config = gguf_config(model)

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def read_gguf(path: str | os.PathLike[str]) -> Content:
         raise MasformerError(f"{os.fspath(path)} was written for machines with the other order of bytes")
     tensors = {
         each.name: Tensor(
-            tuple(int(size) for size in reversed(each.shape)), each.tensor_type, lambda data=each.data: data
+            tuple(int(size) for size in reversed(each.shape)), each.tensor_type, partial(np.asarray, each.data)
         )
         for each in file.tensors
     }

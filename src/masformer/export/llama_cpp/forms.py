@@ -8,7 +8,6 @@ reads the list itself. Each stands for full attention no less: layers that do no
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,7 +73,8 @@ def in_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
         rows: [heads x head_dim, ...], numbers or the bytes of a row.
         heads: how many.
     """
-    return rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+    halves: np.ndarray = rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:])
+    return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
 def with_plan(content: Content, plan: AttentionPlan) -> Content:
@@ -105,7 +105,10 @@ def with_plan(content: Content, plan: AttentionPlan) -> Content:
                 tensors[name] = _permuted(tensor, heads if found[1] == "q" else kv_heads)
     added, others = _ADDED[form.windows](content, plan)
     kinds = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32}
-    window = {"attention.sliding_window": window_of(plan), "attention.sliding_window_pattern": sliding(plan)}
+    window: dict[str, Any] = {
+        "attention.sliding_window": window_of(plan),
+        "attention.sliding_window_pattern": sliding(plan),
+    }
     for name, value in (window | added).items():
         if isinstance(value, list):
             fields[f"{form.windows}.{name}"] = GGUFValue(value, GGUFValueType.ARRAY, GGUFValueType.BOOL)
@@ -166,7 +169,7 @@ def floats(values: np.ndarray) -> Tensor:
     return Tensor(values.shape, GGMLQuantizationType.F32, lambda: values)
 
 
-Added = tuple[Mapping[str, Any], Mapping[str, Tensor]]
+Added = tuple[dict[str, Any], dict[str, Tensor]]
 
 
 def _granite_swa(content: Content, plan: AttentionPlan) -> Added:

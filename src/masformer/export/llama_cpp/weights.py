@@ -105,8 +105,9 @@ def _add_rope(writer: GGUFWriter, config: PretrainedConfig, head_dim: int) -> np
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     scaled = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0].double().numpy()
-    plain = base ** (-np.arange(0, head_dim, 2) / head_dim)
-    return plain / scaled
+    plain: np.ndarray = base ** (-np.arange(0, head_dim, 2) / head_dim)
+    factors: np.ndarray = plain / scaled
+    return factors
 
 
 def _tensors(
@@ -147,7 +148,8 @@ def _reader(name: str, weight: torch.Tensor, kind: GGMLQuantizationType, heads: 
         if kind == GGMLQuantizationType.F16 and np.abs(values).max() > np.finfo(np.float16).max:
             raise MasformerError(f"{name} has values that float16 does not hold; choose --dtype bfloat16")
         values = values if heads is None else in_pairs(values, heads)
-        return gguf.quants.quantize(np.ascontiguousarray(values), kind)
+        stored: np.ndarray = gguf.quants.quantize(np.ascontiguousarray(values), kind)
+        return stored
 
     return read
 

@@ -69,7 +69,9 @@ for job in jobs:
     distributions = numpy.full((len(found), job["vocabulary"]), numpy.nan, dtype=numpy.float32)
     for row, known in enumerate(found):
         distributions[row, list(known)] = list(known.values())
-    more = {} if job.get("text") is None else {"tokenised": numpy.array(split(run, job["text"], special=True))}
+    more: dict[str, Any] = (
+        {} if job.get("text") is None else {"tokenised": numpy.array(split(run, job["text"], special=True))}
+    )
     numpy.savez(job["answer"], distributions=distributions, continuation=numpy.array(continuation), **more)
     del run
 assert "masformer" not in sys.modules
