@@ -74,7 +74,8 @@ def in_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
         heads: how many.
     """
     halves: np.ndarray = rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:])
-    return halves.swapaxes(1, 2).reshape(rows.shape)
+    pairs: np.ndarray = halves.swapaxes(1, 2).reshape(rows.shape)
+    return pairs
 
 
 def with_plan(content: Content, plan: AttentionPlan) -> Content:
