@@ -10,7 +10,15 @@ import torch
 
 from masformer import benchmarks, records
 from masformer.cli.options import (
-    LINE, Backend, Figures, ModelOptions, PlanOptions, device_of, lengths_of, say, show,
+    LINE,
+    Backend,
+    Figures,
+    ModelOptions,
+    PlanOptions,
+    device_of,
+    lengths_of,
+    say,
+    show,
 )
 from masformer.errors import MasformerError, check_seed
 from masformer.export import gguf_config
