@@ -52,7 +52,6 @@ def export(
 
     Example:
         masformer export HuggingFaceTB/SmolLM2-135M OUT --target transformers --plan 'full@11-18; window:512' --verify
-        masformer export model.Q4_K_M.gguf model.masformer.gguf --target llama.cpp --plan 'full@11-18; window:512'
     """
     if python is not None and not verify:
         raise MasformerError("--python does nothing without --verify")
