@@ -13,8 +13,8 @@ from masformer.evaluation.perplexity import perplexity, prefix_token, tokenize
 from masformer.evaluation.prompts import Example, Prompter, Template
 from masformer.evaluation.retrieval import TASKS, Prober, retrieve
 from masformer.evaluation.summarization import summarize
-from masformer.models.export import export_model
-from masformer.models.export.verify import verify_export
+from masformer.export import export_model
+from masformer.export.verify import verify_export
 from served import chat, client_of, generated
 
 pytestmark = pytest.mark.pretrained

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from masformer.evaluation.perplexity import compare_plans, perplexity, prefix_token, tokenize
     from masformer.evaluation.retrieval import retrieve
     from masformer.evaluation.summarization import summarize
+    from masformer.export import check_export, export_model
     from masformer.generation import generate, prompt_tokens
-    from masformer.models.export import check_export, export_model
     from masformer.placement import search, search_layers
     from masformer.training import load_recipe
     from masformer.training.run import train
@@ -54,9 +54,9 @@ __all__ = [
     "train",
 ]
 _LATER = {
-    "check_export": "masformer.models.export",
+    "check_export": "masformer.export",
     "compare_plans": "masformer.evaluation.perplexity",
-    "export_model": "masformer.models.export",
+    "export_model": "masformer.export",
     "generate": "masformer.generation",
     "load_recipe": "masformer.training",
     "perplexity": "masformer.evaluation.perplexity",

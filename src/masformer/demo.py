@@ -27,11 +27,11 @@ from masformer.evaluation.perplexity import (
     prefix_token,
     tokenize,
 )
+from masformer.export.twins import sliding_twin
 from masformer.models.bridge import apply_plan
 from masformer.models.checkpoint import load_model
 from masformer.models.positions import position_limit
 from masformer.models.sealing import kv_heads
-from masformer.models.twins import sliding_twin
 from masformer.placement import search_layers
 from masformer.plan import AttentionPlan
 from masformer.plots import picture

@@ -3,9 +3,9 @@ import pytest
 import yaml
 
 from masformer import AttentionPlan, MasformerError, apply_plan, cli, load_model, save_model
+from masformer.export import export_model
 from masformer.models import card
 from masformer.models.card import Origin, origin_of
-from masformer.models.export import export_model
 from tiny import PLAN, tiny, write_gguf
 
 LICENSED = """---

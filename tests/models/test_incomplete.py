@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 
 from masformer import AttentionPlan, MasformerError, apply_plan, load_model, save_model
 from masformer.cli import main
+from masformer.export.twins import stock_twin
 from masformer.models.checkpoint import load_tokenizer
-from masformer.models.twins import stock_twin
 from masformer.models.weights import load_trained, load_weights
 from tiny import PLAN, VOCABULARY, letter_tokenizer, tiny, write_gguf
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from masformer import AttentionPlan, MasformerError, SpanCache, WindowSpan, apply_plan, attend, load_model
 from masformer.cost import ModelShape, compare, cost
 from masformer.evaluation.perplexity import compare_plans
-from masformer.models.export import check_export
+from masformer.export import check_export
 from masformer.placement import search_layers
 from masformer.plan import read_plans
 from tiny import tiny

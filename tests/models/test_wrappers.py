@@ -13,10 +13,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from masformer import AttentionPlan, MasformerError, WindowSpan, apply_plan, load_model, save_model
 from masformer.evaluation.perplexity import compare_plans, perplexity
+from masformer.export import export_model
+from masformer.export.twins import stock_twin
 from masformer.generation import generate, generate_batch
-from masformer.models.export import export_model
 from masformer.models.positions import extend_positions, position_limit
-from masformer.models.twins import stock_twin
 from masformer.models.wrappers import bare_model
 from masformer.training.loss import use_chunked_loss
 from tiny import PLAN, letter_tokenizer, tiny

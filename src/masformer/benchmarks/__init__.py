@@ -3,6 +3,7 @@
 from masformer.benchmarks.attention import bench_attention
 from masformer.benchmarks.evaluation import bench_eval
 from masformer.benchmarks.generation import bench_decode, bench_prefill
+from masformer.benchmarks.llama_cpp import bench_llama_cpp
 from masformer.benchmarks.models import random_model
 from masformer.benchmarks.peers import PEERS
 from masformer.benchmarks.rows import bench_tables, summary_line
@@ -18,6 +19,7 @@ __all__ = [
     "bench_attention",
     "bench_decode",
     "bench_eval",
+    "bench_llama_cpp",
     "bench_prefill",
     "bench_tables",
     "bench_train",

@@ -17,11 +17,11 @@ from masformer.benchmarks.timing import Timing, check_cap
 from masformer.cache import SpanCache
 from masformer.cost import ModelShape, cost
 from masformer.errors import MasformerError, check_int
+from masformer.export.twins import sliding_twin, stock_twin, without_sinks
 from masformer.models.bridge import apply_plan, cache_name
 from masformer.models.checkpoint import load_config
 from masformer.models.native import native_plan
 from masformer.models.positions import position_limit
-from masformer.models.twins import sliding_twin, stock_twin, without_sinks
 from masformer.plan import AttentionPlan
 from masformer.spans import FullSpan
 

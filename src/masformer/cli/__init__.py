@@ -67,7 +67,7 @@ measure:
   masformer eval retrieval OUT --lengths 1024,4096     pass keys and needles
   masformer lm-eval --model masformer --tasks TASK ... of lm-evaluation-harness
   masformer bench prefill OUT --lengths 2048,8192      and: attention, decode,
-                                      train, eval
+                                      train, eval, llama-cpp
 report:
   masformer report FOLDER             of what --json recorded
   masformer reproduce --scale tiny --out DIR  the paper's experiments"""
@@ -93,6 +93,7 @@ COMMANDS: dict[str, Any] = {
         "decode": bench.bench_decode,
         "train": bench.bench_train,
         "eval": bench.bench_eval,
+        "llama-cpp": bench.bench_llama_cpp,
     },
     "report": report.report,
     "reproduce": reproduce.reproduce,

@@ -9,9 +9,21 @@ from typing import Any, Literal
 import torch
 
 from masformer import benchmarks, records
-from masformer.cli.options import LINE, Backend, Figures, ModelOptions, device_of, lengths_of, say, show
+from masformer.cli.options import (
+    LINE,
+    Backend,
+    Figures,
+    ModelOptions,
+    PlanOptions,
+    device_of,
+    lengths_of,
+    say,
+    show,
+)
 from masformer.errors import MasformerError, check_seed
+from masformer.export import gguf_config
 from masformer.models.checkpoint import load_config
+from masformer.models.native import native_plan
 from masformer.plots import checked_figure, plot_times
 from masformer.progress import progress_bar
 from masformer.spans import Span, layer_span
@@ -241,6 +253,48 @@ def bench_eval(
     settings = {"compiled": compile, "tokens": tokens}
     title = "Evaluation; speed-up over all full"
     return _bench("eval", title, measure, settings, model, options, lengths, random_weights, seed, plot, quiet)
+
+
+def bench_llama_cpp(
+    model: str,
+    options: PlanOptions,
+    *,
+    lengths: str = "2048,8192",
+    new: int = 32,
+    threads: int = 0,
+    repeats: int = 3,
+    python: str | None = None,
+    plot: str | None = None,
+    quiet: bool = False,
+) -> Figures:
+    """Times a .gguf file in llama.cpp itself, with and without plans: the same weights, in one run.
+
+    Args:
+        model: .gguf file; a model in a folder becomes one by masformer export --target llama.cpp --plan full.
+        lengths: of prompt and new tokens together, separated by commas.
+        new: tokens after each prompt.
+        threads: of llama.cpp; 0: its own choice.
+        repeats: timed rounds, after one for warming up.
+        python: the Python of an environment that has xllamacpp (default: this one).
+        plot: file for a picture of time against length.
+
+    Example:
+        masformer bench llama-cpp model.Q4_K_M.gguf --lengths 2048,8192 --plan 'full@11-18; window:512'
+    """
+    sizes = lengths_of("--lengths", lengths)
+    config = gguf_config(model)
+    plans = options.named(native_plan(config))
+    measure = partial(
+        benchmarks.bench_llama_cpp, model, plans, sizes, new=new, threads=threads, repeats=repeats, python=python
+    )
+    found = _measured(
+        "llama-cpp",
+        "In llama.cpp; speed-up over all full",
+        lambda progress: measure(progress=progress),
+        plot,
+        quiet,
+    )
+    return {"model": model, "new": new, "threads": threads, "plans": list(map(str, plans.values())), **found}
 
 
 def _bench(

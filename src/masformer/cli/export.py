@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Literal
 
 from masformer.cli.options import Figures, StoredModelOptions, console, say
 from masformer.cli.parser import INSTEAD
 from masformer.errors import MasformerError
+from masformer.export import (
+    check_export,
+    check_output,
+    check_quantised,
+    export_gguf,
+    export_model,
+    gguf_config,
+    llama_cpp,
+    quality_warning,
+    support_tables,
+)
+from masformer.export.verify import check_installed, verify_export
 from masformer.models.card import weights_text
-from masformer.models.checkpoint import check_folder, load_config
-from masformer.models.export import check_export, export_model, quality_warning, support_tables
-from masformer.models.export.verify import check_installed, verify_export
+from masformer.models.checkpoint import load_config
+from masformer.models.native import native_plan
 
 
 def export(
@@ -19,18 +31,22 @@ def export(
     out: str,
     options: StoredModelOptions,
     *,
-    target: Literal["transformers", "vllm", "mlx-lm", "gguf"],
+    target: Literal["transformers", "vllm", "mlx-lm", "llama.cpp"],
+    quantised: Literal["q8_0"] | None = None,
     overwrite: bool = False,
     verify: bool = False,
     python: str | None = None,
 ) -> Figures:
     """Writes a checkpoint that another tool loads as it is, or says why it cannot and what it could.
 
+    For llama.cpp OUT is a .gguf file, and MODEL may be one, quantised in any way: its tensors stay as they are.
+
     Args:
-        out: folder to write.
+        out: folder to write; for llama.cpp the .gguf file, with a README beside it.
         target: the tool; --list shows what each can run.
+        quantised: for llama.cpp, store the matrices so, in place of in the dtype.
         dtype: dtype of the weights; auto is what they are stored as, and bfloat16 for those of a quantised .gguf file.
-        overwrite: replace a model folder that is already there; a README.md that somebody wrote is kept.
+        overwrite: replace a model folder or file that is already there; a README that somebody wrote is kept.
         verify: load the result in the tool and compare logits and a greedy continuation past the window.
         python: for --verify, the Python of an environment that has the tool (default: this one).
 
@@ -39,25 +55,43 @@ def export(
     """
     if python is not None and not verify:
         raise MasformerError("--python does nothing without --verify")
-    check_folder(out, overwrite=overwrite)
-    config, own = load_config(model)
+    check_output(out, target, model, overwrite=overwrite)
+    check_quantised(quantised, target)
+    as_it_is = target == llama_cpp.NAME and Path(model).suffix == ".gguf" and Path(model).is_file()
+    if as_it_is:
+        if quantised or options.dtype != "auto" or options.max_positions is not None:
+            raise MasformerError(
+                "the tensors of a .gguf file stay as they are for llama.cpp, so --quantised, --dtype and "
+                "--max-positions do nothing"
+            )
+        config = gguf_config(model)
+        own = native_plan(config)
+    else:
+        config, own = load_config(model)
     chosen = options.one(own)
     check_export(config, chosen, target)
     if verify:
         check_installed(target, python)
-    loaded, tokenizer = options.to_write(model).load(model, chosen)
-    if tokenizer is None and target != "transformers":
+    loaded, tokenizer = None, None
+    if verify or not as_it_is:
+        loaded, tokenizer = (options if as_it_is else options.to_write(model)).load(model, chosen)
+    if loaded is not None and tokenizer is None and target != "transformers":
         raise MasformerError(
             f"{model} has no tokenizer, and {target} runs no text without one; put one beside the model"
         )
     if (warning := quality_warning(config, chosen)) is not None:
         print(f"masformer: warning: {warning}", file=sys.stderr)
-    say(f"{out}: {chosen}, for {target}; {weights_text(loaded)}")
-    export_model(loaded, out, target, tokenizer, overwrite=overwrite, source=model)
-    say(f"{out}/README.md says how to run it")
+    if as_it_is:
+        say(f"{out}: {chosen}, for {target}; the tensors of {model}")
+        export_gguf(model, out, chosen, overwrite=overwrite)
+    else:
+        say(f"{out}: {chosen}, for {target}; {weights_text(loaded)}{f', stored in {quantised}' if quantised else ''}")
+        export_model(loaded, out, target, tokenizer, overwrite=overwrite, source=model, quantised=quantised)
+    readme = llama_cpp.readme_path(out) if target == llama_cpp.NAME else f"{out}/README.md"
+    say(f"{readme} says how to run it")
     figures: Figures = {"model": model, "target": target, "plan": str(chosen)}
     if verify:
-        found = verify_export(loaded, out, target, python)
+        found = verify_export(loaded, out, target, python, tokenizer=tokenizer)
         console.print(
             f"verified in {target} {found.version}: {found.tokens} tokens, window {found.window}; logits differ by "
             f"{found.difference:.2g} (full attention: {found.full_difference:.2g}), the same {len(found.continuation)} "

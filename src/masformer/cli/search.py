@@ -10,8 +10,8 @@ from masformer.cli.options import Dtype, Figures, RunningOptions, say, show
 from masformer.data import read_documents
 from masformer.data.documents import read_rows
 from masformer.errors import MasformerError
+from masformer.export import check_export
 from masformer.models.checkpoint import load_config
-from masformer.models.export import check_export
 from masformer.plan import PLAN_SUFFIXES, AttentionPlan
 from masformer.progress import stage_progress
 from masformer.spans import Span

@@ -495,6 +495,11 @@ def check_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> No
         raise MasformerError(f"{path} exists already; choose another folder, or --overwrite (overwrite=True) it")
     if path.exists() and not (path / "config.json").is_file() and not (path.is_dir() and not any(path.iterdir())):
         raise MasformerError(f"{path} is no model folder, so it is not overwritten")
+    check_place(path)
+
+
+def check_place(path: Path) -> None:
+    """Whether something can be written to a path that need not exist; raises MasformerError where not."""
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if not above.is_dir():
         raise MasformerError(f"cannot write {path}: {above} is no folder")

@@ -14,24 +14,39 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gguf import GGMLQuantizationType
 from rich.table import Table
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from masformer.errors import MasformerError
+from masformer.export import llama_cpp
+from masformer.export.choose import check_export, chosen_entry, form_for, quality_warning, write_config
+from masformer.export.forms import extra_weights
+from masformer.export.llama_cpp import export_gguf, gguf_config
+from masformer.export.readme import folder_readme
+from masformer.export.stock import SAMPLE, check_stock
+from masformer.export.targets import TARGETS
 from masformer.files import write_whole
 from masformer.models.card import origin_of, write_card
-from masformer.models.checkpoint import model_folder, whole_weights
-from masformer.models.export.choose import check_export, chosen_entry, form_for, quality_warning, write_config
-from masformer.models.export.forms import extra_weights
-from masformer.models.export.readme import folder_readme
-from masformer.models.export.stock import check_stock
-from masformer.models.export.targets import TARGETS
+from masformer.models.checkpoint import check_folder, model_folder, whole_weights
 from masformer.models.sealing import CODE_FILE, is_sealed, unseal
 from masformer.models.wrappers import bare_model
 
-__all__ = ["TARGETS", "check_export", "export_model", "quality_warning", "support_tables"]
+__all__ = [
+    "QUANTISED",
+    "TARGETS",
+    "check_export",
+    "check_output",
+    "check_quantised",
+    "export_gguf",
+    "export_model",
+    "gguf_config",
+    "quality_warning",
+    "support_tables",
+]
 
-_SAMPLE = "The quick brown fox, 12 jumps: naïve 東京 — don't!\n\n    def f(x):\treturn x"
+QUANTISED = {"q8_0": GGMLQuantizationType.Q8_0}
+"""Name -> how llama.cpp's files store matrices in fewer bits than a dtype has, and the package gguf writes them."""
 
 
 def export_model(
@@ -42,20 +57,22 @@ def export_model(
     *,
     overwrite: bool = False,
     source: str | os.PathLike[str] | None = None,
+    quantised: str | None = None,
 ) -> None:
-    """Writes a folder that another tool loads, whole or not at all: the same logits there, or an error here.
+    """Writes what another tool loads, whole or not at all: the same logits there, or an error here.
 
     Args:
         model: a model with a plan.
-        path: the folder to write.
+        path: the folder to write; for llama.cpp the .gguf file, see `export_gguf` for the tensors of such a file.
         target: the tool, a key of `TARGETS`.
         tokenizer: carried over with its chat template, if given.
         overwrite: replace a model folder that is already there; a card that somebody wrote is kept.
         source: what the model was made of, for the card; see `save_model`.
+        quantised: for llama.cpp, a key of `QUANTISED`: matrices are stored so, in place of the model's dtype.
 
     Raises:
         MasformerError: the model has no plan, the tool cannot run the plan on it (with the nearest plan that it can),
-            the folder exists (unless `overwrite`), or it cannot be written.
+            the folder or file exists (unless `overwrite`), or it cannot be written.
     """
     model = bare_model(model)
     if not is_sealed(model.config):
@@ -65,6 +82,11 @@ def export_model(
     config.dtype = model.dtype
     weights = whole_weights(model) or model.state_dict()
     origin = origin_of(source or model.config.name_or_path)
+    check_quantised(quantised, target)
+    if target == llama_cpp.NAME:
+        llama_cpp.check_file(path, overwrite=overwrite)
+        kind = None if quantised is None else QUANTISED[quantised]
+        return llama_cpp.write_model(config, plan, tool, dict(weights), tokenizer, path, origin, kind)
     with model_folder(path, overwrite=overwrite) as folder:
         model.save_pretrained(
             folder, state_dict=weights | extra_weights(config, form_for(config, plan, entry), weights)
@@ -86,6 +108,26 @@ def export_model(
         )
         write_card(folder, path, text)
         write_whole(folder / "config.json", config_file)
+
+
+def check_output(
+    path: str | os.PathLike[str], target: str, source: str | os.PathLike[str], *, overwrite: bool = False
+) -> None:
+    """Before long work: whether an export of the source could be written there; raises MasformerError where not."""
+    if target == llama_cpp.NAME:
+        llama_cpp.check_file(path, overwrite=overwrite, source=source)
+    else:
+        check_folder(path, overwrite=overwrite)
+
+
+def check_quantised(quantised: str | None, target: str) -> None:
+    """Raises MasformerError for what is not in `QUANTISED`, or for a tool that takes none of it."""
+    if quantised is None:
+        return
+    if target != llama_cpp.NAME:
+        raise MasformerError(f"quantised weights are for {llama_cpp.NAME} alone, not for {target}")
+    if quantised not in QUANTISED:
+        raise MasformerError(f"unknown quantisation {quantised!r}; allowed: {', '.join(QUANTISED)}")
 
 
 def support_tables() -> Iterator[Table]:
@@ -122,7 +164,7 @@ def _check_tokenizer(folder: Path, tokenizer: Any, config: Any) -> None:
     if not hasattr(tokenizer, "encode"):
         return
     again = AutoTokenizer.from_pretrained(folder, config=config)
-    if again.encode(_SAMPLE) != tokenizer.encode(_SAMPLE):
+    if again.encode(SAMPLE) != tokenizer.encode(SAMPLE):
         raise MasformerError(
             f"the tokenizer would split text in another way under model type {config.model_type}; "
             "save it again with the installed transformers first"

@@ -23,6 +23,8 @@ SWITCHED = {"qwen2", "qwen3", "smollm3"}
 NO_FULL_POSITIONS = {"cohere2", "exaone4"}
 """Model types whose full layers have no positions, where there is a window."""
 
+ANY_CLASS = "TransformersForCausalLM"
+"""An architecture by which vLLM takes its transformers backend, and llama.cpp's converter nothing."""
 _UNUSED = {"_name_or_path", "_model_name_or_path", "attn_implementation", "id2label", "label2id"}
 
 Form = Callable[[PretrainedConfig, AttentionPlan], dict[str, Any]]
@@ -171,7 +173,15 @@ def extra_weights(config: PretrainedConfig, form: str, weights: dict[str, Tensor
 def for_vllm(data: dict[str, Any]) -> dict[str, Any]:
     """Names vLLM's transformers backend: not all of its own classes read layer types, or every bias (Qwen 3)."""
     if data["model_type"] not in ("mistral", "llama", "gpt2", "gpt_neox"):
-        data["architectures"] = ["TransformersForCausalLM"]
+        data["architectures"] = [ANY_CLASS]
+    return data
+
+
+def unknown_to_converters(data: dict[str, Any]) -> dict[str, Any]:
+    """Names no class: transformers and mlx-lm choose theirs by the model type. llama.cpp's converter goes by this name,
+    and would write full attention for classes whose layer types it does not read; by a name that it does not know it
+    stops."""
+    data["architectures"] = [ANY_CLASS]
     return data
 
 

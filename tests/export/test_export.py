@@ -16,13 +16,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from masformer import AttentionPlan, MasformerError, apply_plan, cli, load_model, save_model
-from masformer.models import export as package
-from masformer.models.export import TARGETS, check_export, export_model
-from masformer.models.export.choose import kind_of, nearest, objection
-from masformer.models.export.forms import FORMS, architecture, period
-from masformer.models.export.stock import check_stock
-from masformer.models.export.targets import KINDS
-from masformer.models.export.verify import check_installed, verify_export
+from masformer import export as package
+from masformer.export import TARGETS, check_export, export_model
+from masformer.export.choose import kind_of, nearest, objection
+from masformer.export.forms import FORMS, architecture, period
+from masformer.export.stock import check_stock
+from masformer.export.targets import KINDS
+from masformer.export.verify import check_installed, verify_export
 from masformer.models.native import native_plan
 from masformer.models.sealing import kv_heads
 from tiny import ARCHITECTURES, GPTS, VOCABULARY, random_plan, random_unit_plan, tiny, tiny_config
@@ -131,6 +131,7 @@ def exported(tmp_path_factory):
         full = answers(apply_plan(model, SAMPLES["full"]))[0]
         for plan in dict.fromkeys([*PLANS, native_plan(config_of(case))]):
             targets = [name for name, target in TARGETS.items() if objection(config_of(case), plan, target) is None]
+            targets = [name for name in targets if name != "llama.cpp"]  # which is given a file: test_llama_cpp.py
             for target in targets if plan in (PLANS[0], native_plan(config_of(case))) else targets[:1]:
                 if plan not in ours:
                     ours[plan] = answers(apply_plan(model, plan))
@@ -235,6 +236,35 @@ def test_the_table_decides_and_its_reason_is_the_message(target, name, kind):
         check_export(config, near[0], target)
 
 
+READ_BY_CONVERTERS = (
+    "MistralForCausalLM",
+    "SmolLM3ForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Phi3ForCausalLM",
+)
+"""Classes that llama.cpp's converter knows, and whose windows it does not read, or read by a rule of its own."""
+
+
+@pytest.mark.parametrize("target", ["transformers", "vllm", "mlx-lm"])
+@pytest.mark.parametrize("kind", ["llama", "llama with biases", "mistral", "qwen2", "qwen3", "smollm3", "phi3"])
+def test_a_folder_with_windows_stops_converters_or_warns_of_them(tmp_path, target, kind):
+    plan = SAMPLES["window"] if kind == "phi3" else SAMPLES["mixed"]
+    name, changes = CASES[kind]
+    if objection(config_of(kind), plan, TARGETS[target]) is not None:
+        pytest.skip(f"{target} takes no {kind} models with windows")
+    export_model(apply_plan(lively(name, **changes), plan), tmp_path / "out", target)
+    known = json.loads((tmp_path / "out/config.json").read_text())["architectures"][0]
+    text = (tmp_path / "out/README.md").read_text()
+    if (target, known) == ("vllm", "MistralForCausalLM"):  # by which vLLM chooses its class
+        assert "takes this folder for a model with full attention, silently" in text
+    else:
+        assert known not in READ_BY_CONVERTERS
+        assert "it stops, for it does not know the architecture" in text
+    export_model(apply_plan(lively(name, **changes), SAMPLES["full"]), tmp_path / "full", "transformers")
+    assert "convert_hf_to_gguf" not in (tmp_path / "full/README.md").read_text()
+
+
 def test_every_entry_has_a_form_a_source_and_a_reason():
     for target in TARGETS.values():
         for entry in target.entries.values():
@@ -270,10 +300,13 @@ def test_every_entry_has_a_form_a_source_and_a_reason():
             "full@1; window:9",
             "no GPT-Neo class, and its transformers backend needs a hook; --target",
         ),
-        ("gguf", "llama", "full@1; window:9", "run full attention, silently; --target transformers can"),
-        ("gguf", "gemma2", "full@1; block:9", "reads a period in place of a list of layers"),
+        ("llama.cpp", "phi3", "full@1; window:9", "run full attention, silently"),
+        ("llama.cpp", "gemma2", "full@1; block:9", "reads a period for it in place of a list of layers"),
+        ("llama.cpp", "qwen3", "full@1; window:9+4", "full@1; window:9 (drop the sinks)"),
+        ("llama.cpp", "llama", "full@1; block:6x2", "full@1; window:12 (use windows in place of blocks)"),
+        ("llama.cpp", "olmo2", "window:9,full,window:5,window:9", "full@1; window:9 (use one window)"),
         ("transformers", "llama", "full@1; window:1", "full@1; window:2 (use windows of at least 2)"),
-        ("onnx", "llama", "full", "unknown target 'onnx'; allowed: transformers, vllm, mlx-lm, gguf"),
+        ("onnx", "llama", "full", "unknown target 'onnx'; allowed: transformers, vllm, mlx-lm, llama.cpp"),
         ("transformers", "llama", "full,full", "the plan has 2 layers, but the model has 4"),
     ],
 )
@@ -298,6 +331,18 @@ def test_a_refusal_names_the_nearest_plan(target, kind, plan, message):
         ("vllm", "mistral", {"hidden_act": "gelu"}, "only with hidden_act silu, not gelu"),
         ("vllm", "llama", {"quantization_config": {"quant_method": "fp8"}}, "its weights are quantised"),
         ("vllm", "llama", rope("default", partial_rotary_factor=0.5), "does not agree with transformers on rotary"),
+        (
+            "llama.cpp",
+            "llama",
+            rope("default", partial_rotary_factor=0.5),
+            "does not agree with transformers on rotary",
+        ),
+        ("llama.cpp", "llama", rope("dynamic", factor=2.0), "does not compute dynamic rotary positions"),
+        ("llama.cpp", "llama", YARN["rope_parameters"] | {"beta_fast": 20.0}, "reads beta_fast of yarn"),
+        ("llama.cpp", "qwen3", YARN, "does not compute yarn rotary positions"),
+        ("llama.cpp", "olmo2", rope("linear", factor=2.0), "does not compute linear rotary positions"),
+        ("llama.cpp", "qwen3", {"attention_bias": True}, "only with attention_bias False, not True"),
+        ("llama.cpp", "smollm3", {"no_rope_layers": [1, 1, 1, 1]}, "leaves out positions in every fourth layer"),
     ],
 )
 def test_settings_that_a_tool_reads_in_another_way_are_refused(target, kind, changes, message):
@@ -508,10 +553,11 @@ OUT = ["export", "MODEL", "OUT", "--target"]
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([*OUT, "onnx"], "--target 'onnx' is not allowed; allowed: transformers, vllm, mlx-lm, gguf"),
+        ([*OUT, "onnx"], "--target 'onnx' is not allowed; allowed: transformers, vllm, mlx-lm, llama.cpp"),
         (["export", "MODEL", "OUT"], "masformer export needs --target; see masformer export --help"),
         ([*OUT, "transformers", "--plan", "window:9+4"], "(drop the sinks)"),
-        ([*OUT, "gguf", "--plan", "full@1; window:9"], "llama.cpp reads no window for it"),
+        ([*OUT, "llama.cpp", "--plan", "full@1; window:9"], "reads one file, so OUT must end in .gguf: out"),
+        ([*OUT, "vllm", "--plan", "full@1; window:9", "--quantised", "q8_0"], "for llama.cpp alone, not for vllm"),
         ([*OUT, "transformers", "--plan", "full", "--plan", "window:4"], "--plan is given twice; export takes one"),
         ([*OUT, "transformers", "--plan", "full@1; window:9", "--python", "python3"], "does nothing without --verify"),
         ([*OUT, "vllm", "--plan", "full@1; window:9", "--verify", "--python", "no/python"], "no/python: No such file"),

@@ -6,8 +6,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from masformer.errors import MasformerError
+from masformer.export.choose import chosen_entry, write_config
 from masformer.models.checkpoint import whole_weights
-from masformer.models.export.choose import chosen_entry, write_config
 from masformer.models.sealing import stock_config
 from masformer.models.weights import load_weights
 from masformer.plan import AttentionPlan

@@ -38,6 +38,7 @@ class Entry:
         why: why it takes no more than `plans`; empty where only what the tool refuses for all models is missing.
         source: where that stands, in the version named by the tool.
         needs: config attribute -> the values with which that holds.
+        ropes: rope types with which that holds, where they are fewer than the tool's.
     """
 
     plans: tuple[str, ...]
@@ -45,6 +46,7 @@ class Entry:
     why: str
     source: str
     needs: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    ropes: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -209,45 +211,64 @@ MLX_LM = Target(
     other=_UNKNOWN,
 )
 
-_PERIOD_ONLY = "llama.cpp reads a period in place of a list of layers, and masformer has no writer of such files"
+_PERIOD_ONLY = "llama.cpp reads a period for it in place of a list of layers, and masformer writes no such files"
 _SILENT = "llama.cpp reads no window for it and would run full attention, silently"
-GGUF = Target(
-    name="gguf",
-    tested="llama.cpp, read in 2026",
-    least="",
-    package="",
-    why={},
-    ropes=frozenset(),
+_PLAIN = frozenset({"default"})
+_UNBIASED = {"attention_bias": (False,), "mlp_bias": (None, False)}
+_GRANITE = "src/models/granite-swa.cpp: Llama with a list of layers that slide, and sinks that are set to weigh nothing"
+LLAMA_CPP = Target(
+    name="llama.cpp",
+    tested="b11549 (xllamacpp 2026.10.11549)",
+    least="b10566",
+    package="xllamacpp",
+    why=_SHARED
+    | {
+        "sinks": "no layer of these architectures that slides keeps the first tokens",
+        "blocks": "chunked attention is only in its Llama 4",
+    },
+    ropes=frozenset({"default", "linear", "yarn", "llama3"}),
     entries={
+        "llama": Entry(ANY, "native", "", _GRANITE, _SILU),
+        "llama with biases": Entry(ANY, "native", "", _GRANITE, _SILU),
+        "mistral": Entry(ANY, "native", "", _GRANITE, _SILU),
+        "ministral": Entry(ANY, "native", "", _GRANITE, _SILU),
+        "qwen2": Entry(ANY, "native", "", _GRANITE, _SILU),
+        "smollm3": Entry(ANY, "native", "", f"{_GRANITE}; attention.rope_pattern", _SILU | _UNBIASED),
+        "qwen3": Entry(
+            ANY,
+            "native",
+            "",
+            "src/models/step35.cpp: norms of each head, and a list of layers that slide",
+            _SILU | _UNBIASED,
+            _PLAIN,
+        ),
+        "olmo2": Entry(
+            ANY,
+            "native",
+            "",
+            "src/models/olmo2.cpp: a list of layers that slide (before b11063 every fourth was full, silently)",
+            _SILU | _UNBIASED,
+            _PLAIN,
+        ),
         **{
             kind: Entry((), "native", _SILENT, f"src/models/{file}.cpp: build_attn_inp_kv, no sliding_window")
-            for kind, file in {
-                "llama": "llama",
-                "llama with biases": "llama",
-                "mistral": "llama",
-                "ministral": "llama",
-                "qwen2": "qwen2",
-                "qwen3": "qwen3",
-                "smollm3": "smollm3",
-                "gpt2": "gpt2",
-                "gpt_neox": "gptneox",
-                "phi3": "phi3",
-            }.items()
+            for kind, file in {"gpt2": "gpt2", "gpt_neox": "gptneox", "phi3": "phi3"}.items()
         },
         **{
             kind: Entry((), "native", _PERIOD_ONLY, f"src/models/{file}.cpp: set_swa_pattern(period)")
             for kind, file in {
                 "gemma2": "gemma2",
                 "gemma3_text": "gemma3",
-                "olmo2": "olmo2",
-                "olmo3": "olmo2",
                 "cohere2": "cohere2",
                 "exaone4": "exaone4",
             }.items()
         },
+        "olmo3": Entry(
+            (), "native", "llama.cpp rotates its full and its sliding layers by rules of its own", "olmo2.cpp"
+        ),
         "gpt_neo": Entry((), "gpt_neo", "llama.cpp has no GPT-Neo", "src/models/"),
     },
     other="nobody has checked whether llama.cpp reads a window for each of its layers",
 )
 
-TARGETS = {target.name: target for target in (TRANSFORMERS, VLLM, MLX_LM, GGUF)}
+TARGETS = {target.name: target for target in (TRANSFORMERS, VLLM, MLX_LM, LLAMA_CPP)}

@@ -19,6 +19,9 @@ from masformer.models.native import agrees, native_plan, stock_layers
 from masformer.plan import AttentionPlan
 from masformer.spans import Span
 
+SAMPLE = "The quick brown fox, 12 jumps: naïve 東京 — don't!\n\n    def f(x):\treturn x"
+"""A text with something of everything, on which two tokenizers are compared."""
+
 
 def check_stock(config: PretrainedConfig, plan: AttentionPlan, *, cache: bool = True) -> None:
     """Holds the masks and the cache of the stock model against the plan, layer by layer.

@@ -9,8 +9,9 @@ from transformers import PretrainedConfig
 
 from masformer.cost import ModelShape, bytes_text, compare
 from masformer.errors import MasformerError
+from masformer.export.forms import ANY_CLASS
+from masformer.export.targets import Target
 from masformer.models.card import Origin, header
-from masformer.models.export.targets import Target
 from masformer.models.positions import position_limit
 from masformer.plan import AttentionPlan
 
@@ -52,6 +53,17 @@ _SOFTCAP = (
     "Eager attention, because the model caps its attention scores: transformers up to 5.19 drops the cap in `sdpa`, "
     "its default there, without a word."
 )
+_CONVERTERS = {
+    True: (
+        "Not for llama.cpp's `convert_hf_to_gguf.py`, which reads no layer types of such models: it stops, for it does "
+        "not know the architecture that config.json names. `masformer export --target llama.cpp` writes such files."
+    ),
+    False: (
+        "**Not for llama.cpp's `convert_hf_to_gguf.py`**: it takes this folder for a model with full attention, "
+        "silently. `masformer export --target llama.cpp` writes such files."
+    ),
+}
+"""Whether the converter stops at a folder with windows -> what is said of it."""
 _GPT_NEO = (
     "GPT-Neo runs in eager attention, whose masks take (positions)^2 bytes in each layer beside the weights; "
     "`flash_attention_2` ignores the windows in stock transformers. Its cache keeps every key in every layer."
@@ -86,6 +98,8 @@ def folder_readme(
     attention = ', attn_implementation="eager"' if neo or capped else ""
     run = _RUN[target.name].format(folder=name, limit=limit or 2048, attention=attention)
     note = _GPT_NEO if neo else _SOFTCAP if capped and target.name == "transformers" else _NOTES[target.name]
+    if not plan.is_full:
+        note = f"{note}\n\n{_CONVERTERS[config.architectures == [ANY_CLASS]]}"
     if warning is not None:
         note = f"{note}\n\n{warning[0].upper()}{warning[1:]}."
     lines = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 import json
 import os
 import subprocess
@@ -19,13 +20,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from masformer.errors import MasformerError
+from masformer.export import llama_cpp
+from masformer.export.choose import find_target
+from masformer.export.llama_cpp.files import read_gguf
+from masformer.export.llama_cpp.weights import rounded
+from masformer.export.stock import SAMPLE
+from masformer.export.targets import TARGETS, Target
 from masformer.models.bridge import apply_plan
-from masformer.models.export.choose import find_target
-from masformer.models.export.targets import TARGETS, Target
 from masformer.models.positions import position_limit
 from masformer.models.wrappers import bare_model
 from masformer.plan import AttentionPlan
@@ -34,8 +40,17 @@ from masformer.spans import FullSpan
 TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "replace"}
 """Of what other programs say, whatever the encoding of this one is."""
 NEW_TOKENS, POSITIONS, SEED = 16, 48, 0
-TOLERANCE = {"transformers": 1e-4, "mlx-lm": 1e-4, "vllm": 1e-3}
-"""Target -> the largest difference of logits (vllm: log-probabilities) that is rounding, per largest logit above 1."""
+TOLERANCE = {"transformers": 1e-4, "mlx-lm": 1e-4, "vllm": 1e-3, "llama.cpp": 1e-3}
+"""Target -> the largest difference of logits (vllm, llama.cpp: log-probabilities) that is rounding, per largest logit
+above 1."""
+COARSE = {GGMLQuantizationType.F16: 0.02, GGMLQuantizationType.BF16: 0.2}
+"""The same for llama.cpp's files whose matrices are no float32: it rounds what they are multiplied with as well."""
+MOST = 1.0
+"""The same for all others."""
+SEEN = 0.25
+"""How far a difference that is put down to such rounding may go, as a share of what full attention would differ by."""
+LLAMA_CPP_POSITIONS, BATCH = 4, 64
+"""llama.cpp's server reads the prompt up to each position, this many tokens at a time."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +62,8 @@ class Verification:
         version: of it.
         tokens: length of the prompt, random tokens.
         window: the longest reach of a layer that is not full; 0 where all are.
-        difference: largest difference of the logits (vllm: log-probabilities of the next token).
+        difference: largest difference of the logits (vllm: log-probabilities of the next token; llama.cpp: of the
+            likeliest 1000).
         full_difference: the same, had the tool run full attention in every layer.
         continuation: the greedy tokens.
     """
@@ -100,14 +116,17 @@ def verify_export(
     path: str | os.PathLike[str],
     target: str,
     python: str | os.PathLike[str] | None = None,
+    *,
+    tokenizer: Any = None,
 ) -> Verification:
     """Loads an export in its tool and compares.
 
     Args:
         model: the model with its plan, as it was given to `export_model`.
-        path: the exported folder.
+        path: the exported folder or file.
         target: the tool, key of `TARGETS`.
         python: interpreter of the environment that has it; by default the running one.
+        tokenizer: for llama.cpp, whose files have tokenizers of their own: must split a text alike.
 
     Raises:
         MasformerError: the tool is not installed, cannot load the export, or computes something else.
@@ -122,24 +141,44 @@ def verify_export(
         raise MasformerError(f"the model has {limit} positions, too few to verify a continuation of {NEW_TOKENS}")
     vocabulary = model.get_input_embeddings().num_embeddings
     tokens = torch.randint(min(3, vocabulary - 1), vocabulary, (length,), generator=torch.manual_seed(SEED))
-    positions = torch.linspace(0, length - 2, min(POSITIONS, length - 1)).long().unique()
-    answer = _run(tool, Path(path), tokens, positions, python)
+    many = LLAMA_CPP_POSITIONS if target == llama_cpp.NAME else POSITIONS
+    positions = torch.linspace(0, length - 2, min(many, length - 1)).long().unique()
+    more: dict[str, Any] = {}
+    kinds: set[GGMLQuantizationType] = set()
+    if target == llama_cpp.NAME:
+        content = read_gguf(path)
+        kinds = {each.kind for each in content.tensors.values()} - {GGMLQuantizationType.F32}
+        text = SAMPLE if hasattr(tokenizer, "encode") else None
+        more = {"vocabulary": content.tensors["token_embd.weight"].shape[0], "batch": BATCH, "text": text}
+    answer = _run(tool, Path(path), tokens, positions, python, more)
     continuation = torch.from_numpy(answer["continuation"]).long()
     whole = torch.cat([tokens, continuation])
     kept = torch.cat([positions, torch.arange(length - 1, len(whole) - 1)])
-    exact = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
+    exact = model
+    if model.dtype != torch.float32 or kinds:
+        exact = copy.deepcopy(model).float()
+    if GGMLQuantizationType.Q8_0 in kinds <= {GGMLQuantizationType.Q8_0, GGMLQuantizationType.F16}:  # what was stored
+        for parameter in exact.parameters():
+            parameter.data = rounded(parameter.data, GGMLQuantizationType.Q8_0)
     logits = _logits(exact, whole, kept)
     try:
         full = _logits(apply_plan(exact, AttentionPlan.uniform(len(plan), FullSpan())), whole, kept)
     finally:
         apply_plan(exact, plan)
     count = len(positions)
-    theirs = torch.from_numpy(answer["logits" if "logits" in answer else "logprobs"]).float()
     ours, others = logits[:count], full[:count]
+    theirs = torch.from_numpy(answer[next(key for key in ANSWERS if key in answer)]).float()
     if "logprobs" in answer:
         ours, others = (each.log_softmax(-1).gather(-1, tokens[positions + 1, None])[:, 0] for each in (ours, others))
+    if "distributions" in answer:
+        known = ~theirs.isnan()
+        ours, others, theirs = logits.log_softmax(-1)[known], full.log_softmax(-1)[known], theirs[known]
     greedy = logits[count:]
     tolerance = TOLERANCE[target] * max(1.0, float(logits.abs().max()))
+    if kinds:
+        tolerance = max(tolerance, *(COARSE.get(kind, MOST) for kind in kinds))
+        if not plan.is_full:
+            tolerance = min(tolerance, SEEN * float((ours - others).abs().max()))
     found = Verification(
         target=target,
         version=version,
@@ -154,6 +193,8 @@ def verify_export(
             f"{target} {version} computes something else from {os.fspath(path)}: the logits differ by "
             f"{found.difference:.2g}; full attention would by {found.full_difference:.2g}, rounding by {tolerance:.2g}"
         )
+    if "tokenised" in answer and answer["tokenised"].tolist() != list(tokenizer.encode(SAMPLE)):
+        raise MasformerError(f"{target} {version} splits text in another way with {os.fspath(path)}")
     missed = greedy.amax(-1) - greedy.gather(-1, continuation[:, None])[:, 0]
     if len(continuation) != NEW_TOKENS or bool((missed > 2 * tolerance).any()):
         raise MasformerError(f"{target} {version} continues the text from {os.fspath(path)} in another way")
@@ -179,27 +220,58 @@ def _interpreter(python: str | os.PathLike[str] | None) -> str:
 
 
 def _run(
-    tool: Target, folder: Path, tokens: Tensor, positions: Tensor, python: str | os.PathLike[str] | None
+    tool: Target,
+    folder: Path,
+    tokens: Tensor,
+    positions: Tensor,
+    python: str | os.PathLike[str] | None,
+    more: dict[str, Any],
 ) -> dict[str, Any]:
-    script = Path(__file__).parent / "runners" / f"run_{tool.name.replace('-', '_')}.py"
+    job = {
+        "folder": str(folder.resolve()),
+        "tokens": tokens.tolist(),
+        "positions": positions.tolist(),
+        "new_tokens": NEW_TOKENS,
+        **more,
+    }
+    script = f"run_{tool.name.replace('-', '_').replace('.', '_')}.py"
+    answer, _ = run_script(script, [job], tool.name, python)
+    with np.load(io.BytesIO(answer), allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def run_script(
+    name: str, job: dict[str, Any] | list[dict[str, Any]], tool: str, python: str | os.PathLike[str] | None = None
+) -> tuple[bytes, str]:
+    """Runs a script of `runners` in a process of its own.
+
+    Args:
+        name: of the script.
+        job: what it is to do, or a list of one such; `answer` is added.
+        tool: for messages.
+        python: interpreter of the environment that has the tool; by default the running one.
+
+    Returns:
+        The answer, and what it said on standard error.
+
+    Raises:
+        MasformerError: it failed, with the last line that it said.
+    """
+    script = Path(__file__).parent / "runners" / name
     with tempfile.TemporaryDirectory() as temporary:
         jobs, answer = Path(temporary) / "jobs.json", Path(temporary) / "answer.npz"
-        job = {
-            "folder": str(folder.resolve()),
-            "tokens": tokens.tolist(),
-            "positions": positions.tolist(),
-            "new_tokens": NEW_TOKENS,
-            "answer": str(answer),
-        }
-        jobs.write_text(json.dumps([job]), encoding="utf-8")
+        only = job[0] if isinstance(job, list) else job
+        only["answer"] = str(answer)
+        jobs.write_text(json.dumps(job), encoding="utf-8")
         command = [_interpreter(python), "-I", str(script), str(jobs)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, capture_output=True, env=environment, cwd=temporary, check=False, **TEXT)
         if done.returncode or not answer.is_file():
             last = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
-            raise MasformerError(f"{tool.name} cannot run {folder}: {last}")
-        with np.load(answer, allow_pickle=False) as arrays:
-            return dict(arrays)
+            raise MasformerError(f"{tool} cannot run {only['folder']}: {last}")
+        return answer.read_bytes(), done.stderr
 
 
+ANSWERS = ("logits", "logprobs", "distributions")
+"""What a tool gives, see the runners."""
 assert set(TOLERANCE) == {name for name, target in TARGETS.items() if target.package}

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from masformer.errors import MasformerError
-from masformer.models.export.forms import (
+from masformer.export.forms import (
     FORMS,
     FULL,
     PERIODIC,
@@ -20,8 +20,9 @@ from masformer.models.export.forms import (
     for_vllm,
     layer_positions,
     period,
+    unknown_to_converters,
 )
-from masformer.models.export.targets import KINDS, TARGETS, Entry, Target
+from masformer.export.targets import KINDS, TARGETS, Entry, Target
 from masformer.models.native import native_plan
 from masformer.models.positions import position_limit
 from masformer.models.sealing import kv_heads
@@ -32,6 +33,8 @@ DROP = "drop the sinks"
 _SINKS = "without training, that costs much (perplexity 20.9 in place of 12.4 in SmolLM2-135M)"
 _UNTRAINED = "the model as it was published does not have; unless it was trained with them since, that costs much"
 _YARN = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
+_YARN_USUAL = {"beta_fast": 32, "beta_slow": 1}
+"""What llama.cpp runs, whatever its file says."""
 
 
 def find_target(name: str) -> Target:
@@ -84,8 +87,11 @@ def write_config(config: PretrainedConfig, plan: AttentionPlan, target: Target, 
         entry: what it does with the model.
     """
     data = FORMS[form_for(config, plan, entry)](config, plan)
-    finish = {"vllm": for_vllm, "mlx-lm": for_mlx_lm}.get(target.name)
-    return finish(data) if finish else data
+    if target.name == "mlx-lm":
+        data = for_mlx_lm(data)
+    if target.name == "vllm":
+        return for_vllm(data)
+    return data if plan.is_full or plan == native_plan(config) else unknown_to_converters(data)
 
 
 def form_for(config: PretrainedConfig, plan: AttentionPlan, entry: Entry) -> str:
@@ -117,6 +123,8 @@ def objection(config: PretrainedConfig, plan: AttentionPlan, target: Target) -> 
             return f"it runs these models only with {name} {' or '.join(map(str, allowed))}, not {value}"
     if entry.form == "unchanged":
         return None
+    if target.name == "llama.cpp" and (reason := _llama_cpp_objection(config, plan)):
+        return reason
     if target.name == "transformers" and WindowSpan(1) in plan.spans and entry.form != "gpt_neo":
         return "its cache drops nothing under a window of 1, so generated tokens see more than their own"
     data = write_config(config, plan, target, entry)
@@ -131,18 +139,35 @@ def objection(config: PretrainedConfig, plan: AttentionPlan, target: Target) -> 
     return _rope_objection(data, target, entry)
 
 
+def _llama_cpp_objection(config: PretrainedConfig, plan: AttentionPlan) -> str | None:
+    """Numbers that its architectures have no key for."""
+    layers = config.num_hidden_layers
+    if config.model_type == "smollm3" and list(config.no_rope_layers) != [int((i + 1) % 4 != 0) for i in range(layers)]:
+        return "it leaves out positions in every fourth layer of these models, and in no others"
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    wide = head_dim * config.num_attention_heads != config.hidden_size
+    if plan.is_full and wide and config.model_type in ("qwen2", "smollm3"):
+        return "its full attention takes these models only with heads that are as wide together as the model"
+    return None
+
+
 def _rope_objection(data: dict[str, Any], target: Target, entry: Entry) -> str | None:
     """Rotary positions that the tool would compute in another way than transformers, from a config.json."""
     parameters = data.get("rope_parameters") or {}
     ropes = {key: rope for key, rope in parameters.items() if isinstance(rope, dict)} or {FULL: parameters}
     for key, rope in ropes.items():
         kind = rope.get("rope_type", "default")
-        if kind not in target.ropes:
+        if kind not in (target.ropes if entry.ropes is None else entry.ropes):
             return f"it does not compute {kind} rotary positions as transformers does"
         part = rope.get("partial_rotary_factor") or 1.0
-        if part != 1.0 and (target.name == "mlx-lm" or entry.form not in ("native", "gpt_neo")):
+        if part != 1.0 and (target.name in ("mlx-lm", "llama.cpp") or entry.form not in ("native", "gpt_neo")):
             return f"it does not agree with transformers on rotary positions in {part} of each head"
-        odd = sorted(name for name, value in rope.items() if name not in _YARN and value is not None)
+        usual = _YARN_USUAL if target.name == "llama.cpp" else {}
+        odd = sorted(
+            name
+            for name, value in rope.items()
+            if value is not None and (name not in _YARN or value != usual.get(name, value))
+        )
         if kind == "yarn" and odd and target.name != "transformers":
             return f"it reads {odd[0]} of yarn rotary positions in another way than transformers"
         if target.name == "mlx-lm" and key == SLIDING and kind != "default":

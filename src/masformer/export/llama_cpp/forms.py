@@ -1,0 +1,202 @@
+"""How llama.cpp runs a plan: an architecture of its own whose layers slide, and that computes what the model does.
+
+Its `llama`, `qwen2` and `qwen3` have no windows. `granite_swa` is Llama with a list of layers that slide, and with
+learned sinks, which are set to weigh nothing; `step35` normalises queries and keys head by head as Qwen 3 does; `olmo2`
+reads the list itself. Each stands for full attention no less: layers that do not slide.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFValueType
+from gguf.gguf_writer import GGUFValue
+
+from masformer.errors import MasformerError
+from masformer.export.forms import window_of
+from masformer.export.llama_cpp.files import Content, Tensor
+from masformer.plan import AttentionPlan
+from masformer.spans import FullSpan
+
+NO_SINK = -1e30
+"""The logit of a sink that weighs nothing."""
+_MATRICES = "attn_q|attn_k|attn_v|attn_output|ffn_gate|ffn_up|ffn_down"
+_WHOLE = r"(token_embd|output_norm|output)\.weight"
+_LLAMA = rf"{_WHOLE}|rope_freqs\.weight|blk\.\d+\.((attn_norm|ffn_norm)\.weight|({_MATRICES})\.(weight|bias))"
+_QWEN3 = rf"{_WHOLE}|blk\.\d+\.(attn_norm|ffn_norm|attn_q_norm|attn_k_norm|{_MATRICES})\.weight"
+_OLMO2 = rf"{_WHOLE}|blk\.\d+\.(post_attention_norm|post_ffw_norm|attn_q_norm|attn_k_norm|{_MATRICES})\.weight"
+_KEYS = (
+    r"block_count|context_length|embedding_length|feed_forward_length|vocab_size|attention\.head_count(_kv)?"
+    r"|attention\.(key|value)_length|attention\.layer_norm_rms_epsilon|rope\.dimension_count|rope\.freq_base"
+    r"|tensor_data_layout|attention\.sliding_window(_pattern)?"
+)
+_SCALED = rf"{_KEYS}|rope\.scaling\.\w+"
+
+
+@dataclass(frozen=True)
+class Form:
+    """An architecture of llama.cpp, and the one that runs its weights with windows.
+
+    Attributes:
+        pairs: whether the rows of a head's queries and keys lie in pairs, as rotary positions turn them.
+        windows: the architecture with windows.
+        since: the first version that has it, and runs it right.
+        tensors: what their names must be, for it reads no others.
+        keys: what of the metadata it takes for the same.
+    """
+
+    pairs: bool
+    windows: str
+    since: str
+    tensors: str
+    keys: str
+
+
+FORMS = {
+    "llama": Form(True, "granite_swa", "b10566", _LLAMA, _SCALED),
+    "smollm3": Form(True, "granite_swa", "b10566", _LLAMA, _SCALED),
+    "qwen2": Form(False, "granite_swa", "b10566", _LLAMA, _SCALED),
+    "qwen3": Form(False, "step35", "b10229", _QWEN3, _KEYS),
+    "olmo2": Form(False, "olmo2", "b11063", _OLMO2, _KEYS),
+}
+"""Architecture without windows -> its form."""
+
+
+def in_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of queries or keys, of which the first half of a head turns with the second, with those that turn together
+    side by side: 0, 4, 1, 5, 2, 6, 3, 7 for a head of 8.
+
+    Args:
+        rows: [heads x head_dim, ...], numbers or the bytes of a row.
+        heads: how many.
+    """
+    halves: np.ndarray = rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:])
+    pairs: np.ndarray = halves.swapaxes(1, 2).reshape(rows.shape)
+    return pairs
+
+
+def with_plan(content: Content, plan: AttentionPlan) -> Content:
+    """The file that runs a plan, of one without windows; what is stored in the tensors stays.
+
+    Args:
+        content: of an architecture in `FORMS`.
+        plan: one span per layer, full or the one window.
+
+    Raises:
+        MasformerError: it has metadata or tensors that the architecture with windows would not read as this one does.
+    """
+    form = FORMS[content.architecture]
+    _check(content, form)
+    if plan.is_full:
+        return content
+    heads, kv_heads = content.get("attention.head_count"), kv_heads_of(content)
+    fields = {
+        name.replace(f"{content.architecture}.", f"{form.windows}.", 1)
+        if name.startswith(f"{content.architecture}.")
+        else name: field
+        for name, field in content.fields.items()
+    }
+    tensors = dict(content.tensors)
+    if form.windows == "granite_swa" and not form.pairs:
+        for name, tensor in content.tensors.items():
+            if found := re.search(r"\.attn_(q|k)\.", name):
+                tensors[name] = _permuted(tensor, heads if found[1] == "q" else kv_heads)
+    added, others = _ADDED[form.windows](content, plan)
+    kinds = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32}
+    window: dict[str, Any] = {
+        "attention.sliding_window": window_of(plan),
+        "attention.sliding_window_pattern": sliding(plan),
+    }
+    for name, value in (window | added).items():
+        if isinstance(value, list):
+            fields[f"{form.windows}.{name}"] = GGUFValue(value, GGUFValueType.ARRAY, GGUFValueType.BOOL)
+        else:
+            fields[f"{form.windows}.{name}"] = GGUFValue(value, kinds[type(value)])
+    return Content(form.windows, fields, tensors | others)
+
+
+def sliding(plan: AttentionPlan) -> list[bool]:
+    """Which layers slide."""
+    return [not isinstance(span, FullSpan) for span in plan]
+
+
+def kv_heads_of(content: Content) -> int:
+    """Heads of keys and values in each layer."""
+    return int(content.get("attention.head_count_kv", content.get("attention.head_count")))
+
+
+def head_dim_of(content: Content) -> int:
+    """Values of a head."""
+    own = content.get("embedding_length") // content.get("attention.head_count")
+    return int(content.get("attention.key_length", own))
+
+
+def _check(content: Content, form: Form) -> None:
+    name = content.architecture
+    for key, field in content.fields.items():
+        if not key.startswith(f"{name}."):
+            continue
+        rest = key.removeprefix(f"{name}.")
+        if rest in ("expert_count", "expert_used_count") and not field.value:
+            continue
+        if rest == "rope.scaling.type" and field.value == "none":
+            continue
+        if not re.fullmatch(form.keys, rest):
+            raise MasformerError(
+                f"llama.cpp's {form.windows}, which runs windows for {name}, does not read {key} as {name} does"
+            )
+        if field.type == GGUFValueType.ARRAY:
+            raise MasformerError(f"{key} differs from layer to layer, which llama.cpp's {form.windows} is not run with")
+    for tensor in content.tensors:
+        if not re.fullmatch(form.tensors, tensor):
+            raise MasformerError(f"llama.cpp's {form.windows}, which runs windows for {name}, reads no tensor {tensor}")
+    rotary = content.get("rope.dimension_count", head_dim_of(content))
+    if rotary != head_dim_of(content):
+        raise MasformerError(
+            f"rotary positions in {rotary} of {head_dim_of(content)} values of a head: not with windows"
+        )
+
+
+def _permuted(tensor: Tensor, heads: int) -> Tensor:
+    return replace(tensor, read=lambda: in_pairs(tensor.read(), heads))
+
+
+def floats(values: np.ndarray) -> Tensor:
+    """A tensor in float32."""
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    return Tensor(values.shape, GGMLQuantizationType.F32, lambda: values)
+
+
+Added = tuple[dict[str, Any], dict[str, Tensor]]
+
+
+def _granite_swa(content: Content, plan: AttentionPlan) -> Added:
+    heads = content.get("attention.head_count")
+    keys: dict[str, Any] = {"logit_scale": 1.0, "rope.dimension_count": head_dim_of(content)}
+    if content.architecture == "smollm3":
+        keys["attention.rope_pattern"] = [(layer + 1) % 4 != 0 for layer in range(len(plan))]
+    none = np.full(heads, NO_SINK)
+    return keys, {f"blk.{layer}.attn_sinks.weight": floats(none) for layer in range(len(plan))}
+
+
+def _step35(content: Content, plan: AttentionPlan) -> Added:
+    head_dim, base = head_dim_of(content), float(content.get("rope.freq_base", 10000.0))
+    keys = {
+        "rope.dimension_count": 2 * head_dim,  # it takes half of it in full layers
+        "rope.dimension_count_swa": head_dim,
+        "rope.freq_base": base,
+        "rope.freq_base_swa": base,
+        "expert_feed_forward_length": 0,
+    }
+    return keys, {"output.weight": content.tensors.get("output.weight", content.tensors["token_embd.weight"])}
+
+
+def _olmo2(content: Content, plan: AttentionPlan) -> Added:
+    return {}, {}
+
+
+_ADDED = {"granite_swa": _granite_swa, "step35": _step35, "olmo2": _olmo2}
+"""Architecture with windows -> what it needs beside the window: metadata and tensors."""
