@@ -11,7 +11,6 @@ from masformer.models.export.choose import chosen_entry, write_config
 from masformer.models.sealing import stock_config
 from masformer.models.weights import load_weights
 from masformer.plan import AttentionPlan
-from masformer.spans import WindowSpan
 
 
 def stock_twin(model: PreTrainedModel) -> PreTrainedModel:
@@ -38,8 +37,8 @@ def sliding_twin(model: PreTrainedModel, plan: AttentionPlan) -> PreTrainedModel
 
 
 def without_sinks(plan: AttentionPlan) -> AttentionPlan:
-    """The plan with bare windows."""
-    return plan.changed(lambda span: WindowSpan(span.size) if isinstance(span, WindowSpan) else span)
+    """The plan with bare windows and blocks."""
+    return plan.changed(lambda span: span.bare)
 
 
 def _twin(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
