@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from masformer.errors import MasformerError
-from masformer.spans import Span, UnitSpans, spans_of
+from masformer.spans import LayerSpan, spans_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +37,9 @@ class ConstantSinks:
         """The logit, and the value if there is one."""
         return [self.logit] if self.value is None else [self.logit, self.value]
 
-    def under(self, span: Span) -> ConstantSinks | None:
-        """Themselves where they join under this span."""
-        return self if self.always or span.constant_sink else None
+    def under(self, span: LayerSpan) -> ConstantSinks | None:
+        """Themselves where they join under this span, or under that of some unit."""
+        return self if self.always or any(each.constant_sink for each in spans_of(span)) else None
 
     def of_heads(self, heads: tuple[int, ...], kv_heads: int) -> ConstantSinks:
         """Those of some KV heads and their query heads, of so many."""
@@ -59,7 +59,7 @@ class ConstantSinks:
         return self.logit, self.value.repeat_interleave(len(self.logit) // len(self.value), 0)
 
 
-def check_sinks(sinks: ConstantSinks | None, span: Span | UnitSpans, query: Tensor, value: Tensor) -> None:
+def check_sinks(sinks: ConstantSinks | None, span: LayerSpan, query: Tensor, value: Tensor) -> None:
     """Raises MasformerError where sinks and span do not go together, or shapes do not fit."""
     asked = any(each.constant_sink for each in spans_of(span))
     if asked and sinks is None:
@@ -76,7 +76,7 @@ def check_sinks(sinks: ConstantSinks | None, span: Span | UnitSpans, query: Tens
             raise MasformerError(f"the {name} of constant sinks must be {list(shape)}, got {list(tensor.shape)}")
 
 
-def _said(span: Span | UnitSpans) -> str:
+def _said(span: LayerSpan) -> str:
     return ",".join(map(str, spans_of(span)))
 
 

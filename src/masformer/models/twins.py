@@ -9,6 +9,7 @@ from masformer.errors import MasformerError
 from masformer.models.checkpoint import whole_weights
 from masformer.models.export.choose import chosen_entry, write_config
 from masformer.models.sealing import stock_config
+from masformer.models.sinks import without_sink_weights
 from masformer.models.weights import load_weights
 from masformer.plan import AttentionPlan
 
@@ -44,5 +45,5 @@ def without_sinks(plan: AttentionPlan) -> AttentionPlan:
 def _twin(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
     with torch.device(model.device):
         twin = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
-    load_weights(twin, whole_weights(model) or model.state_dict(), "the model")
+    load_weights(twin, without_sink_weights(whole_weights(model) or model.state_dict()), "the model")
     return twin.eval()  # type: ignore[no-any-return]
