@@ -229,7 +229,7 @@ def test_a_training_step_moves_them_and_compiled_layers_too(monkeypatch):
 # Models with sinks of their own
 
 
-OWN = ["gpt_oss", "granite_swa", "granitemoe_swa"]
+OWN = ["gpt_oss", "granite_swa", "granitemoe_swa", "flint", "mimo_v2_flash"]
 
 
 def tiny_own(kind):
@@ -238,9 +238,13 @@ def tiny_own(kind):
     shape |= {"num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 128, "sliding_window": 7}
     shape |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     shape |= {"layer_types": ["sliding_attention", "full_attention"] * 2}
-    if kind == "gpt_oss":
-        shape |= {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
-        shape |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    shape["num_experts_per_tok"] = 2
+    shape |= {
+        "gpt_oss": {"num_local_experts": 4, "head_dim": 8, "rope_parameters": rope},
+        "flint": {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8},
+        "mimo_v2_flash": {"n_routed_experts": 4, "moe_intermediate_size": 16, "head_dim": 8, "v_head_dim": 4},
+    }.get(kind, {})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape), attn_implementation="eager").eval()
     for name, weight in model.named_parameters():
@@ -273,7 +277,10 @@ def test_sinks_of_their_own_give_what_the_stock_model_gives(kind, tmp_path):
 @pytest.mark.parametrize("kind", OWN)
 def test_sinks_of_their_own_join_under_every_plan_and_are_trained(kind):
     stock = tiny_own(kind)
-    for plan in ("full@0; window:5+2", "block:6x2", AttentionPlan.parse("full@1,2:0; window:5", 4, 2)):
+    heads = native_plan(stock.config).kv_heads
+    plans = ["full@0; window:5+2", "block:6x2"]
+    plans += [AttentionPlan.parse("full@1,2:0; window:5", 4, heads)] if heads else []  # else they differ by layer
+    for plan in plans:
         found = []
         for backend in ("reference", "auto"):
             model = apply_plan(copy.deepcopy(stock), plan, backend)
@@ -282,6 +289,7 @@ def test_sinks_of_their_own_join_under_every_plan_and_are_trained(kind):
             assert all(bool(grad.any()) for grad in grads)
             found.append((logits(model), grads))
         torch.testing.assert_close(*found, atol=2e-5, rtol=1e-3)
-        for layer in model.model.layers:
-            layer.self_attn.sinks.data -= 100
+        for name, weight in model.named_parameters():
+            if name.endswith(".sinks"):
+                weight.data -= 100
         assert not torch.allclose(logits(model), found[0][0], atol=1e-3)
