@@ -37,6 +37,7 @@ from masformer.cost import ModelShape
 from masformer.errors import MasformerError
 from masformer.evaluation.room import autocast, free_memory
 from masformer.models.bridge import apply_plan, attending_by
+from masformer.models.sinks import named_sinks
 from masformer.placement.measure import Measurer, Slope, replaced_forward
 from masformer.placement.texts import Window
 from masformer.plan import AttentionPlan
@@ -253,7 +254,8 @@ class _Tap(torch.autograd.Function):
 @contextmanager
 def _frozen(model: PreTrainedModel) -> Iterator[None]:
     """No parameter takes part in gradients."""
-    trained = [each for each in model.parameters() if each.requires_grad]
+    aside = (weight for _, weight in named_sinks(model))
+    trained = [each for each in (*model.parameters(), *aside) if each.requires_grad]
     try:
         for each in trained:
             each.requires_grad_(False)
