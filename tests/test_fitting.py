@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from masformer import AttentionPlan, MasformerError, apply_plan, attend, fit_sinks
 from masformer.fitting import FIRST, with_first_tokens
@@ -118,3 +119,12 @@ def test_wrong_values_are_named_and_leave_the_model_as_it_was(plan, options, mes
     assert message in str(error.value)
     assert not list(named_sinks(model))
     assert model.config.masformer["plan"] == "full"
+
+
+def test_models_with_sinks_of_their_own_have_nothing_to_fit():
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "vocab_size": 61, "layer_types": ["full_attention"] * 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("granite_swa", **shape))
+    with pytest.raises(MasformerError, match=r"in layers \[0, 1\], which have sinks of their own"):
+        fit_sinks(model, TOKENIZER, TEXTS, "window:6+sink", length=LENGTH)
+    assert not list(named_sinks(model))

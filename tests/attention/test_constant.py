@@ -236,3 +236,21 @@ def test_the_backward_pass_is_exact_with_what_is_joined():
     of_logit, of_u = constant.gradients(torch.ones_like(out), out, total, logit, u[:, None])
     exact = torch.autograd.grad(out.sum(), [logit, u])
     torch.testing.assert_close((of_logit.sum(), of_u.sum((0, 2))), (exact[0][0], exact[1]), atol=1e-12, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["flash", "flex", "tiled"])
+@pytest.mark.parametrize("span", [WindowSpan(100, 0, True), WindowSpan(70, 4, True), BlockSpan(64, 1, True)])
+def test_kernels_on_a_gpu_against_float64(span, backend):
+    cuts = torch.tensor([[60, 200, 410], [128, 256, 499]])
+    packed = (torch.arange(500)[None, :, None] >= cuts[:, None]).sum(-1).cuda()
+    inputs = [x.detach().cuda().requires_grad_() for x in inputs_of(2, 2, 3, 500, 500, 64, 64, torch.bfloat16)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    for options in ({}, {"document_ids": packed}):
+        found = []
+        for tensors, name in ((exact, "reference"), (inputs, backend)):
+            out = attend(*tensors[:3], span, sinks=ConstantSinks(*tensors[3:]), backend=name, **options)
+            weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+            found.append((out, *torch.autograd.grad((out * weight).sum(), tensors)))
+        for wanted, actual in zip(*found, strict=True):
+            assert (actual.double() - wanted).norm() / wanted.norm() < 1e-2

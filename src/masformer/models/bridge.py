@@ -163,7 +163,8 @@ class _WithSinks:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        add_sinks(self, AttentionPlan.from_dict(config.masformer))  # type: ignore[arg-type]
+        if (plan := getattr(config, "masformer", None)) is not None:
+            add_sinks(self, AttentionPlan.from_dict(plan))  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # the class is made at run time, so no pickle finds it by name
         return _unpickled, (self.stock,), dict(self.__dict__)

@@ -82,12 +82,8 @@ def place_sinks(modules: Mapping[int, nn.Module], plan: AttentionPlan) -> None:
     Raises:
         MasformerError: a layer has no weights, or sinks that its class was made with. Nothing is changed then.
     """
+    _check_own(modules, plan)
     wanted = sink_layers(plan)
-    if own := [layer for layer in wanted if getattr(modules[layer], "sinks", None) is not None]:
-        raise MasformerError(
-            f"the plan has constant sinks in layers {own}, which have sinks of their own that join under every span; "
-            "leave +sink out"
-        )
     if missing := [layer for layer in wanted if weights_of(modules[layer]) is None]:
         raise _missing("the model", missing)
     for layer, module in modules.items():
@@ -103,6 +99,14 @@ def place_sinks(modules: Mapping[int, nn.Module], plan: AttentionPlan) -> None:
             vars(module)[_ASIDE] = aside
 
 
+def _check_own(modules: Mapping[int, nn.Module], plan: AttentionPlan) -> None:
+    if own := [layer for layer in sink_layers(plan) if getattr(modules[layer], "sinks", None) is not None]:
+        raise MasformerError(
+            f"the plan has constant sinks in layers {own}, which have sinks of their own that join under every span; "
+            "leave +sink out"
+        )
+
+
 def add_weights(model: PreTrainedModel, modules: Mapping[int, nn.Module], plan: AttentionPlan) -> None:
     """Gives those layers zeros whose spans have a constant sink, and which have no weights for it.
 
@@ -110,7 +114,11 @@ def add_weights(model: PreTrainedModel, modules: Mapping[int, nn.Module], plan: 
         model: whose layers they are; says dtype and shapes.
         modules: layer -> its attention module.
         plan: says which.
+
+    Raises:
+        MasformerError: a layer has sinks that its class was made with.
     """
+    _check_own(modules, plan)
     for layer in sink_layers(plan):
         module = modules[layer]
         if weights_of(module) is None:
