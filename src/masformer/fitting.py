@@ -248,8 +248,9 @@ def _slope(model: PreTrainedModel, wanted: Any, output: Any, tokens: Tensor, sta
             target = _log_probabilities(model, wanted, tokens, positions)
         found = _log_probabilities(model, given, tokens, positions)
         (nn.functional.kl_div(found, target, reduction="sum", log_target=True) / (length - start)).backward()
-    assert hidden.grad is not None
-    return hidden.grad
+    slope: Tensor | None = hidden.grad
+    assert slope is not None
+    return slope
 
 
 def _log_probabilities(model: PreTrainedModel, output: Any, tokens: Tensor, positions: slice) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -99,11 +99,7 @@ def attend(
     if isinstance(span, UnitSpans):
         masks = {"padding_mask": padding_mask, "document_ids": document_ids} if layout is None else {"layout": layout}
         options = {"scale": scale, "dropout": dropout, "softcap": softcap, "backend": backend}
-
-        def attend_some(*call: Any) -> Tensor:
-            return attend(*call[:4], sinks=call[4], **masks, **options)  # type: ignore[arg-type]
-
-        return attend_units(query, key, value, span, attend_some, sinks)
+        return attend_units(query, key, value, span, partial(attend, **masks, **options), sinks)  # type: ignore[arg-type]
     sinks = None if sinks is None else sinks.like(query, value)
     call = Call(query, key, value, span, scale, layout, dropout, softcap, sinks)
     if compiling:

@@ -7,6 +7,7 @@ the *joined* output and log-sum-exp, as in `masformer.attention.flash`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,6 +32,12 @@ class ConstantSinks:
     logit: Tensor
     value: Tensor | None = None
     always: bool = False
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> ConstantSinks | None:
+        """The inverse of `tensors`; None of none."""
+        logit, value = (*tensors, None, None)[:2]
+        return None if logit is None else cls(logit, value)
 
     @property
     def tensors(self) -> list[Tensor]:

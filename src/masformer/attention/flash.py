@@ -155,8 +155,9 @@ class _Flash(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         out, sums, query, key, value, *constants = ctx.saved_tensors
-        sinks = ConstantSinks(*constants) if constants else None
-        return None, *Flash().backward(Call(query, key, value, *ctx.rest, sinks=sinks), grad, out, sums)
+        span, scale, layout = ctx.rest
+        call = Call(query, key, value, span, scale, layout, sinks=ConstantSinks.of(constants))
+        return None, *Flash().backward(call, grad, out, sums)
 
 
 def _in_rows(x: Tensor) -> Tensor:

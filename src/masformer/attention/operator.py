@@ -134,7 +134,7 @@ def _attend_backward(
     else:
         with _recording():
             q, k, v, *constants = inputs = [x.detach().requires_grad_() for x in call.inputs]
-            sinks = ConstantSinks(*constants) if constants else None
+            sinks = ConstantSinks.of(constants)
             again = Call(q, k, v, call.span, call.scale, call.layout, softcap=call.softcap, sinks=sinks).run(chosen)
             grads = torch.autograd.grad(again, inputs, grad, materialize_grads=True)
     return [*map(_in_order, grads[:3]), *(x.contiguous() for x in grads[3:])]

@@ -206,7 +206,8 @@ class Kernel:
             bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
         if torch.is_grad_enabled():
             return _BesideSink.apply(query, key, value, *self._sink(query), bias, is_causal, self)  # type: ignore[no-any-return]
-        return constant.join(*self._with_sums(query, key, value, is_causal, attn_mask=bias), *self._sink(query))[0]
+        out, sums = self._with_sums(query, key, value, is_causal, attn_mask=bias)
+        return constant.join(out, sums, *self._sink(query))[0]
 
     def _with_sums(
         self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False, **mask: Tensor | None

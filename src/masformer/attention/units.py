@@ -10,7 +10,7 @@ from torch import Tensor
 
 from masformer.attention.constant import ConstantSinks
 from masformer.errors import MasformerError
-from masformer.spans import Span, UnitSpans
+from masformer.spans import UnitSpans
 
 
 def check_units(spans: UnitSpans, kv_heads: int) -> None:
@@ -38,7 +38,7 @@ def attend_units(
     key: Tensor,
     value: Tensor,
     spans: UnitSpans,
-    attend: Callable[[Tensor, Tensor, Tensor, Span, ConstantSinks | None], Tensor],
+    attend: Callable[..., Tensor],
     sinks: ConstantSinks | None = None,
 ) -> Tensor:
     """Attention of a layer whose units differ.
@@ -48,7 +48,7 @@ def attend_units(
         key: [batch, kv_heads, key_len, head_dim].
         value: [batch, kv_heads, key_len, value_dim].
         spans: of its units.
-        attend: attention of some of the heads under one span, with the constant sinks that join there.
+        attend: attention of some of the heads under one span, with the constant sinks that join there as `sinks`.
         sinks: of the layer.
 
     Returns:
@@ -56,7 +56,7 @@ def attend_units(
     """
     check_units(spans, key.shape[1])
     parts = zip(*(split(x, spans) for x in (query, key, value)), spans.groups, split_sinks(sinks, spans), strict=True)
-    return join([attend(*tensors, group.span, own) for *tensors, group, own in parts], spans)  # type: ignore[arg-type]
+    return join([attend(q, k, v, group.span, sinks=own) for q, k, v, group, own in parts], spans)
 
 
 def split_sinks(sinks: ConstantSinks | None, spans: UnitSpans) -> list[ConstantSinks | None]:

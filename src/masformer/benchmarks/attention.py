@@ -195,7 +195,7 @@ def _constant_sinks(span: LayerSpan, inputs: tuple[Tensor, Tensor, Tensor]) -> C
     if not any(each.constant_sink for each in spans_of(span)):
         return None
     shapes = (query.shape[1],), (value.shape[1], value.shape[3])
-    return ConstantSinks(*(query.new_zeros(shape).requires_grad_(query.requires_grad) for shape in shapes))
+    return ConstantSinks.of([query.new_zeros(shape).requires_grad_(query.requires_grad) for shape in shapes])
 
 
 def _variants(

@@ -126,7 +126,7 @@ def apply_plan(
         sinks.add_weights(model, layers, plan)
     sinks.place_sinks(layers, plan)
     if sinks.sink_layers(plan):
-        model.__class__ = class_with_sinks(type(model))
+        model.__class__ = class_with_sinks(type(model))  # type: ignore[arg-type]
     config._attn_implementation = NAME
     seal_config(config, plan)
     for layer, module in layers.items():
@@ -162,7 +162,7 @@ class _WithSinks:
     stock: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         if (plan := getattr(config, "masformer", None)) is not None:
             add_sinks(self, AttentionPlan.from_dict(plan))  # type: ignore[arg-type]
 
@@ -294,11 +294,12 @@ def _attend_layer(
         raise MasformerError("the model was made of a config with a plan, but has none at work; call apply_plan first")
     # What torch traces sees neither the pass nor a cache; there the operator counts its calls.
     current = None if torch.compiler.is_compiling() else _pass.get()
-    span, backend = module.masformer_span, module.masformer_backend
+    span: Any = module.masformer_span
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if current is not None:
         current.served.add(module.layer_idx)  # type: ignore[arg-type]
-    options = {"scale": scaling, "dropout": dropout, "softcap": softcap, "backend": backend}
+    options: dict[str, Any] = {"scale": scaling, "dropout": dropout, "softcap": softcap}
+    options["backend"] = module.masformer_backend
     constant = sinks.weights_of(module, s_aux)
     own = constant and constant.under(span)
     if current is not None and current.cache is not None:
