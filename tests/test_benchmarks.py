@@ -29,7 +29,7 @@ from masformer.cost import ModelShape, cost
 from masformer.errors import MasformerError
 from masformer.models import bridge
 from masformer.plots import plot_times
-from masformer.spans import FullSpan, Span, WindowSpan, layer_span
+from masformer.spans import FullSpan, Span, UnitSpans, WindowSpan, layer_span
 from tiny import PLAN, tiny
 
 PURE = [name for name in PEERS if name not in ("flex-attention", "flash-attn", DIRECT)]
@@ -122,6 +122,13 @@ def test_attention_is_held_against_the_kernel_called_directly(without_gpu):
             assert row["of_direct"] is None
     assert all(row["difference"] < 1e-5 for row in found["results"] if row["peer"])
     assert [len(what) for why, what in found["left_out"].items() if "has no block:16x2" in why] == [2]
+
+
+def test_attention_with_constant_sinks_is_timed_and_has_no_peers():
+    spans = [Span.parse("window:16+sink"), UnitSpans((FullSpan(), Span.parse("block:16+sink")))]
+    found = bench_attention(spans, [64], heads=2, kv_heads=2, head_dim=8, peers=["hf-sdpa"], repeats=1)
+    assert {row["span"] for row in found["results"]} == {"full", "window:16+sink", "full,block:16+sink"}
+    assert list(found["left_out"]) == ["hf-sdpa: it has no constant sinks"]
 
 
 class Clock:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from masformer import AttentionPlan, benchmarks, cli
 from masformer.benchmarks import timing
@@ -100,6 +101,22 @@ def test_convert_then_eval_gives_the_perplexity_of_the_plan(capsys, folder, text
     left, right = (json.loads(file.read_text())["results"] for file in (direct, converted))
     assert [result["nll"] for result in left] == [result["nll"] for result in right]
     assert [result["tokens"] for result in left] == [300, 300]
+
+
+def test_convert_fits_constant_sinks_and_the_folder_holds_them(capsys, folder, text, tmp_path):
+    out, record = str(tmp_path / "out"), tmp_path / "record.json"
+    words = ["convert", folder, out, "--plan", "full@1; window:8+sink", "--sinks", "fit", "--data", text]
+    assert run(capsys, *words, "--length", "64", "--steps", "1")[0] == 0
+    weights = load_file(f"{out}/model.safetensors")
+    held = [name for name in weights if name.endswith(("sink_logit", "sink_value"))]
+    assert len(held) == 2 * (len(load_config(out)[1]) - 1)
+    assert all(bool(weights[name].any()) for name in held)
+    options = ["--data", text, "--lengths", "96", "--max-tokens", "300", "--json", str(record)]
+    assert run(capsys, "eval", "perplexity", out, *options, "--plan", "full@1; window:8+sink", "--plan", "full")[0] == 0
+    first, second = (result["nll"] for result in json.loads(record.read_text())["results"])
+    assert first != second
+    assert run(capsys, "convert", out, f"{out} 2", "--plan", "window:8")[0] == 0
+    assert not any("sink" in name for name in load_file(f"{out} 2/model.safetensors"))
 
 
 def test_plans_are_compared_on_the_same_targets_with_intervals(capsys, folder, tmp_path):
@@ -296,6 +313,23 @@ def test_demo_on_another_model_and_text(capsys, folder, text, tmp_path):
         (["convert", "MODEL", "OUT"], "nothing to convert: give --plan"),
         (["convert", "MODEL", "OUT", "--max-positions", "8"], "8"),
         (["convert", "MODEL", "MODEL", "--plan", "window:4"], "exists already"),
+        (["convert", "MODEL", "OUT", "--plan", "window:4+sink"], "has no weights for them; fit them: masformer"),
+        (["convert", "MODEL", "OUT", "--plan", "window:4+sink", "--sinks", "fit"], "--sinks fit needs --data FILE"),
+        (["convert", "MODEL", "OUT", "--plan", "window:4", "--data", "TEXT"], "--data does nothing without --sinks"),
+        (
+            ["convert", "MODEL", "OUT", "--plan", "window:4", "--sinks", "fit", "--data", "TEXT"],
+            "has no constant sink to fit",
+        ),
+        (["convert", "MODEL", "OUT", "--plan", "window:4+sink", "--sinks", "x"], "'x' is not allowed; allowed: fit"),
+        (
+            [
+                "search",
+                "MODEL",
+                *["--data", "TEXT", "--budget", "1", "--local", "window:8", "--out", "p.yaml", "--for", "x"],
+            ],
+            "--for 'x' is not allowed; allowed: transformers, vllm",
+        ),
+        (["generate", "MODEL", "--prompt", "x", "--plan", "window:4+sink"], "has no weights for them"),
         (["eval", "perplexity", "MODEL"], "masformer eval perplexity needs --data; see"),
         (["eval", "perplexity", "MODEL", "--data", "missing.txt"], "data file missing.txt does not exist"),
         (

@@ -5,11 +5,13 @@ import pytest
 import torch
 
 from masformer import AttentionPlan, FullSpan, MasformerError, WindowSpan, apply_plan
-from masformer.models.bridge import attending_by
+from masformer.models.bridge import add_sinks, attending_by
+from masformer.models.sinks import named_sinks
 from masformer.placement import search
 from masformer.placement.gradient import GainMeter
 from masformer.placement.measure import Measurer
 from masformer.placement.texts import Window, pair_windows
+from masformer.spans import Span
 from tiny import ARCHITECTURES, VOCABULARY, letter_tokenizer, tiny
 
 LAYERS, HEADS, LENGTH = 4, 2, 40
@@ -107,6 +109,21 @@ def test_gains_add_up_to_the_whole_difference_as_points_grow(criterion):
     errors = [abs(gains(model, criterion, points=points).sum() - (local - full)) for points in (2, 8, 64)]
     assert errors[2] < 1e-3 * abs(local - full)
     assert errors[2] < errors[0]
+
+
+@pytest.mark.parametrize("spans", [("window:5+sink", "full"), ("window:5", "window:5+sink")])
+def test_constant_sinks_are_at_either_end_of_a_path(spans):
+    model, (local, wider) = sharp(), map(Span.parse, spans)
+    plans = [AttentionPlan.uniform(LAYERS, span) for span in (local, wider)]
+    sinks = plans[spans.index("window:5+sink")]
+    add_sinks(model, sinks)
+    for _, weight in named_sinks(model):
+        weight.data.normal_(generator=torch.Generator().manual_seed(1))
+    before, after = losses(model, plans)
+    found = GainMeter(Measurer(model), local, (wider,), 16).gains("tail", list(WINDOWS), plans[1])
+    assert abs(before - after) > 1e-3
+    assert found.sum() == pytest.approx(before - after, rel=0.05)
+    assert all(weight.grad is None and weight.requires_grad for _, weight in named_sinks(apply_plan(model, sinks)))
 
 
 def test_the_path_to_a_plan_moves_its_units_alone():

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -5,7 +7,7 @@ from hypothesis import strategies as st
 
 from masformer import BlockSpan, FullSpan, MasformerError, WindowSpan
 from masformer.spans import Span
-from strategies import local_spans, spans
+from strategies import constant_spans, local_spans, spans
 
 
 def pairs(span: Span, length: int) -> torch.Tensor:
@@ -60,9 +62,19 @@ def test_the_pattern_of_recent_keys_repeats_with_the_period(span, periods, offse
     assert torch.equal(moved, span.visible(torch.tensor(query), keys - shift) & (keys - shift >= span.sinks))
 
 
-@given(spans)
+@given(spans | constant_spans)
 def test_text_form_round_trips(span):
     assert Span.parse(str(span)) == span
+
+
+@given(constant_spans, st.integers(1, 60))
+def test_a_constant_sink_is_no_key(span, length):
+    without = dataclasses.replace(span, constant_sink=False)
+    assert span != without
+    assert str(span) == f"{without}+sink"
+    assert torch.equal(pairs(span, length), pairs(without, length))
+    assert span.visible_pairs(length) == without.visible_pairs(length)
+    assert span.cached_keys(length) == without.cached_keys(length)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +91,8 @@ def test_text_form_round_trips(span):
         (lambda: Span.parse("block:8x0"), "number of blocks in a block span must be at least 1, got 0"),
         (lambda: Span.parse("sliding:8"), "unknown span 'sliding:8'; allowed: full, window:SIZE"),
         (lambda: Span.parse(""), "unknown span ''"),
+        (lambda: Span.parse("full+sink"), "unknown span 'full+sink'; allowed: full, window:SIZE"),
+        (lambda: Span.parse("window:8+sinks"), "a local span with a constant sink: window:SIZE+sink"),
     ],
 )
 def test_wrong_values_are_named(make, message):

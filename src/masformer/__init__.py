@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from masformer.evaluation.retrieval import retrieve
     from masformer.evaluation.summarization import summarize
     from masformer.export import check_export, export_model
+    from masformer.fitting import fit_sinks
     from masformer.generation import generate, prompt_tokens
     from masformer.placement import search, search_layers
     from masformer.training import load_recipe
@@ -39,6 +40,7 @@ __all__ = [
     "check_export",
     "compare_plans",
     "export_model",
+    "fit_sinks",
     "generate",
     "load_model",
     "load_recipe",
@@ -57,6 +59,7 @@ _LATER = {
     "check_export": "masformer.export",
     "compare_plans": "masformer.evaluation.perplexity",
     "export_model": "masformer.export",
+    "fit_sinks": "masformer.fitting",
     "generate": "masformer.generation",
     "load_recipe": "masformer.training",
     "perplexity": "masformer.evaluation.perplexity",

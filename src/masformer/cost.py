@@ -78,14 +78,13 @@ class ModelShape:
             raise MasformerError(message) from error
         if reason := _odd_config(config):
             raise _unknown_cost(config, reason)
-        heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        query_heads, kv_heads, head_dim, value_dim = head_shape(config)
         shape = cls(
             num_layers=config.num_hidden_layers,
-            query_heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            query_heads=query_heads,
+            kv_heads=kv_heads,
             head_dim=head_dim,
-            value_dim=getattr(config, "v_head_dim", None) or head_dim,
+            value_dim=value_dim,
             matmul_weights=sum(_matmul_weights(module, config) for module in model.modules()),
             parameters=model.num_parameters(),
             widest=max(
@@ -106,6 +105,14 @@ class ModelShape:
             if expected and isinstance(module, nn.Linear) and module.out_features != expected:
                 raise _unknown_cost(config, f"{name} has an unusual size")
         return shape
+
+
+def head_shape(config: PretrainedConfig) -> tuple[int, int, int, int]:
+    """Query heads, KV heads, values per query and key head, and per value head, in each layer of a model."""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return heads, kv_heads, head_dim, getattr(config, "v_head_dim", None) or head_dim
 
 
 def _unknown_cost(config: PretrainedConfig, reason: str) -> MasformerError:
@@ -142,7 +149,7 @@ def _matmul_weights(module: nn.Module, config: PretrainedConfig) -> int:
             if visited is None:
                 raise _unknown_cost(config, f"{name} is no plain matrix")
             total += weight.numel() // weight.shape[0] * visited
-        elif weight.ndim == 2 and not name.endswith("bias"):
+        elif weight.ndim == 2 and not name.endswith(("bias", "sink_value")):
             total += weight.numel()
     return total
 

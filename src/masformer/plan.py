@@ -7,7 +7,7 @@
 >>> AttentionPlan.parse("full@3-4; window:512+4", num_layers=8) == plan
 True
 >>> AttentionPlan.parse("full@4,7:0; window:512+4", num_layers=8, kv_heads=2).units(2)[7]
-(FullSpan(), WindowSpan(size=512, sinks=4))
+(FullSpan(), WindowSpan(size=512, sinks=4, constant_sink=False))
 """
 
 from __future__ import annotations

@@ -33,7 +33,10 @@ from masformer.errors import MasformerError, check_int, read_int, shown
 
 LARGEST_SIZE = 2**31 - 1
 """Of a window or a block, in tokens: kernels count positions in 32 bits."""
-SPAN_FORMS = "full, window:SIZE, window:SIZE+SINKS, block:SIZE or block:SIZExBLOCKS (own block included)"
+SPAN_FORMS = (
+    "full, window:SIZE, window:SIZE+SINKS, block:SIZE or block:SIZExBLOCKS (own block included), and a local span with "
+    "a constant sink: window:SIZE+sink"
+)
 
 
 class Span(ABC):
@@ -41,6 +44,8 @@ class Span(ABC):
 
     sinks: int = 0
     """Number of first keys that every later query sees, whatever its distance."""
+    constant_sink: bool = False
+    """Whether a weight of the layer joins the softmax, in place of first keys. It is no key: nothing else says so."""
 
     @abstractmethod
     def visible(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
@@ -74,6 +79,11 @@ class Span(ABC):
     @abstractmethod
     def first_visible(self, query_positions: Tensor) -> Tensor:
         """Position of the oldest key, other than a sink, that each query sees: same shape and dtype."""
+
+    @property
+    def bare(self) -> Span:
+        """The same without sinks of either kind."""
+        return self
 
     def visible_counts(self, query_positions: Tensor) -> Tensor:
         """How many keys each query sees, at positions [n] (int64)."""
@@ -111,12 +121,14 @@ class Span(ABC):
         text = text.strip()
         if text == "full":
             return FullSpan()
-        if match := re.fullmatch(r"window:(-?\d+)(?:\+(-?\d+))?", text):
+        if match := re.fullmatch(r"window:(-?\d+)(?:\+(-?\d+))?(\+sink)?", text):
             size = read_int("window size", match[1], 1, LARGEST_SIZE)
-            return WindowSpan(size, read_int("number of sinks", match[2] or "0", 0, LARGEST_SIZE))
-        if match := re.fullmatch(r"block:(-?\d+)(?:x(-?\d+))?", text):
+            sinks = read_int("number of sinks", match[2] or "0", 0, LARGEST_SIZE)
+            return WindowSpan(size, sinks, constant_sink=bool(match[3]))
+        if match := re.fullmatch(r"block:(-?\d+)(?:x(-?\d+))?(\+sink)?", text):
             size = read_int("block size", match[1], 1, LARGEST_SIZE)
-            return BlockSpan(size, read_int("number of blocks in a block span", match[2] or "1", 1, LARGEST_SIZE) - 1)
+            blocks = read_int("number of blocks in a block span", match[2] or "1", 1, LARGEST_SIZE)
+            return BlockSpan(size, blocks - 1, constant_sink=bool(match[3]))
         raise MasformerError(f"unknown span {shown(text)}; allowed: {SPAN_FORMS}")
 
 
@@ -149,10 +161,12 @@ class WindowSpan(Span):
     Args:
         size: number of newest keys, the query's own included; at least 1.
         sinks: number of first keys that stay visible (Xiao et al., arXiv 2309.17453); at least 0.
+        constant_sink: see `Span`.
     """
 
     size: int
     sinks: int = 0
+    constant_sink: bool = False
 
     def __post_init__(self) -> None:
         check_int("window size", self.size, 1, LARGEST_SIZE)
@@ -170,11 +184,15 @@ class WindowSpan(Span):
     def max_visible(self) -> int:
         return self.size + self.sinks
 
+    @property
+    def bare(self) -> WindowSpan:
+        return WindowSpan(self.size)
+
     def first_visible(self, query_positions: Tensor) -> Tensor:
         return (query_positions - self.size + 1).clamp(min=0)
 
     def __str__(self) -> str:
-        return f"window:{self.size}" + (f"+{self.sinks}" if self.sinks else "")
+        return f"window:{self.size}" + (f"+{self.sinks}" if self.sinks else "") + _constant(self)
 
 
 @dataclass(frozen=True)
@@ -184,10 +202,12 @@ class BlockSpan(Span):
     Args:
         size: block length; at least 1.
         lookback: number of earlier blocks that stay visible; 0 for the query's own block only.
+        constant_sink: see `Span`.
     """
 
     size: int
     lookback: int = 0
+    constant_sink: bool = False
 
     def __post_init__(self) -> None:
         check_int("block size", self.size, 1, LARGEST_SIZE)
@@ -206,11 +226,19 @@ class BlockSpan(Span):
     def max_visible(self) -> int:
         return self.size * (self.lookback + 1)
 
+    @property
+    def bare(self) -> BlockSpan:
+        return BlockSpan(self.size, self.lookback)
+
     def first_visible(self, query_positions: Tensor) -> Tensor:
         return (query_positions // self.size - self.lookback).clamp(min=0) * self.size
 
     def __str__(self) -> str:
-        return f"block:{self.size}" + (f"x{self.lookback + 1}" if self.lookback else "")
+        return f"block:{self.size}" + (f"x{self.lookback + 1}" if self.lookback else "") + _constant(self)
+
+
+def _constant(span: Span) -> str:
+    return "+sink" if span.constant_sink else ""
 
 
 @dataclass(frozen=True)

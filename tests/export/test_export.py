@@ -69,6 +69,7 @@ SAMPLES = {
     "mixed": AttentionPlan.parse("full@2; window:9", 4),
     "windows": AttentionPlan.parse("window:9,full,window:5,window:9", 4),
     "sinks": AttentionPlan.parse("full@1; window:9+2", 4),
+    "constants": AttentionPlan.parse("full@1; window:9+sink", 4),
     "blocks": AttentionPlan.parse("full@1; block:6x2", 4),
 }
 

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
-from masformer import AttentionPlan, MasformerError, load_model, save_model
+from masformer import AttentionPlan, MasformerError, fit_sinks, load_model, save_model
 from masformer.cli import main
 from masformer.data.documents import Document
 from masformer.evaluation.perplexity import perplexity, prefix_token, tokenize
@@ -411,6 +411,52 @@ def test_a_checkpoint_with_a_plan_keeps_it(tmp_path, stock):
     save_model(model, tmp_path / "mixed", tokenizer)
     finished(tmp_path, model={"source": str(tmp_path / "mixed")}, training__steps=1, training__warmup_steps=0)
     assert str(AttentionPlan.from_dict(load_model(tmp_path / "out" / "model")[0].config.masformer)) == "full@2; block:8"
+
+
+SINKS = "full@1; window:16+sink"
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_constant_sinks_are_trained_from_zero_and_resumed_with_the_same_bits(tmp_path, monkeypatch, compiled):
+    if compiled:
+        compile_whole = torch.compile
+        monkeypatch.setattr(torch, "compile", functools.partial(compile_whole, backend="aot_eager"))
+    changes = {"model__plan": SINKS, "training__weight_decay": 0.1, "training__compile": compiled}
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    finished(one, **changes)
+    sinks = {name: weight for name, weight in weights(one).items() if "sink_" in name}
+    assert len(sinks) == 6
+    assert all(bool(weight.any()) for weight in sinks.values())
+    resumed(copied(one, two), **changes)
+    assert same(weights(one), weights(two))
+    model, _ = load_model(one / "out" / "model")
+    assert str(AttentionPlan.from_dict(model.config.masformer)) == SINKS
+    torch._dynamo.reset()
+
+
+def test_weight_decay_is_for_matrices_and_adapters_leave_constant_sinks_as_they_are(tmp_path, stock):
+    model, tokenizer = load_model(stock)
+    fit_sinks(model, tokenizer, ["the quick brown fox jumps over the lazy dog " * 3], SINKS, length=64)
+    save_model(model, tmp_path / "fitted", tokenizer)
+    before = load_file(tmp_path / "fitted" / "model.safetensors")
+    source = {"source": str(tmp_path / "fitted")}
+    still = {"training__learning_rate": 1e-30, "training__weight_decay": 1e30, "training__steps": 1}
+    finished(tmp_path, model=source, **still, training__warmup_steps=0)
+    after = weights(tmp_path)
+    changed = {name for name in before if not torch.allclose(before[name], after[name])}
+    assert any("q_proj" in name for name in changed)
+    assert not any("sink_" in name or "norm" in name for name in changed)
+    (tmp_path / "lora").mkdir()
+    finished(tmp_path / "lora", model=source, lora__rank=2, training__steps=2)
+    after = weights(tmp_path / "lora")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before if "sink_" in name)
+
+
+def test_constant_sinks_of_a_stock_model_are_fitted_first(tmp_path, stock):
+    with pytest.raises(MasformerError, match="has no weights for them; fit them: masformer convert --sinks fit"):
+        finished(tmp_path, model={"source": stock, "plan": SINKS})
 
 
 @pytest.mark.parametrize("setting", [{"logging__tensorboard": True}, {"training__report_to": ["tensorboard"]}])

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from masformer.attention import operator
 from masformer.attention.call import Call
+from masformer.attention.constant import ConstantSinks, check_sinks
 from masformer.attention.layout import Layout
 from masformer.attention.named import BACKENDS
 from masformer.attention.units import attend_units
 from masformer.errors import MasformerError
 from masformer.spans import Span, UnitSpans
 
-__all__ = ["BACKENDS", "Layout", "attend"]
+__all__ = ["BACKENDS", "ConstantSinks", "Layout", "attend"]
 
 
 def attend(
@@ -30,6 +31,7 @@ def attend(
     dropout: float = 0.0,
     softcap: float | None = None,
     layout: Layout | None = None,
+    sinks: ConstantSinks | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Softmax attention in which each query sees the keys its span allows.
@@ -48,6 +50,7 @@ def attend(
         softcap: bound c on the scores, c * tanh(score / c) (Gemma 2, arXiv 2408.00118, section 2); None for no bound.
         layout: padding and documents worked out beforehand, in place of `padding_mask` and `document_ids`, for models
             that attend once per layer.
+        sinks: the weights of constant sinks, for spans that have one (window:512+sink).
         backend: `reference` (dense oracle), `tiled` (any device), `flash` (torch's FlashAttention: NVIDIA GPUs, half
             precision), `flex` (FlexAttention: CUDA, no dropout), or `auto`: on CUDA the first of flash, flex and tiled
             that can do the call; else tiled.
@@ -83,6 +86,7 @@ def attend(
         if given is not None and given.shape != (key.shape[0], key.shape[2]):
             allowed = [key.shape[0], key.shape[2]]
             raise MasformerError(f"{name} must be [batch, key_len] = {allowed}, got {list(given.shape)}")
+    check_sinks(sinks, span, query, value)
     compiling = torch.compiler.is_compiling()
     if layout is None and not compiling:
         layout = Layout.of(padding_mask, document_ids)
@@ -95,8 +99,9 @@ def attend(
     if isinstance(span, UnitSpans):
         masks = {"padding_mask": padding_mask, "document_ids": document_ids} if layout is None else {"layout": layout}
         options = {"scale": scale, "dropout": dropout, "softcap": softcap, "backend": backend}
-        return attend_units(query, key, value, span, partial(attend, **masks, **options))  # type: ignore[arg-type]
-    call = Call(query, key, value, span, scale, layout, dropout, softcap)
+        return attend_units(query, key, value, span, partial(attend, **masks, **options), sinks)  # type: ignore[arg-type]
+    sinks = None if sinks is None else sinks.like(query, value)
+    call = Call(query, key, value, span, scale, layout, dropout, softcap, sinks)
     if compiling:
         documents = Layout.numbered(padding_mask, document_ids) if layout is None else layout.documents
         if call.is_causal and documents is None and backend != "reference":

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from masformer.attention.constant import ConstantSinks
 from masformer.attention.layout import Layout
 from masformer.spans import Span
 
@@ -27,6 +28,7 @@ class Call:
         layout: padding and documents; None: one document a row, without padding.
         dropout: probability that an attention weight is dropped.
         softcap: bound on the scores; None for no bound.
+        sinks: the constant sinks that join under this span, in the dtypes to compute with; None: there are none.
     """
 
     query: Tensor
@@ -37,6 +39,7 @@ class Call:
     layout: Layout | None = None
     dropout: float = 0.0
     softcap: float | None = None
+    sinks: ConstantSinks | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,9 +47,14 @@ class Call:
         return self.query, self.key, self.value
 
     @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The same, and the weights of constant sinks: all that a gradient may be asked of."""
+        return self.tensors if self.sinks is None else (*self.tensors, *self.sinks.tensors)
+
+    @property
     def trains(self) -> bool:
         """Whether a backward pass may follow."""
-        return torch.is_grad_enabled() and any(x.requires_grad for x in self.tensors)
+        return torch.is_grad_enabled() and any(x.requires_grad for x in self.inputs)
 
     @property
     def past(self) -> int:
@@ -55,8 +63,9 @@ class Call:
 
     @property
     def is_causal(self) -> bool:
-        """Whether it is plain causal attention: a full span, one document a row, nothing before it, no soft cap."""
-        return self.span.max_visible is None and self.layout is None and not self.past and self.softcap is None
+        """Whether it is plain causal attention: a full span, one document a row, nothing before it, nothing added."""
+        plain = self.softcap is None and self.sinks is None
+        return self.span.max_visible is None and self.layout is None and not self.past and plain
 
     def causal(self) -> Tensor:
         """What torch has kernels of its own for, the fastest of which it takes itself."""
@@ -67,20 +76,26 @@ class Call:
         shape = (*self.query.shape[:3], self.value.shape[-1])
         out = backend.run(self) if math.prod(shape[:3]) else self.query.new_zeros(shape)
         if self.trains and not out.requires_grad:
-            out = out + sum(x[..., :0].sum() for x in self.tensors)
+            out = out + sum(x[..., :0].sum() for x in self.inputs)
         return out
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> Tensor:
     """Plain causal attention by torch's own kernels, for tensors as in `Call`."""
+    key, value = spread(query, key, value)
+    return F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=True
+    )
+
+
+def spread(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values as torch's kernel for CPUs is fast with them."""
     if query.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # The backward pass gives each thread whole key heads: with fewer heads than threads, they wait and spin.
         group, few = query.shape[1] // key.shape[1], key.shape[0] * key.shape[1] < torch.get_num_threads()
         if few and group > 1:
-            key, value = (x.repeat_interleave(group, 1) for x in (key, value))
-    return F.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=True
-    )
+            return key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    return key, value
 
 
 class Backend(ABC):

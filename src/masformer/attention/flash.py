@@ -13,7 +13,7 @@ just such windows, so that each kind of call is held against dense attention at 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 from torch.utils._triton import has_triton
 
+from masformer.attention import constant
 from masformer.attention import sinks as sinks_beside
 from masformer.attention.call import Backend, Call
+from masformer.attention.constant import ConstantSinks
 from masformer.attention.parts import Part, parts_of
 from masformer.attention.reference import Reference
 from masformer.attention.tiled import joined
@@ -69,13 +71,14 @@ class Flash(Backend):
         if call.is_causal:  # torch may have a faster kernel than this one: cuDNN's on Hopper GPUs takes two thirds
             return call.causal()
         if call.trains:
-            return _Flash.apply(*call.tensors, call)[0]  # type: ignore[no-any-return]
+            return _Flash.apply(call, *call.inputs)[0]  # type: ignore[no-any-return]
         return self.forward(call)[0]
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
         """The output, laid out in memory as [batch, query_len, heads, dim], and the log-sum-exps of the scores.
 
-        These are [batch * heads * query_len], in the order of the first part's kernel.
+        Both with the constant sinks, if there are any. The sums are [batch * heads * query_len], in the order of the
+        first part's kernel.
         """
         q, k, v = map(_in_rows, call.tensors)
         parts = parts_of(call)
@@ -94,12 +97,18 @@ class Flash(Backend):
         if parts.sinks is not None:
             q, k, v = map(_end_to_end, (q, k, v))
             sinks_beside.join(parts.sinks, q, k, v, out.view(q.shape), sums, call.scale)
+        if call.sinks is not None:
+            flat, totals = constant.join(out.flatten(0, 1), _by_token(sums).T, *call.sinks.by_head())
+            out, sums = flat.view(out.shape), _by_sequence(totals.T, sums.shape)
         if parts.dead is not None:
             out.flatten(0, 1).masked_fill_(parts.dead, 0)
         return _by_head(out, call.query), sums.view(-1)
 
-    def backward(self, call: Call, grad: Tensor, out: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of query, key and value, laid out as `forward` lays out its output, from what it gave."""
+    def backward(self, call: Call, grad: Tensor, out: Tensor, sums: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of `call.inputs`, from what `forward` gave.
+
+        Those of query, key and value are laid out as its output.
+        """
         q, k, v, g, o = map(_in_rows, (*call.tensors, grad, out))
         parts = parts_of(call)
         g = g if parts.dead is None else g.masked_fill(parts.dead.view(*g.shape[:2], 1, 1), 0)
@@ -120,23 +129,35 @@ class Flash(Backend):
             g, q, k, v, o = map(_end_to_end, (g, q, k, v, o))
             of_all = (x.view(like.shape) for x, like in zip(grads, (q, k, v), strict=True))
             sinks_beside.add_gradients(parts.sinks, g, q, k, v, o, sums, call.scale, *of_all)
-        of_query, of_key, of_value = map(_by_head, grads, call.tensors)
-        return of_query, of_key, of_value
+        return *map(_by_head, grads, call.tensors), *_constant_gradients(call, g, o, sums)
+
+
+def _constant_gradients(call: Call, g: Tensor, out: Tensor, sums: Tensor) -> Iterator[Tensor]:
+    """Of logits and values of the constant sinks, if there are any."""
+    if call.sinks is None:
+        return
+    totals = sums.transpose(0, 1).reshape(sums.shape[1], -1).T
+    each = constant.gradients(g.flatten(0, 1), out.flatten(0, 1), totals, *call.sinks.by_head())
+    for found, weight in zip(each, call.sinks.tensors, strict=False):
+        assert found is not None
+        yield found.sum(0).view(len(weight), -1, *weight.shape[1:]).sum(1).to(weight.dtype)
 
 
 class _Flash(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, call: Call, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         out, sums = Flash().forward(call)
-        ctx.save_for_backward(query, key, value, out, sums)
+        ctx.save_for_backward(out, sums, *inputs)
         ctx.rest = call.span, call.scale, call.layout
         ctx.mark_non_differentiable(sums)
         return out, sums
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        query, key, value, out, sums = ctx.saved_tensors
-        return *Flash().backward(Call(query, key, value, *ctx.rest), grad, out, sums), None
+        out, sums, query, key, value, *constants = ctx.saved_tensors
+        span, scale, layout = ctx.rest
+        call = Call(query, key, value, span, scale, layout, sinks=ConstantSinks.of(constants))
+        return None, *Flash().backward(call, grad, out, sums)
 
 
 def _in_rows(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ all layers of a forward pass share them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,10 +21,11 @@ import torch.fx.experimental._config
 import torch.nn.functional as F
 from torch import Tensor
 from torch._higher_order_ops.flex_attention import flex_attention as flex_operator
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.utils._triton import has_triton
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from masformer.attention import constant
 from masformer.attention.call import Backend, Call
 from masformer.attention.layout import Layout
 from masformer.attention.tiled import Tiled
@@ -96,8 +98,10 @@ class Flex(Backend):
         if query.shape[2] == 1:
             return Tiled().run(call)
         blocks = blocks_of(span, query.shape[2], key.shape[2], call.layout, query.device)
+        told = call.sinks is not None
         if not is_compiled(call):
-            return _run(query, key, value, blocks, span, call.scale, call.softcap, {}, compiled=False)
+            out, sums = _run(query, key, value, blocks, span, call.scale, call.softcap, {}, told, compiled=False)
+            return _beside_sinks(call, blocks, out, sums)
         width = value.shape[-1]
         if query.is_cuda:
             query, key, value = _padded(query), _padded(key), _padded(value)
@@ -109,25 +113,35 @@ class Flex(Backend):
         }
         with ExitStack() as stack:
             # Lengths are symbols, each of its own even where two are equal; other numbers are constants of a kernel.
-            numbers: dict[str, Any] = {"specialize_int": True, "specialize_float": True}
+            constants: dict[str, Any] = {"specialize_int": True, "specialize_float": True}
             limits = {"recompile_limit": VARIANTS, "accumulated_recompile_limit": VARIANTS}
-            stack.enter_context(torch._dynamo.config.patch(numbers | limits))
+            stack.enter_context(torch._dynamo.config.patch(constants | limits))
             stack.enter_context(shapes_config.patch(use_duck_shape=False))
-            out = _compiled()(query, key, value, blocks, span, call.scale, call.softcap, options, compiled=True)
-        return out[..., :width]
+            numbers = call.scale, call.softcap
+            out, sums = _compiled()(query, key, value, blocks, span, *numbers, options, told, compiled=True)
+        return _beside_sinks(call, blocks, out[..., :width], sums)
+
+
+def _beside_sinks(call: Call, blocks: Blocks, out: Tensor, sums: Tensor | None) -> Tensor:
+    """The output with the constant sinks, if there are any; padding has none."""
+    if call.sinks is None or sums is None:
+        return out
+    logit, value = call.sinks.by_head()
+    out, _ = constant.join(out, sums, logit[:, None], None if value is None else value[:, None])
+    return out if blocks.tokens is None else out.masked_fill((blocks.tokens[0] < 0)[:, None, :, None], 0)
 
 
 def is_compiled(call: Call) -> bool:
     """Whether FlexAttention runs as a compiled kernel; else torch's own operator runs, which holds all scores.
 
     On CUDA it always does. On the CPU torch has a kernel for the forward pass alone, and it fails on masks that look up
-    the positions of tokens (seen in torch 2.13): it is compiled where neither gradients nor a layout are needed and
-    there is a C++ compiler, for dtypes that it has and problems that are worth it.
+    the positions of tokens (seen in torch 2.13): it is compiled where neither gradients nor a layout nor log-sum-exps
+    (for constant sinks) are needed and there is a C++ compiler, for dtypes that it has and problems that are worth it.
     """
     query = call.query
     if query.is_cuda:
         return True
-    if call.layout is not None or call.trains:
+    if call.layout is not None or call.trains or call.sinks is not None:
         return False
     scores = query.shape[:3].numel() * call.key.shape[2]
     return scores > FEW_SCORES and query.dtype in DTYPES and _has_cpp_compiler()
@@ -140,7 +154,7 @@ def _has_cpp_compiler() -> bool:
 
 
 @cache
-def _compiled() -> Callable[..., Tensor]:
+def _compiled() -> Callable[..., tuple[Tensor, Tensor | None]]:
     return torch.compile(_run, fullgraph=True, dynamic=True)  # fullgraph: an error in place of all scores at once
 
 
@@ -160,9 +174,13 @@ def _run(
     scale: float,
     softcap: float | None,
     options: Any,
+    told: bool,
     compiled: bool,
-) -> Tensor:
-    """FlexAttention, in what is compiled or as it is; the same mask and score function in both."""
+) -> tuple[Tensor, Tensor | None]:
+    """FlexAttention, in what is compiled or as it is; the same mask and score function in both.
+
+    With the log-sum-exps of the scores [batch, heads, query_len], if they are to be `told`.
+    """
 
     def visible(batch: Tensor, head: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
         if blocks.tokens is None:
@@ -188,10 +206,12 @@ def _run(
         mask_mod=visible,
     )
     if compiled:
-        out = flex_attention(query, key, value, score, mask, scale, enable_gqa=True, kernel_options=options)
+        aux = AuxRequest(lse=told)
+        out, more = flex_attention(query, key, value, score, mask, scale, True, kernel_options=options, return_aux=aux)
+        return out, more.lse
     else:  # flex_attention itself would trace this anew for each mask, and refuses gradients on the CPU
-        out = flex_operator(query, key, value, score, mask.as_tuple(), scale, options)[0]
-    return out  # type: ignore[no-any-return]
+        out, sums, *_ = flex_operator(query, key, value, score, mask.as_tuple(), scale, options)
+        return out, sums * math.log(2) if told else None
 
 
 # Which blocks hold what

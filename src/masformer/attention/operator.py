@@ -17,6 +17,7 @@ from torch import Tensor
 
 from masformer.attention.auto import Auto
 from masformer.attention.call import Backend, Call
+from masformer.attention.constant import ConstantSinks
 from masformer.attention.flash import Flash
 from masformer.attention.layout import Layout
 from masformer.attention.named import BACKENDS
@@ -34,14 +35,17 @@ def attend(call: Call, documents: Tensor | None, backend: str) -> Tensor:
     if call.dropout:
         raise MasformerError("attention dropout is not possible in a compiled model; set the model's to 0")
     skipped = None if call.layout is None or call.layout.skipped is None else list(call.layout.skipped)
+    sinks = (None, None) if call.sinks is None else (call.sinks.logit, call.sinks.value)
     options = documents, skipped, str(call.span), call.scale, call.softcap, backend
-    return torch.ops.masformer.attend(*call.tensors, *options)[0]  # type: ignore[no-any-return]
+    return torch.ops.masformer.attend(*call.tensors, *sinks, *options)[0]  # type: ignore[no-any-return]
 
 
 def _read(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    sink_logit: Tensor | None,
+    sink_value: Tensor | None,
     documents: Tensor | None,
     skipped: list[int] | None,
     span: str,
@@ -53,7 +57,8 @@ def _read(
     layout = None
     if documents is not None:
         layout = Layout.known(documents, None if skipped is None else tuple(skipped))
-    call = Call(query, key, value, _span(span), scale, layout, 0.0, softcap)
+    sinks = None if sink_logit is None else ConstantSinks(sink_logit, sink_value)
+    call = Call(query, key, value, _span(span), scale, layout, 0.0, softcap, sinks)
     named = BACKENDS[backend]
     if (reason := named.objection(call)) is not None:
         raise MasformerError(reason)
@@ -65,6 +70,8 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    sink_logit: Tensor | None,
+    sink_value: Tensor | None,
     documents: Tensor | None,
     skipped: list[int] | None,
     span: str,
@@ -72,7 +79,7 @@ def _attend(
     softcap: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    call, chosen = _read(query, key, value, documents, skipped, span, scale, softcap, backend)
+    call, chosen = _read(query, key, value, sink_logit, sink_value, documents, skipped, span, scale, softcap, backend)
     counted = calls.get()
     if counted is not None:
         counted[0] += 1
@@ -112,23 +119,25 @@ def _attend_backward(
     value: Tensor,
     out: Tensor,
     sums: Tensor,
+    sink_logit: Tensor | None,
+    sink_value: Tensor | None,
     documents: Tensor | None,
     skipped: list[int] | None,
     span: str,
     scale: float,
     softcap: float | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    call, chosen = _read(query, key, value, documents, skipped, span, scale, softcap, backend)
+) -> list[Tensor]:
+    call, chosen = _read(query, key, value, sink_logit, sink_value, documents, skipped, span, scale, softcap, backend)
     if isinstance(chosen, Flash):
         grads = chosen.backward(call, grad, out, sums)
     else:
         with _recording():
-            q, k, v = tensors = [x.detach().requires_grad_() for x in call.tensors]
-            again = Call(q, k, v, call.span, call.scale, call.layout, softcap=call.softcap).run(chosen)
-            grads = torch.autograd.grad(again, tensors, grad, materialize_grads=True)  # type: ignore[assignment]
-    of_query, of_key, of_value = map(_in_order, grads)
-    return of_query, of_key, of_value
+            q, k, v, *constants = inputs = [x.detach().requires_grad_() for x in call.inputs]
+            sinks = ConstantSinks.of(constants)
+            again = Call(q, k, v, call.span, call.scale, call.layout, softcap=call.softcap, sinks=sinks).run(chosen)
+            grads = torch.autograd.grad(again, inputs, grad, materialize_grads=True)
+    return [*map(_in_order, grads[:3]), *(x.contiguous() for x in grads[3:])]
 
 
 @contextmanager
@@ -142,21 +151,21 @@ def _recording() -> Iterator[None]:
 
 
 @_attend_backward.register_fake
-def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _room(query, query.shape[-1]), _room(key, key.shape[-1]), _room(value, value.shape[-1])
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, *rest: Any) -> list[Tensor]:
+    constants = [torch.empty_like(each) for each in rest[:2] if each is not None]
+    return [*(_room(x, x.shape[-1]) for x in (query, key, value)), *constants]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, documents, *rest = inputs
-    ctx.save_for_backward(query, key, value, *output, documents)
+    query, key, value, sink_logit, sink_value, documents, *rest = inputs
+    ctx.save_for_backward(query, key, value, *output, sink_logit, sink_value, documents)
     ctx.rest = rest
     ctx.mark_non_differentiable(output[1])
 
 
 def _back(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    query, key, value, out, sums, documents = ctx.saved_tensors
-    grads = torch.ops.masformer.attend_backward(grad, query, key, value, out, sums, documents, *ctx.rest)
-    return *grads, None, None, None, None, None, None
+    grads = torch.ops.masformer.attend_backward(grad, *ctx.saved_tensors, *ctx.rest)
+    return *grads, *[None] * (11 - len(grads))
 
 
 _attend.register_autograd(_back, setup_context=_save)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from masformer.attention.call import Backend, Call
+from masformer.attention.constant import ConstantSinks
 from masformer.attention.layout import Layout
 from masformer.spans import Span
 
@@ -48,13 +49,20 @@ class Reference(Backend):
         if layout is None:
             layout = Layout(torch.zeros(key.shape[0], key.shape[2], dtype=torch.long, device=key.device), ())
         visible = visible_mask(call.span, call.query.shape[2], layout)[:, None].to(key.device)
-        return dense_attention(*call.tensors, visible, call.scale, call.dropout, call.softcap)
+        return dense_attention(*call.tensors, visible, call.scale, call.dropout, call.softcap, call.sinks)
 
 
 def dense_attention(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float, dropout: float, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor,
+    scale: float,
+    dropout: float,
+    softcap: float | None,
+    sinks: ConstantSinks | None = None,
 ) -> Tensor:
-    """Softmax over the visible keys, at least in float32; zero where a query sees none.
+    """Softmax over the visible keys and a constant sink, at least in float32; zero where a query sees no key.
 
     `visible` is a bool tensor that broadcasts to [batch, query_heads, query_len, key_len].
     """
@@ -65,5 +73,13 @@ def dense_attention(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~visible, torch.finfo(dtype).min)
-    weights = F.dropout(scores.softmax(-1).masked_fill(~visible, 0), dropout)
-    return (weights @ values).to(query.dtype)
+    if sinks is None:
+        weights = F.dropout(scores.softmax(-1).masked_fill(~visible, 0), dropout)
+        return (weights @ values).to(query.dtype)
+    logit, constant = sinks.by_head()
+    column = logit.to(dtype)[:, None, None].expand(*scores.shape[:3], 1)
+    shares = torch.cat([scores, column], -1).softmax(-1).masked_fill(~visible.any(-1, keepdim=True), 0)
+    out = F.dropout(shares[..., :-1].masked_fill(~visible, 0), dropout) @ values
+    if constant is not None:
+        out = out + shares[..., -1:] * constant.to(dtype)[:, None]
+    return out.to(query.dtype)

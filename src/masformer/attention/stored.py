@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from masformer.attention.auto import Auto
 from masformer.attention.call import Call
+from masformer.attention.constant import ConstantSinks
 from masformer.attention.reference import dense_attention
 from masformer.attention.tiled import Kernel
 from masformer.spans import FullSpan
@@ -24,6 +25,7 @@ def attend_stored(
     scale: float,
     dropout: float = 0.0,
     softcap: float | None = None,
+    sinks: ConstantSinks | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Softmax attention over the visible keys, wherever they lie: softmax does not ask for their order.
@@ -36,21 +38,24 @@ def attend_stored(
         scale: factor on the scores.
         dropout: see `masformer.attend`.
         softcap: see `masformer.attend`.
+        sinks: those that join; None: there are none.
         backend: `reference` for dense scores in at least float32, any other for torch's fused kernels.
 
     Returns:
         [batch, query_heads, 1, value_dim].
     """
+    if sinks is not None:
+        sinks = sinks.like(query, value)
     if backend == "reference":
         everything = torch.ones(1, dtype=torch.bool, device=key.device) if visible is None else visible
-        return dense_attention(query, key, value, everything, scale, dropout, softcap)
+        return dense_attention(query, key, value, everything, scale, dropout, softcap, sinks)
     if query.is_cuda and visible is None:
-        return Auto().run(Call(query, key, value, FullSpan(), scale, None, dropout, softcap))
+        return Auto().run(Call(query, key, value, FullSpan(), scale, None, dropout, softcap, sinks))
     batch, heads, _, dim = query.shape
     kv_heads = key.shape[1]
     folded = query.reshape(batch, kv_heads, heads // kv_heads, dim)  # the queries of a group share their keys
     with _without_cudnn() if query.is_cuda else nullcontext():
-        out = Kernel(scale, dropout, softcap).masked(folded, key, value, visible)
+        out = Kernel(scale, dropout, softcap, sinks).masked(folded, key, value, visible)
     return out.reshape(batch, heads, 1, -1)
 
 

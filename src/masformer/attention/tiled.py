@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from masformer.attention.call import Backend, Call, causal_attention
+from masformer.attention import constant
+from masformer.attention.call import Backend, Call, causal_attention, spread
+from masformer.attention.constant import ConstantSinks
 from masformer.attention.layout import Segment
 from masformer.spans import Span
 
@@ -41,10 +43,10 @@ class Tiled(Backend):
 
     def run(self, call: Call) -> Tensor:
         (query, key, value), span, layout = call.tensors, call.span, call.layout
-        kernel = Kernel(call.scale, call.dropout, call.softcap)
+        kernel = Kernel(call.scale, call.dropout, call.softcap, call.sinks)
         tile = self.tile or tile_size(call, kernel)
         past, length = call.past, key.shape[2]
-        if layout is None and not past and kernel.is_fused(query) and length <= (span.max_visible or length):
+        if layout is None and not past and kernel.is_fused(query, value) and length <= (span.max_visible or length):
             return kernel.causal(query, key, value)
         rows = [(Segment(0, length),)] * len(query) if layout is None else layout.rows
         skipped = [0] * len(query) if layout is None or layout.skipped is None else layout.skipped
@@ -120,30 +122,37 @@ ALIGNED = 16
 
 
 class Kernel:
-    """Dense attention on small pieces: softmax(cap(q k^T * scale) + mask) v, with dropout on the weights."""
+    """Dense attention on small pieces: softmax(cap(q k^T * scale) + mask) v, with dropout on the weights.
 
-    def __init__(self, scale: float, dropout: float, softcap: float | None) -> None:
-        self.scale, self.dropout, self.softcap = scale, dropout, softcap
+    The heads of all pieces are those of the constant sinks, if there are any.
+    """
 
-    def is_fused(self, query: Tensor) -> bool:
+    def __init__(self, scale: float, dropout: float, softcap: float | None, sinks: ConstantSinks | None = None) -> None:
+        self.scale, self.dropout, self.softcap, self.sinks = scale, dropout, softcap, sinks
+
+    def is_fused(self, query: Tensor, value: Tensor) -> bool:
         """Whether torch has a kernel that never holds the scores of all pairs."""
+        if self.sinks is not None:
+            return self._has_sums(query, value)
         return self.softcap is None and (not self.dropout or query.is_cuda)
 
     def causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self.sinks is not None:
+            return self._beside_sink(query, *spread(query, key, value), is_causal=True)
         return causal_attention(query, key, value, self.scale, self.dropout)
 
     def groups_heads(self, query: Tensor, value: Tensor) -> bool:
         """Whether the kernel takes more query heads than key heads as they lie, and is as fast for few queries."""
-        return query.device.type == "cpu" and self.is_fused(query) and query.shape[-1] == value.shape[-1]
+        return query.device.type == "cpu" and self.is_fused(query, value) and query.shape[-1] == value.shape[-1]
 
     def tells_sums(self, query: Tensor, value: Tensor) -> bool:
-        """Whether torch has a kernel that also returns the log-sum-exp of the scores.
+        """Whether torch has a kernel that also returns the log-sum-exp of the scores, here without gradients."""
+        return self._has_sums(query, value) and not torch.is_grad_enabled()
 
-        It has on the CPU, without gradients, for values as wide as the keys.
-        """
+    def _has_sums(self, query: Tensor, value: Tensor) -> bool:
+        """Whether `FLASH_CPU` can do it: on the CPU, for values as wide as the keys."""
         plain = self.softcap is None and not self.dropout and query.device.type == "cpu"
-        plain = plain and query.shape[-1] == value.shape[-1]
-        return plain and not torch.is_grad_enabled() and hasattr(torch.ops.aten, FLASH_CPU)
+        return plain and query.shape[-1] == value.shape[-1] and hasattr(torch.ops.aten, FLASH_CPU)
 
     def causal_after(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Causal attention of the last positions, without a mask as long as the past."""
@@ -153,7 +162,7 @@ class Kernel:
         folded = query.reshape(batch, kv_heads, group * new, dim)
         old, old_sum = self._with_sums(folded, key[:, :, :past], value[:, :, :past])
         own, own_sum = self._with_sums(query, key[:, :, past:], value[:, :, past:], is_causal=True)
-        return joined(old.reshape(own.shape), old_sum.reshape(own_sum.shape), own, own_sum)
+        return self._joined(query, old.reshape(own.shape), old_sum.reshape(own_sum.shape), own, own_sum)
 
     def masked_beside(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, first: Tensor, second: Tensor
@@ -167,15 +176,50 @@ class Kernel:
         tiles, heads, width, _ = query.shape
         row = query.transpose(0, 1).reshape(1, heads, tiles * width, -1)
         far, far_sum = (x.unflatten(2, (tiles, width))[0].transpose(0, 1) for x in self._with_sums(row, first, second))
-        return joined(far, far_sum, near, near_sum)
+        return self._joined(query, far, far_sum, near, near_sum)
 
-    def _with_sums(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False, **mask: Tensor) -> Any:
+    def _joined(self, query: Tensor, left: Tensor, left_sum: Tensor, right: Tensor, right_sum: Tensor) -> Tensor:
+        """Attention to two sets of keys, and to the sink."""
+        out = joined(left, left_sum, right, right_sum)
+        if self.sinks is None:
+            return out
+        return constant.join(out, torch.logaddexp(left_sum, right_sum), *self._sink(query))[0]
+
+    def _sink(self, query: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits [heads, rows] and values [heads, 1, dim] for queries [..., heads, rows, dim].
+
+        The rows of a key head may be those of its query heads, one after the other.
+        """
+        assert self.sinks is not None
+        logit, value = self.sinks.logit, self.sinks.value
+        heads, rows = query.shape[-3:-1]
+        logit = logit.view(heads, -1)
+        logit = logit.repeat_interleave(rows // logit.shape[1], 1)
+        return logit, None if value is None else value.repeat_interleave(heads // len(value), 0)[:, None]
+
+    def _beside_sink(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Attention to keys and the sink, where the kernel has sums."""
+        bias = None
+        if mask is not None:
+            bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+        if torch.is_grad_enabled():
+            return _BesideSink.apply(query, key, value, *self._sink(query), bias, is_causal, self)  # type: ignore[no-any-return]
+        out, sums = self._with_sums(query, key, value, is_causal, attn_mask=bias)
+        return constant.join(out, sums, *self._sink(query))[0]
+
+    def _with_sums(
+        self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False, **mask: Tensor | None
+    ) -> Any:
         flash = getattr(torch.ops.aten, FLASH_CPU)
         return flash(query, key, value, 0.0, is_causal, scale=self.scale, **mask)
 
     def masked(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """As many heads in `query` as in `key`, unless it `groups_heads`; scores are made anew in the backward pass."""
-        if self.is_fused(query):
+        if self.is_fused(query, value):
+            if self.sinks is not None:
+                return self._beside_sink(query, key, value, mask)
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, scale=self.scale, dropout_p=self.dropout, enable_gqa=True
             )
@@ -189,8 +233,46 @@ class Kernel:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
-        weights = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(value.dtype)
-        return F.dropout(weights, self.dropout) @ value
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        if self.sinks is None:
+            weights = scores.softmax(-1, dtype=dtype).to(value.dtype)
+            return F.dropout(weights, self.dropout) @ value
+        logit, u = self._sink(query)
+        column = logit[..., None].expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores.to(dtype), column], -1).softmax(-1).to(value.dtype)
+        out = F.dropout(weights[..., :-1], self.dropout) @ value
+        return out if u is None else out + weights[..., -1:] * u
+
+
+class _BesideSink(torch.autograd.Function):
+    """Attention to keys and a constant sink by torch's kernel for CPUs, forward and backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        logit: Tensor,
+        u: Tensor | None,
+        bias: Tensor | None,
+        is_causal: bool,
+        kernel: Kernel,
+    ) -> Tensor:
+        out, sums = kernel._with_sums(query, key, value, is_causal, attn_mask=bias)
+        out, total = constant.join(out, sums, logit, u)
+        ctx.save_for_backward(query, key, value, logit, u, bias, out, total)
+        ctx.is_causal, ctx.scale = is_causal, kernel.scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        query, key, value, logit, u, bias, out, total = ctx.saved_tensors
+        given = grad, query, key, value, out, total, 0.0, ctx.is_causal
+        grads = getattr(torch.ops.aten, f"{FLASH_CPU}_backward")(*given, attn_mask=bias, scale=ctx.scale)
+        of_logit, of_u = constant.gradients(grad, out, total, logit, u)
+        of_u = None if of_u is None or u is None else of_u.sum_to_size(u.shape).to(u.dtype)
+        return *grads, of_logit.sum_to_size(logit.shape), of_u, None, None, None
 
 
 def joined(left: Tensor, left_sum: Tensor, right: Tensor, right_sum: Tensor) -> Tensor:
@@ -230,7 +312,7 @@ def _document(
         else:
             room[:, :, first - start : stop - start] = part
 
-    if start == 0 and keep is None and kernel.is_fused(query):
+    if start == 0 and keep is None and kernel.is_fused(query, value):
         put(kernel.causal(query[:, :, :head], key[:, :, :head], value[:, :, :head]), 0, head)
         at = head
     elif span.max_visible is None and keep is None and kernel.tells_sums(query, value):

@@ -8,8 +8,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from masformer.attention.constant import ConstantSinks
 from masformer.errors import MasformerError
-from masformer.spans import Span, UnitSpans
+from masformer.spans import UnitSpans
 
 
 def check_units(spans: UnitSpans, kv_heads: int) -> None:
@@ -37,7 +38,8 @@ def attend_units(
     key: Tensor,
     value: Tensor,
     spans: UnitSpans,
-    attend: Callable[[Tensor, Tensor, Tensor, Span], Tensor],
+    attend: Callable[..., Tensor],
+    sinks: ConstantSinks | None = None,
 ) -> Tensor:
     """Attention of a layer whose units differ.
 
@@ -46,14 +48,21 @@ def attend_units(
         key: [batch, kv_heads, key_len, head_dim].
         value: [batch, kv_heads, key_len, value_dim].
         spans: of its units.
-        attend: attention of some of the heads under one span.
+        attend: attention of some of the heads under one span, with the constant sinks that join there as `sinks`.
+        sinks: of the layer.
 
     Returns:
         [batch, query_heads, query_len, value_dim].
     """
     check_units(spans, key.shape[1])
-    parts = zip(*(split(x, spans) for x in (query, key, value)), spans.groups, strict=True)
-    return join([attend(*tensors, group.span) for *tensors, group in parts], spans)  # type: ignore[call-arg]
+    parts = zip(*(split(x, spans) for x in (query, key, value)), spans.groups, split_sinks(sinks, spans), strict=True)
+    return join([attend(q, k, v, group.span, sinks=own) for q, k, v, group, own in parts], spans)
+
+
+def split_sinks(sinks: ConstantSinks | None, spans: UnitSpans) -> list[ConstantSinks | None]:
+    """Those of each group that join under its span."""
+    found = [sinks and sinks.under(group.span) for group in spans.groups]
+    return [own and own.of_heads(group.heads, len(spans)) for own, group in zip(found, spans.groups, strict=True)]
 
 
 def join(parts: Sequence[Tensor], spans: UnitSpans) -> Tensor:

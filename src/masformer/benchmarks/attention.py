@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from masformer.attention import BACKENDS, attend
-from masformer.attention.units import split
+from masformer.attention import BACKENDS, ConstantSinks, attend
+from masformer.attention.units import split, split_sinks
 from masformer.benchmarks.limits import Probe
 from masformer.benchmarks.peers import DIRECT, PEERS, UnableError
 from masformer.benchmarks.rows import with_exponents
@@ -177,15 +177,25 @@ def _parts(span: UnitSpans, inputs: tuple[Tensor, Tensor, Tensor], backend: str)
     """The groups of units of a layer, each attended to alone: what the layer would cost if nothing had to be joined."""
 
     def attention(query: list[Tensor], key: list[Tensor], value: list[Tensor]) -> list[Tensor]:
-        each = zip(query, key, value, span.groups, strict=True)
-        return [attend(q, k, v, group.span, backend=backend) for q, k, v, group in each]
+        each = zip(query, key, value, span.groups, split_sinks(sinks, span), strict=True)
+        return [attend(q, k, v, group.span, sinks=own, backend=backend) for q, k, v, group, own in each]
 
     def own(x: Tensor) -> list[Tensor]:
         parts = (part.detach().transpose(1, 2).contiguous().transpose(1, 2) for part in split(x, span))
         return [part.requires_grad_(x.requires_grad) for part in parts]
 
+    sinks = _constant_sinks(span, inputs)
     query, key, value = map(own, inputs)
     return _Variant(f"{_name(span)}, {PARTS}", attention, span, span, PARTS, inputs=(query, key, value))
+
+
+def _constant_sinks(span: LayerSpan, inputs: tuple[Tensor, Tensor, Tensor]) -> ConstantSinks | None:
+    """Weights for those that a span has, which are trained where the inputs are."""
+    query, _, value = inputs
+    if not any(each.constant_sink for each in spans_of(span)):
+        return None
+    shapes = (query.shape[1],), (value.shape[1], value.shape[3])
+    return ConstantSinks.of([query.new_zeros(shape).requires_grad_(query.requires_grad) for shape in shapes])
 
 
 def _variants(
@@ -197,7 +207,8 @@ def _variants(
     left_out: dict[str, list[str]],
 ) -> list[_Variant]:
     def ours(span: LayerSpan) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        return lambda query, key, value: attend(query, key, value, span, backend=backend)
+        sinks = _constant_sinks(span, inputs)
+        return lambda query, key, value: attend(query, key, value, span, sinks=sinks, backend=backend)
 
     full = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
     found = [_Variant(FULL, full, FullSpan(), FullSpan())]
@@ -208,6 +219,8 @@ def _variants(
             continue
         for peer in peers:
             try:
+                if span.constant_sink:
+                    raise UnableError("it has no constant sinks")
                 attention, computed = PEERS[peer](span, *inputs[:2], pass_ == BOTH)
                 with torch.set_grad_enabled(pass_ == BOTH):  # as it is timed: what compiles does so once
                     difference = (attention(*inputs) - ours(computed)(*inputs)).abs().max().item()

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from masformer import benchmarks, records
 from masformer.cli.options import Figures, PlanOptions, StoredModelOptions, lengths_of, say, show
 from masformer.cost import ModelShape, compare, cost_table
+from masformer.data import read_documents
 from masformer.errors import MasformerError
+from masformer.fitting import fit_sinks, with_first_tokens
 from masformer.models.card import weights_text
 from masformer.models.checkpoint import check_folder, check_plan, load_config, save_model
 from masformer.models.positions import position_limit
 from masformer.plan import AttentionPlan
 from masformer.plots import picture, plot_plan
+from masformer.progress import stage_progress
 from masformer.spans import FullSpan
 
 
@@ -70,25 +73,57 @@ def convert(
     out: str,
     options: StoredModelOptions,
     *,
+    sinks: Literal["fit"] | None = None,
+    data: list[str] | None = None,
+    field: str = "text",
+    documents: int | None = None,
+    length: int | None = None,
+    steps: int | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes a checkpoint that carries a plan, and longer positions if asked, with a model card.
 
     Args:
         out: folder to write.
+        sinks: fit gives the plan's constant sinks (window:512+sink) their weights, from a few texts.
+        data: of --sinks, text or JSONL files.
+        field: of --sinks, key of the text in JSONL files.
+        documents: of --sinks, the most texts, of which those count that are long enough (default: 8 that are).
+        length: of --sinks, tokens of each text (default: 2048).
+        steps: of --sinks, steps of training the constants alone, after their closed form (default: 0).
         dtype: dtype of the weights; auto is what they are stored as, and bfloat16 for those of a quantised .gguf file.
         overwrite: replace a model folder that is already there; a README.md that somebody wrote is kept.
 
     Example:
         masformer convert EleutherAI/gpt-neo-1.3B OUT --plan 'full@0-7; window:512' --max-positions 8192
     """
+    given = {"--data": data, "--documents": documents, "--length": length, "--steps": steps}
+    if sinks is None and (idle := [name for name, value in given.items() if value is not None]):
+        raise MasformerError(f"{idle[0]} does nothing without --sinks fit")
+    if sinks is not None and data is None:
+        raise MasformerError("--sinks fit needs --data FILE, the texts to fit on")
     if not options.are_given and options.max_positions is None:
         raise MasformerError("nothing to convert: give --plan, or --full N --local SPAN, or --max-positions N")
     check_folder(out, overwrite=overwrite)
     config, own = load_config(model)
     chosen = options.one(own)
     check_plan(config, chosen)
-    loaded, tokenizer = options.to_write(model).load(model, chosen)
+    if sinks is None:
+        loaded, tokenizer = options.to_write(model).load(model, chosen)
+    else:
+        texts = [document.text for document in read_documents(data or (), field=field, limit=documents)]
+        loaded, tokenizer = _fitted(model, options, chosen, texts, length or 2048, steps or 0)
     say(f"{out}: {chosen}; {weights_text(loaded)}")
     save_model(loaded, out, tokenizer, overwrite=overwrite, source=model)
     say(f"load it with masformer.load_model({out!r}), or with AutoModelForCausalLM after `import masformer`")
+
+
+def _fitted(
+    model: str, options: StoredModelOptions, plan: AttentionPlan, texts: list[str], length: int, steps: int
+) -> tuple[Any, Any]:
+    """The model with the plan's constant sinks, fitted in the precision it runs in, and its tokenizer."""
+    loaded, tokenizer = options.load_both(model, with_first_tokens(plan))
+    with stage_progress() as progress:
+        fit_sinks(loaded, tokenizer, texts, plan, length=length, steps=steps, progress=progress)
+    written = options.to_write(model).dtype
+    return (loaded if written == "auto" else loaded.to(benchmarks.DTYPES[written])), tokenizer

@@ -276,7 +276,8 @@ def error_line(error: Exception, commands: Commands, words: Sequence[str] = ()) 
     allowed = "a whole number"
     for command in all_commands(commands):
         if parameter := option_parameters(command).get(name):
-            choices = (parameter.annotation, *get_args(parameter.annotation))
+            parts = get_args(parameter.annotation)
+            choices = (parameter.annotation, *parts, *(choice for part in parts for choice in get_args(part)))
             strings = [choice for choice in choices if isinstance(choice, str)]
             allowed = ", ".join(strings) or ("a number" if float in choices else allowed)
     return f"{option_name(name)} {value!r} is not allowed; allowed: {allowed}"

@@ -52,6 +52,8 @@ def kind_of(plan: AttentionPlan) -> str:
     """The kind of a plan, one of `KINDS`: the hardest thing that it asks for."""
     if plan.by_heads:
         return "heads"
+    if any(span.constant_sink for span in plan):
+        return "constants"
     if any(isinstance(span, BlockSpan) for span in plan):
         return "blocks"
     if any(span.sinks for span in plan):
@@ -248,8 +250,8 @@ def _candidates(config: PretrainedConfig, plan: AttentionPlan) -> Iterator[tuple
         words, plan = ["give each layer one span"], one_span_per_layer(plan)
         yield plan, words
     spans = list(plan)
-    if any(span.sinks for span in spans):
-        words, spans = [*words, DROP], [_without_sinks(span) for span in spans]
+    if any(span.sinks or span.constant_sink for span in spans):
+        words, spans = [*words, DROP], [span.bare for span in spans]
         yield AttentionPlan(tuple(spans)), words
     if any(isinstance(span, BlockSpan) for span in spans):
         words, spans = [*words, "use windows in place of blocks"], [_as_window(span) for span in spans]
@@ -293,10 +295,6 @@ def one_span_per_layer(plan: AttentionPlan) -> AttentionPlan:
         else:
             layers.append(max(local, key=lambda span: (local.count(span), span.max_visible or 0)))
     return AttentionPlan(tuple(layers), kv_heads)
-
-
-def _without_sinks(span: Span) -> Span:
-    return WindowSpan(span.size) if isinstance(span, WindowSpan) else span
 
 
 def _as_window(span: Span) -> Span:

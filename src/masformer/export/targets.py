@@ -7,6 +7,7 @@
 | `mixed` | one window in some layers, full attention in the others |
 | `windows` | windows of several sizes |
 | `sinks` | a window with sinks in some layer |
+| `constants` | a span with a constant sink in some layer |
 | `blocks` | a block span in some layer |
 | `heads` | KV heads of one layer with different spans |
 
@@ -20,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-KINDS = ("full", "window", "mixed", "windows", "sinks", "blocks", "heads")
+KINDS = ("full", "window", "mixed", "windows", "sinks", "constants", "blocks", "heads")
 ANY = ("full", "window", "mixed")
 UNIFORM = ("full", "window")
 NOT_ALL_LOCAL = ("full", "mixed")
@@ -80,6 +81,7 @@ _NONE = "its attention has no window"
 _SHARED = {
     "windows": "a config names one sliding_window for all layers that slide",
     "sinks": "no sliding layer keeps the first tokens",
+    "constants": "it has no place for the weights of constant sinks",
     "blocks": "no layer type has blocks with a lookback, and no class that these weights fit has blocks",
     "heads": "a layer has one mask for all of its heads, and one cache",
 }

@@ -9,9 +9,9 @@ from masformer.errors import MasformerError
 from masformer.export.choose import chosen_entry, write_config
 from masformer.models.checkpoint import whole_weights
 from masformer.models.sealing import stock_config
+from masformer.models.sinks import without_sink_weights
 from masformer.models.weights import load_weights
 from masformer.plan import AttentionPlan
-from masformer.spans import WindowSpan
 
 
 def stock_twin(model: PreTrainedModel) -> PreTrainedModel:
@@ -38,12 +38,12 @@ def sliding_twin(model: PreTrainedModel, plan: AttentionPlan) -> PreTrainedModel
 
 
 def without_sinks(plan: AttentionPlan) -> AttentionPlan:
-    """The plan with bare windows."""
-    return plan.changed(lambda span: WindowSpan(span.size) if isinstance(span, WindowSpan) else span)
+    """The plan with bare windows and blocks."""
+    return plan.changed(lambda span: span.bare)
 
 
 def _twin(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
     with torch.device(model.device):
         twin = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
-    load_weights(twin, whole_weights(model) or model.state_dict(), "the model")
+    load_weights(twin, without_sink_weights(whole_weights(model) or model.state_dict()), "the model")
     return twin.eval()  # type: ignore[no-any-return]

@@ -30,13 +30,13 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from masformer.attention import BACKENDS, Layout, attend, operator
+from masformer.attention import BACKENDS, ConstantSinks, Layout, attend, operator
 from masformer.attention.stored import attend_stored
-from masformer.attention.units import join, split
+from masformer.attention.units import join, split, split_sinks
 from masformer.cache import SpanCache
 from masformer.cache.layer import View
 from masformer.errors import MasformerError
-from masformer.models import adapters, rotary
+from masformer.models import adapters, rotary, sinks
 from masformer.models.sealing import kv_heads, seal_config
 from masformer.models.wrappers import bare_model
 from masformer.plan import AttentionPlan, PlanSource
@@ -49,7 +49,6 @@ REFUSED = {
     "mpt": "it adds an attention bias (alibi)",
 }
 _NO_SPANS = {
-    "s_aux": "its softmax has learned sinks",
     "position_bias": "it adds a bias to its scores",
     "cross_attention_states": "it has cross-attention",
     "cache_offset": "its layers run several times, with a cache for each time",
@@ -123,6 +122,11 @@ def apply_plan(
     if config.model_type == adapters.GPT_NEO:
         adapters.adapt(model)
     layers = _attention_modules(model, config)
+    if any(weight.is_meta for weight in model.parameters()):  # there are no weights at all, so none is missing
+        sinks.add_weights(model, layers, plan)
+    sinks.place_sinks(layers, plan)
+    if sinks.sink_layers(plan):
+        model.__class__ = class_with_sinks(type(model))  # type: ignore[arg-type]
     config._attn_implementation = NAME
     seal_config(config, plan)
     for layer, module in layers.items():
@@ -134,6 +138,41 @@ def apply_plan(
         model._prepare_cache_for_generation = partial(_prepare_cache_for_generation, model)
         model._masformer_hooked = True
     return outer
+
+
+def add_sinks(model: PreTrainedModel, plan: AttentionPlan) -> None:
+    """Gives a model zeros as weights of the constant sinks that a plan has and the model has not; for new models."""
+    model = bare_model(model)
+    if model.config.model_type == adapters.GPT_NEO:
+        adapters.adapt(model)
+    sinks.add_weights(model, _attention_modules(model, model.config), plan)
+
+
+@cache
+def class_with_sinks(stock: Any) -> Any:
+    """The class whose new models have the weights of the constant sinks that the plan in their config has."""
+    if issubclass(stock, _WithSinks):
+        return stock
+    return type(stock.__name__, (_WithSinks, stock), {"stock": stock, "__module__": stock.__module__})
+
+
+class _WithSinks:
+    """What a model class becomes in front of itself."""
+
+    stock: Any
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        if (plan := getattr(config, "masformer", None)) is not None:
+            add_sinks(self, AttentionPlan.from_dict(plan))  # type: ignore[arg-type]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # the class is made at run time, so no pickle finds it by name
+        return _unpickled, (self.stock,), dict(self.__dict__)
+
+
+def _unpickled(stock: Any) -> Any:
+    made = class_with_sinks(stock)
+    return made.__new__(made)
 
 
 def _check_architecture(model: PreTrainedModel) -> None:
@@ -189,8 +228,7 @@ def _attention_modules(model: PreTrainedModel, config: PretrainedConfig) -> dict
             if layer in found and module not in found[layer].modules():
                 reason = "a layer has several attention modules"
             for word in _NO_SPANS.keys() & _words(type(module).forward):
-                if word != "s_aux" or getattr(module, "sinks", None) is not None:
-                    reason = _NO_SPANS[word]
+                reason = _NO_SPANS[word]
             found[layer] = module
     if not reason and sorted(found) != list(range(config.num_hidden_layers)):
         reason = "no attention module found in some layers"
@@ -245,46 +283,59 @@ def _attend_layer(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    for name in ("s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise MasformerError(f"{type(module).__name__} passes {name}, which spans do not support")
+    if kwargs.get("position_bias") is not None:
+        raise MasformerError(f"{type(module).__name__} passes position_bias, which spans do not support")
     if isinstance(attention_mask, Tensor):
         raise MasformerError("an explicit attention mask is not supported; pass a 2-D padding mask or position_ids")
     if not hasattr(module, "masformer_span"):
         raise MasformerError("the model was made of a config with a plan, but has none at work; call apply_plan first")
     # What torch traces sees neither the pass nor a cache; there the operator counts its calls.
     current = None if torch.compiler.is_compiling() else _pass.get()
-    span, backend = module.masformer_span, module.masformer_backend
+    span: Any = module.masformer_span
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if current is not None:
         current.served.add(module.layer_idx)  # type: ignore[arg-type]
-    options = {"scale": scaling, "dropout": dropout, "softcap": softcap, "backend": backend}
+    options: dict[str, Any] = {"scale": scaling, "dropout": dropout, "softcap": softcap}
+    options["backend"] = module.masformer_backend
+    constant = sinks.weights_of(module, s_aux)
+    own = constant and constant.under(span)
     if current is not None and current.cache is not None:
         parts = current.cache.seen(module.layer_idx, key, value)  # type: ignore[arg-type]
         if isinstance(span, UnitSpans):
-            each = zip(split(query, span), parts, span.groups, strict=True)
-            out = join([_attend_kept(some, *part, group.span, options) for some, part, group in each], span)
+            each = zip(split(query, span), parts, span.groups, split_sinks(own, span), strict=True)
+            out = join([_attend_kept(some, *part, group.span, of, options) for some, part, group, of in each], span)
         else:
-            out = _attend_kept(query, *parts[0], span, options)  # type: ignore[arg-type]
+            out = _attend_kept(query, *parts[0], span, own, options)  # type: ignore[arg-type]
         return out.transpose(1, 2).contiguous(), None
     if attention_mask is not None and attention_mask.documents.shape[1] != key.shape[2]:
         expected = attention_mask.documents.shape[1]
         raise MasformerError(f"the cache holds {key.shape[2]} keys of {expected}; use SpanCache or DynamicCache")
-    run: Callable[..., Tensor] = getattr(module, _INSTEAD, attend)
-    out = run(query, key, value, span, layout=attention_mask, **options)
+    if (instead := getattr(module, _INSTEAD, None)) is not None:
+        out = instead(query, key, value, span, layout=attention_mask, sinks=constant, **options)
+    else:
+        out = attend(query, key, value, span, layout=attention_mask, sinks=own, **options)
     return out.transpose(1, 2).contiguous(), None
 
 
 _attend_apart = _between_graphs(_attend_layer)
 
 
-def _attend_kept(query: Tensor, key: Tensor, value: Tensor, view: View, span: Span, options: dict[str, Any]) -> Tensor:
+def _attend_kept(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    view: View,
+    span: Span,
+    constant: ConstantSinks | None,
+    options: dict[str, Any],
+) -> Tensor:
     """Attention to what a cache keeps."""
     if not view.stored:
-        return attend(query, key, value, span, layout=view.layout, **options)
-    out = attend_stored(query, key, value, view.visible, **options)
+        return attend(query, key, value, span, layout=view.layout, sinks=constant, **options)
+    out = attend_stored(query, key, value, view.visible, sinks=constant, **options)
     return out if view.dead is None else out.masked_fill(view.dead, 0)
 
 
@@ -292,8 +343,8 @@ def _attend_kept(query: Tensor, key: Tensor, value: Tensor, view: View, span: Sp
 def attending_by(model: PreTrainedModel, function: Callable[..., Tensor]) -> Iterator[None]:
     """Within it, a function gives the attention of every layer in passes without a cache.
 
-    It is called with the number of the layer and then as `attend`, whose place it takes. Layers that were compiled run
-    as they are written.
+    It is called with the number of the layer and then as `attend`, whose place it takes; `sinks` are the constant sinks
+    of the layer, whether its span has one or not. Layers that were compiled run as they are written.
 
     Args:
         model: a model with a plan.

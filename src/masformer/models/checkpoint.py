@@ -26,12 +26,13 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from masformer.errors import MasformerError, check_int, shown
 from masformer.files import missing
 from masformer.models import adapters, hub
-from masformer.models.bridge import NAME, apply_plan
+from masformer.models.bridge import NAME, apply_plan, class_with_sinks
 from masformer.models.card import checkpoint_card, origin_of, write_card
 from masformer.models.gguf_files import reading_once
 from masformer.models.native import native_plan
 from masformer.models.positions import extend_positions
 from masformer.models.sealing import SEAL, is_sealed, kv_heads, unseal
+from masformer.models.sinks import check_there, sink_layers
 from masformer.models.weights import check_runs, check_weights
 from masformer.models.wrappers import bare_model
 from masformer.plan import AttentionPlan, PlanSource
@@ -174,6 +175,11 @@ def load_model(
     chosen = AttentionPlan.from_options(
         len(carried), full, placement, local, kv_heads=carried.kv_heads, plan=plan, default=carried
     )
+    check_there(os.fspath(model), carried, chosen)
+    model_class: Any = AutoModelForCausalLM
+    if sink_layers(carried):
+        model_class = class_with_sinks(AutoModelForCausalLM._model_mapping[type(config)])
+        config.masformer = carried.to_dict()
     options |= _given(device_map=device_map, quantization_config=quantization_config)
     if config.model_type == adapters.GPT_NEO:
         options["attn_implementation"] = NAME
@@ -182,7 +188,7 @@ def load_model(
         _show_bars_in_terminals_alone()
     use_safetensors = None if "gguf_file" in options else True
     try:
-        loaded, report = AutoModelForCausalLM.from_pretrained(
+        loaded, report = model_class.from_pretrained(
             source,
             config=config,
             dtype=dtype,

@@ -8,6 +8,8 @@ import json
 import torch
 from transformers import PreTrainedModel
 
+from masformer.models.sinks import is_sink, named_sinks
+
 SAMPLE = 256
 """Values of each weight that the fingerprint of a model reads."""
 
@@ -18,7 +20,9 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     skipped = ("masformer", "_name_or_path", "transformers_version", "_attn_implementation", "attn_implementation")
     config = {key: value for key, value in model.config.to_dict().items() if key not in skipped}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    weights = [*model.named_parameters(), *model.named_buffers()]
+    others = [(name, weight) for name, weight in weights if not is_sink(name)]
+    for name, tensor in [*others, *named_sinks(model)]:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         size = tensor.numel()
         index = torch.arange(min(size, SAMPLE), device=tensor.device) * size // max(1, min(size, SAMPLE))

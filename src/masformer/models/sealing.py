@@ -29,6 +29,7 @@ from transformers import (
 
 from masformer.errors import MasformerError
 from masformer.models.native import native_plan as native_plan  # it stood here, and may be imported from here
+from masformer.models.sinks import is_sink, sink_layers
 from masformer.models.weights import check_weights
 from masformer.plan import AttentionPlan
 
@@ -154,18 +155,22 @@ class _PlannedModel:
 
     @classmethod
     def _build(cls, how: str, *args: Any, **kwargs: Any) -> Any:
-        from masformer.models.bridge import apply_plan  # here, for the bridge imports this module
+        from masformer.models.bridge import apply_plan, class_with_sinks  # here, for the bridge imports this module
 
         _check_attention(kwargs)
         asked = kwargs.pop("output_loading_info", False)
         if how == "from_pretrained":
             kwargs["output_loading_info"] = True
-        made = getattr(cls.auto._model_mapping[cls.stock], how)(*args, **kwargs)
+        plan = AttentionPlan.from_dict((kwargs["config"] if "config" in kwargs else args[0]).masformer)
+        model_class = cls.auto._model_mapping[cls.stock]
+        made = getattr(class_with_sinks(model_class) if sink_layers(plan) else model_class, how)(*args, **kwargs)
         model, *others = made if isinstance(made, tuple) else (made,)
         if others and cls.auto is AutoModelForCausalLM:  # others have a part that checkpoints lack
             check_weights(args[0], others[0]["missing_keys"], others[0]["unexpected_keys"])
+        elif others:
+            check_weights(args[0], filter(is_sink, others[0]["missing_keys"]), ())
         model.config.architectures = [type(model).__name__]
-        apply_plan(model, AttentionPlan.from_dict(model.config.masformer))
+        apply_plan(model, plan)
         return (model, *others) if asked else model
 
 

@@ -32,11 +32,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from masformer.attention import attend
+from masformer.attention import ConstantSinks, attend
 from masformer.cost import ModelShape
 from masformer.errors import MasformerError
 from masformer.evaluation.room import autocast, free_memory
 from masformer.models.bridge import apply_plan, attending_by
+from masformer.models.sinks import named_sinks
 from masformer.placement.measure import Measurer, Slope, replaced_forward
 from masformer.placement.texts import Window
 from masformer.plan import AttentionPlan
@@ -202,13 +203,26 @@ class _Path:
         self.local, self.wider, self.target, self.share = local, wider, target, share
         self.gains: dict[int, list[NDArray[np.float64]]] = {}
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, span: Span, **options: Any) -> Tensor:
-        near = attend(query, key, value, self.local, **options)
+    def __call__(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        span: Span,
+        *,
+        sinks: ConstantSinks | None,
+        **options: Any,
+    ) -> Tensor:
+        def under(each: Span) -> Tensor:
+            return attend(query, key, value, each, sinks=sinks and sinks.under(each), **options)
+
+        near = under(self.local)
         out, differences = near, []
         for each in self.wider:
             moved = [self.share * (unit == each) for unit in spans_of(self.target.layers[layer])]
             with torch.set_grad_enabled(torch.is_grad_enabled() and any(moved)):
-                difference = attend(query, key, value, each, **options) - near
+                difference = under(each) - near
             if any(moved):
                 weights = torch.tensor(moved, dtype=out.dtype).repeat_interleave(query.shape[1] // len(moved))
                 out = out + weights.to(out.device)[:, None, None] * difference
@@ -243,7 +257,8 @@ class _Tap(torch.autograd.Function):
 @contextmanager
 def _frozen(model: PreTrainedModel) -> Iterator[None]:
     """No parameter takes part in gradients."""
-    trained = [each for each in model.parameters() if each.requires_grad]
+    aside = (weight for _, weight in named_sinks(model))
+    trained = [each for each in (*model.parameters(), *aside) if each.requires_grad]
     try:
         for each in trained:
             each.requires_grad_(False)

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from masformer.errors import MasformerError, check_int
 from masformer.models import adapters
-from masformer.models.bridge import NAME, apply_plan
+from masformer.models.bridge import NAME, add_sinks, apply_plan
 from masformer.models.checkpoint import (
     check_vocabulary,
     fit_tokenizer,
@@ -189,6 +189,7 @@ def new_model(config: PretrainedConfig, plan: AttentionPlan, settings: ModelReci
         causal = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **options)
     except Exception as error:
         raise MasformerError(f"cannot make a {config.model_type} model: {' '.join(str(error).split())}") from error
+    add_sinks(causal, plan)
     return apply_plan(causal, plan, settings.backend)
 
 

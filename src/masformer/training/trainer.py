@@ -22,6 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from masformer.data.packing import Schedule, collate
 from masformer.errors import MasformerError
 from masformer.files import parse_json, write_whole
+from masformer.models.sinks import is_sink
 from masformer.training import state
 from masformer.training.checkpoints import write_checkpoint
 from masformer.training.evaluation import Task, evaluate
@@ -146,6 +147,11 @@ class SpanTrainer(Trainer):  # type: ignore[misc]
             shared.fsdp_plugin = FullyShardedDataParallelPlugin(**(self.args.fsdp_plugin_args or {}))
             shared.distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Of the matrices alone: the sinks of a layer are no matrix, whoever made them."""
+        names: list[str] = super().get_decay_parameter_names(model)
+        return [name for name in names if not is_sink(name) and not name.endswith(".sinks")]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)

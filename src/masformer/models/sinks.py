@@ -1,0 +1,139 @@
+"""The weights of constant sinks in a model.
+
+They are parameters of a layer's attention module, `sink_logit` [query_heads] and `sink_value` [kv_heads, value_dim],
+where the layer's span has a constant sink (`masformer.attention.constant`). A plan by heads that gives it to some units
+has them for all; those of the others are not read.
+
+Under a plan that has no use for them, a model keeps its weights aside, where they are neither trained nor written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from masformer.attention import ConstantSinks
+from masformer.cost import head_shape
+from masformer.errors import MasformerError
+from masformer.plan import AttentionPlan
+from masformer.spans import spans_of
+
+LOGIT, VALUE = NAMES = ("sink_logit", "sink_value")
+_ASIDE = "masformer_sinks_aside"
+
+
+def sink_layers(plan: AttentionPlan) -> list[int]:
+    """The layers of a plan that have a constant sink in some unit."""
+    return [number for number, layer in enumerate(plan.layers) if any(span.constant_sink for span in spans_of(layer))]
+
+
+def is_sink(name: str) -> bool:
+    """Whether a weight of that name is one of a constant sink."""
+    return name.rpartition(".")[2] in NAMES
+
+
+def check_there(where: object, held: AttentionPlan, asked: AttentionPlan) -> None:
+    """Raises MasformerError where a plan has constant sinks that a checkpoint with another one has no weights for."""
+    if missing := sorted(set(sink_layers(asked)) - set(sink_layers(held))):
+        raise _missing(where, missing)
+
+
+def _missing(where: object, layers: list[int]) -> MasformerError:
+    return MasformerError(
+        f"the plan has constant sinks in layers {layers}, but {where} has no weights for them; fit them: "
+        "masformer convert --sinks fit, or fit_sinks in Python"
+    )
+
+
+def weights_of(module: nn.Module, own: Tensor | None = None) -> ConstantSinks | None:
+    """The constant sinks of an attention module, whether its plan has a use for them or not; None: it has none.
+
+    Args:
+        module: of a layer.
+        own: the logits that its class was made with.
+    """
+    if own is not None:
+        return ConstantSinks(own, None, always=True)
+    weights = vars(module).get(_ASIDE) or module._parameters
+    if LOGIT not in weights:
+        return None
+    return ConstantSinks(*(weights[name] for name in NAMES))  # type: ignore[arg-type]
+
+
+def named_sinks(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The weights of all constant sinks, also those that are kept aside, by name and in order."""
+    for place, module in model.named_modules():
+        for name, weight in (*module._parameters.items(), *vars(module).get(_ASIDE, {}).items()):
+            if name in NAMES and weight is not None:
+                yield f"{place}.{name}", weight
+
+
+def place_sinks(modules: Mapping[int, nn.Module], plan: AttentionPlan) -> None:
+    """Makes the weights of those layers parameters whose spans have a constant sink, and keeps the others aside.
+
+    Args:
+        modules: layer -> its attention module.
+        plan: the one that is to work.
+
+    Raises:
+        MasformerError: a layer has no weights, or sinks that its class was made with. Nothing is changed then.
+    """
+    _check_own(modules, plan)
+    wanted = sink_layers(plan)
+    if missing := [layer for layer in wanted if weights_of(modules[layer]) is None]:
+        raise _missing("the model", missing)
+    for layer, module in modules.items():
+        aside = vars(module).pop(_ASIDE, {})
+        if layer in wanted:
+            like = next(module.parameters())
+            for name, weight in aside.items():
+                module.register_parameter(name, weight)
+                weight.data = weight.data.to(like.device)
+        elif LOGIT in module._parameters:
+            vars(module)[_ASIDE] = {name: module._parameters.pop(name) for name in NAMES}
+        elif aside:
+            vars(module)[_ASIDE] = aside
+
+
+def _check_own(modules: Mapping[int, nn.Module], plan: AttentionPlan) -> None:
+    if own := [layer for layer in sink_layers(plan) if getattr(modules[layer], "sinks", None) is not None]:
+        raise MasformerError(
+            f"the plan has constant sinks in layers {own}, which have sinks of their own that join under every span; "
+            "leave +sink out"
+        )
+
+
+def add_weights(model: PreTrainedModel, modules: Mapping[int, nn.Module], plan: AttentionPlan) -> None:
+    """Gives those layers zeros whose spans have a constant sink, and which have no weights for it.
+
+    Args:
+        model: whose layers they are; says dtype and shapes.
+        modules: layer -> its attention module.
+        plan: says which.
+
+    Raises:
+        MasformerError: a layer has sinks that its class was made with.
+    """
+    _check_own(modules, plan)
+    for layer in sink_layers(plan):
+        module = modules[layer]
+        if weights_of(module) is None:
+            like = next(module.parameters())
+            for name, shape in zip(NAMES, shapes(model.config), strict=True):
+                zeros = torch.zeros(shape, dtype=model.dtype, device=like.device)
+                module.register_parameter(name, nn.Parameter(zeros))
+
+
+def shapes(config: PretrainedConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of the logits and of the values of a layer."""
+    query_heads, kv_heads, _, value_dim = head_shape(config)
+    return (query_heads,), (kv_heads, value_dim)
+
+
+def without_sink_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The other weights of a model."""
+    return {name: weight for name, weight in weights.items() if not is_sink(name)}
