@@ -10,11 +10,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from masformer import AttentionPlan, MasformerError, SpanCache, apply_plan, load_model, save_model
 from masformer.cost import ModelShape, cost
+from masformer.export.twins import stock_twin
 from masformer.models.bridge import add_sinks
 from masformer.models.fingerprint import model_fingerprint
 from masformer.models.native import native_plan
 from masformer.models.sinks import is_sink, named_sinks, sink_layers
-from masformer.models.twins import stock_twin
 from tiny import ARCHITECTURES, VOCABULARY, kv_heads_of, tiny, tiny_config
 
 TEXT = "window:5+sink,full,block:6x2+sink,window:4+2+sink"
