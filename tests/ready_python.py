@@ -3,6 +3,7 @@
 `-m masformer` and `-c` run in a fork of one process, with the arguments, environment, folder and files of the caller.
 """
 
+import gc
 import json
 import os
 import runpy
@@ -47,6 +48,7 @@ def serve(address):
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen()
+    gc.freeze()  # the collector need not walk through what is imported, and leaves its pages shared
     print("ready", flush=True)
     while True:
         caller, _ = listener.accept()
@@ -68,9 +70,10 @@ def answer(caller):
     while more := caller.recv(1 << 20):
         message += more
     (first, second, *rest), folder, environment = json.loads(message)
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        os.dup2(files[number], number)
-        setattr(sys, name, open(number, "w" if number else "r", closefd=False))
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+    sys.stdin = os.fdopen(0, closefd=False)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
