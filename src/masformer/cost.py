@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from masformer.configs import once_per_config
 from masformer.errors import MasformerError, check_int
 from masformer.plan import AttentionPlan, PlanSource
 from masformer.spans import FullSpan, Span
@@ -59,8 +60,9 @@ class ModelShape:
         for field in fields(self):
             check_int(field.name, getattr(self, field.name), 1)
 
-    @classmethod
-    def of(cls, config: PretrainedConfig) -> ModelShape:
+    @staticmethod
+    @once_per_config
+    def of(config: PretrainedConfig) -> ModelShape:
         """Reads the shape from a model's config; the model is built on the meta device, without weights.
 
         Raises:
@@ -80,7 +82,7 @@ class ModelShape:
             raise _unknown_cost(config, reason)
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        shape = cls(
+        shape = ModelShape(
             num_layers=config.num_hidden_layers,
             query_heads=heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,

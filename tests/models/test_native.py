@@ -6,9 +6,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from masformer import AttentionPlan, MasformerError, load_model
+from masformer import AttentionPlan, MasformerError, apply_plan, load_model
+from masformer.cost import ModelShape
 from masformer.models.checkpoint import load_config
-from masformer.models.native import native_plan
+from masformer.models.native import native_plan, stock_layers
+from masformer.models.sealing import kv_heads
 from tiny import ARCHITECTURES, VOCABULARY, tiny, tiny_config
 
 TOKENS = torch.randint(3, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -114,3 +116,35 @@ def test_the_config_stays_as_it_was():
     before = config.to_json_string(use_diff=False)
     native_plan(config)
     assert config.to_json_string(use_diff=False) == before
+
+
+@pytest.mark.parametrize("change", [{"sliding_window": 9}, {"layer_types": MIXED[::-1]}, {"num_key_value_heads": 1}])
+def test_a_config_that_was_changed_is_asked_again(change):
+    changed, fresh = tiny_config("ministral", layer_types=MIXED), tiny_config("ministral", layer_types=MIXED, **change)
+    before = native_plan(changed)
+    windows = [layer.window for layer in stock_layers(changed).values()]
+    for name, value in change.items():
+        setattr(changed, name, value)
+    assert native_plan(changed) == native_plan(fresh) != before
+    assert [layer.window for layer in stock_layers(changed).values()] == [
+        layer.window for layer in stock_layers(fresh).values()
+    ]
+    assert windows == [7, None, 7, None]
+
+
+@pytest.mark.parametrize(("name", "value"), [("vocab_size", 99), ("num_hidden_layers", 3), ("num_key_value_heads", 1)])
+def test_so_is_the_shape_of_a_changed_config_and_each_class_has_its_own(name, value):
+    config = tiny_config("llama")
+    before = ModelShape.of(config)
+    setattr(config, name, value)
+    assert ModelShape.of(config) == ModelShape.of(tiny_config("llama", **{name: value})) != before
+    assert ModelShape.of(tiny_config("llama")) == before != ModelShape.of(tiny_config("qwen2"))
+
+
+def test_the_heads_of_a_model_with_a_plan_are_those_of_its_config_as_it_is_now():
+    config = apply_plan(tiny("llama"), AttentionPlan.parse("full@1; window:9", 4)).config
+    kept = config.to_json_string()
+    assert kv_heads(config) == 2
+    assert config.to_json_string() == kept
+    config.num_key_value_heads = 4
+    assert kv_heads(config) == 4
