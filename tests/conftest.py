@@ -21,7 +21,7 @@ transformers.logging.disable_progress_bar()  # as the command line does; tests r
 LONGEST = [
     "study/test_tiny.py",
     "test_placement.py",
-    "models/test_export.py",
+    "export/test_export.py",
     "training/test_run.py",
     "test_cache.py",
     "training/test_distributed.py",
