@@ -279,6 +279,15 @@ def test_a_tokenizer(places, data):
         run("generate", folder, "--raw", "--prompt", TEXT, "--max-new-tokens", "2")
 
 
+@pytest.mark.parametrize("length", ["<e>", "10", [1], {}], ids=repr)
+def test_a_tokenizer_whose_length_is_no_number_is_refused_when_it_is_read(places, length):
+    settings = json.loads((places / "llama" / "tokenizer_config.json").read_text())
+    content = json.dumps(settings | {"model_max_length": length}).encode()
+    with damaged(places / "llama", "tokenizer_config.json", content) as folder:
+        assert refused(lambda: load_tokenizer(folder)) == (None, True)
+        assert run("generate", folder, "--raw", "--prompt", TEXT, "--max-new-tokens", "2")
+
+
 SPAN = re.compile(r"full|window:(\d+)(?:\+(\d+))?|block:(\d+)(?:x(\d+))?")
 PLANS = ["full@0-1,3; window:512+4", "full@2;block:64x3", "window:9", "full,window:5+2,block:6x2,full", "block:7"]
 

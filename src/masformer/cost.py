@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from masformer.configs import once_per_config
 from masformer.errors import MasformerError, check_int
 from masformer.plan import AttentionPlan, PlanSource
 from masformer.spans import FullSpan, Span
@@ -59,8 +60,9 @@ class ModelShape:
         for field in fields(self):
             check_int(field.name, getattr(self, field.name), 1)
 
-    @classmethod
-    def of(cls, config: PretrainedConfig) -> ModelShape:
+    @staticmethod
+    @once_per_config
+    def of(config: PretrainedConfig) -> ModelShape:
         """Reads the shape from a model's config; the model is built on the meta device, without weights.
 
         Raises:
@@ -79,7 +81,7 @@ class ModelShape:
         if reason := _odd_config(config):
             raise _unknown_cost(config, reason)
         query_heads, kv_heads, head_dim, value_dim = head_shape(config)
-        shape = cls(
+        shape = ModelShape(
             num_layers=config.num_hidden_layers,
             query_heads=query_heads,
             kv_heads=kv_heads,

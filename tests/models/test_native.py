@@ -6,9 +6,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from masformer import AttentionPlan, MasformerError, load_model
+from masformer import AttentionPlan, MasformerError, apply_plan, load_model
+from masformer.cost import ModelShape
 from masformer.models.checkpoint import load_config
-from masformer.models.native import native_plan
+from masformer.models.native import native_plan, stock_layers
+from masformer.models.sealing import kv_heads
 from tiny import ARCHITECTURES, VOCABULARY, tiny, tiny_config
 
 TOKENS = torch.randint(3, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -114,3 +116,36 @@ def test_the_config_stays_as_it_was():
     before = config.to_json_string(use_diff=False)
     native_plan(config)
     assert config.to_json_string(use_diff=False) == before
+
+
+@pytest.mark.parametrize("change", [{"sliding_window": 9}, {"layer_types": MIXED[::-1]}, {"num_key_value_heads": 1}])
+def test_a_config_that_was_changed_is_asked_again(change):
+    def found(config):
+        plan, layers = native_plan(config), stock_layers(config).values()
+        return plan, plan.kv_heads, [(layer.window, layer.kv_heads) for layer in layers]
+
+    settings = {"layer_types": MIXED}
+    config = tiny_config("ministral", **settings)
+    before = found(config)
+    for name, value in change.items():
+        setattr(config, name, value)
+    assert found(config) == found(tiny_config("ministral", **settings | change)) != before
+    assert before[2] == [(7, 2), (None, 2)] * 2
+
+
+@pytest.mark.parametrize(("name", "value"), [("vocab_size", 99), ("num_hidden_layers", 3), ("num_key_value_heads", 1)])
+def test_so_is_the_shape_of_a_changed_config_and_each_class_has_its_own(name, value):
+    config = tiny_config("llama")
+    before = ModelShape.of(config)
+    setattr(config, name, value)
+    assert ModelShape.of(config) == ModelShape.of(tiny_config("llama", **{name: value})) != before
+    assert ModelShape.of(tiny_config("llama")) == before != ModelShape.of(tiny_config("qwen2"))
+
+
+def test_the_heads_of_a_model_with_a_plan_are_those_of_its_config_as_it_is_now():
+    config = apply_plan(tiny("llama"), AttentionPlan.parse("full@1; window:9", 4)).config
+    kept = config.to_json_string()
+    assert kv_heads(config) == 2
+    assert config.to_json_string() == kept
+    config.num_key_value_heads = 4
+    assert kv_heads(config) == 4

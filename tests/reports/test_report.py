@@ -3,6 +3,7 @@
 import base64
 import copy
 import doctest
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -10,12 +11,13 @@ from pathlib import Path
 
 import pytest
 from markdown_it import MarkdownIt
+from matplotlib.figure import Figure as MatplotlibFigure
 from matplotlib.image import imread
 
 import masformer
 from masformer import MasformerError, records
 from masformer.placement.result import SearchResult
-from masformer.reports import Code, Report, Table, build_report, document, report
+from masformer.reports import Code, Report, Table, build_report, document, figures, report
 from masformer.reports.figures import draw, heat_map
 
 RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results"
@@ -485,7 +487,34 @@ def shown_or_refused(path):
 ONE_OF_A_KIND = {records.read_record(file).kind: file for file in FILES}.values()
 
 
+@pytest.fixture
+def drawn_once(monkeypatch):
+    """The same rows are drawn once, and a drawing is written once: most damage leaves most drawings as they are."""
+    drawings, files = {}, {}
+
+    def once(draw):
+        def drawn(*arguments):
+            key = draw.__name__, repr(arguments)
+            if key not in drawings:
+                drawings[key] = draw(*arguments)
+            return drawings[key]
+
+        return drawn
+
+    def save(figure, file, **options):
+        if figure not in files:
+            files[figure] = io.BytesIO()
+            save_drawing(figure, files[figure], **options)
+        file.write(files[figure].getvalue())
+
+    save_drawing = MatplotlibFigure.savefig
+    monkeypatch.setattr(MatplotlibFigure, "savefig", save)
+    monkeypatch.setattr(figures, "draw", once(draw))
+    monkeypatch.setattr(figures, "heat_map", once(heat_map))
+
+
 @pytest.mark.parametrize("file", ONE_OF_A_KIND, ids=lambda file: file.stem)
+@pytest.mark.usefixtures("drawn_once")
 def test_a_record_with_anything_in_it_is_shown_or_refused(file, tmp_path):
     """Values of records exchanged for others of all types: a report, or one line that names the file."""
     content = json.loads(file.read_text())

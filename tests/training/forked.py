@@ -4,6 +4,7 @@ A process of its own costs six seconds of imports; one that is forked costs none
 others as well. torchrun and accelerate are tried by test_distributed.py.
 """
 
+import gc
 import multiprocessing
 import os
 import random
@@ -24,6 +25,7 @@ processes.set_forkserver_preload(["masformer.cli", "masformer.training.run", "pe
 
 
 def begin(target, words, variables, outputs):
+    gc.freeze()  # the collector need not walk through what was imported
     os.environ |= variables
     for number, path in enumerate(outputs, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)

@@ -299,6 +299,7 @@ def read_tokenizer(source: str, name: str | None = None, **options: Any) -> Any:
         options["local_files_only"] = True
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **OWN_CODE, **options)
+        tokenizer("")  # some settings are not looked at before
     except BaseException as error:  # the library behind it panics, which is no Exception, where merges do not fit
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PretrainedConfig
 
+from masformer.configs import once_per_config
 from masformer.errors import MasformerError
 from masformer.models import adapters
 from masformer.plan import AttentionPlan
@@ -43,10 +45,10 @@ class StockLayer:
     kv_heads: int | None = None
 
 
-_plans: dict[str, AttentionPlan] = {}
 _seen: ContextVar[dict[int, StockLayer]] = ContextVar("seen_masks")
 
 
+@once_per_config
 def native_plan(config: PretrainedConfig) -> AttentionPlan:
     """The spans a stock model was trained with: what the masks of its class let through, layer by layer.
 
@@ -56,13 +58,6 @@ def native_plan(config: PretrainedConfig) -> AttentionPlan:
         MasformerError: the class does not run with this config, or the mask of some layer is neither causal nor a
             causal window.
     """
-    key = type(config).__qualname__ + config.to_json_string(use_diff=False)
-    if key not in _plans:
-        _plans[key] = _read_plan(config)
-    return _plans[key]
-
-
-def _read_plan(config: PretrainedConfig) -> AttentionPlan:
     layers, kind = config.num_hidden_layers, config.model_type
     if kind == adapters.GPT_NEO:  # has no hook; its masks follow these two
         local = WindowSpan(config.window_size)
@@ -79,7 +74,8 @@ def _read_plan(config: PretrainedConfig) -> AttentionPlan:
     return AttentionPlan(tuple(spans), heads.pop() if len(heads) == 1 else None)
 
 
-def stock_layers(config: PretrainedConfig) -> dict[int, StockLayer]:
+@once_per_config
+def stock_layers(config: PretrainedConfig) -> Mapping[int, StockLayer]:
     """What transformers gives each attention layer of a model with this config; no weights are needed.
 
     Returns:

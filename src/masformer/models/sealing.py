@@ -74,8 +74,12 @@ def stock_config(config: PretrainedConfig) -> PretrainedConfig:
 
 def kv_heads(config: PretrainedConfig) -> int | None:
     """KV heads of each layer of a model, as its class makes them; None where they are not alike, or not known."""
+    if isinstance(config, _Sealing):  # only read, so the values are shared: a search asks this before every pass
+        stock = object.__new__(config.stock)
+        vars(stock).update({key: value for key, value in vars(config).items() if key != SEAL})
+        config = stock
     try:
-        return native_plan(stock_config(config) if is_sealed(config) else config).kv_heads
+        return native_plan(config).kv_heads
     except MasformerError:
         return None
 
