@@ -146,7 +146,7 @@ ALL_FULL = AttentionPlan.uniform(4, FullSpan())
         *((kind, as_a_call, ALL_FULL) for kind in ("llama", "gpt_neo")),
         ("gpt_neo", as_a_call, MIXED),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_model_that_torch_compiles_as_a_whole_keeps_its_plan_and_its_cache(kind, whole, plan):
     plain, model = apply_plan(tiny(kind), plan), whole(apply_plan(tiny(kind), plan))
