@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from masformer.data.sources import Source
@@ -19,6 +19,7 @@ from masformer.study.scale import FULL, LOCAL, FindPart, WhereStage
 from masformer.study.units import Place, Unit
 from masformer.study.verdicts import (
     Nearness,
+    Verdict,
     are_better,
     comes_close,
     difference,
@@ -220,17 +221,27 @@ def _row(stage: WhereStage, each: Placement, plan: str, here: Mapping[str, Losse
     return row | {"attention": attention_share(stage.model, plan, stage.length)}
 
 
-def _of(stage: WhereStage, every: list[Placement], here: Mapping[str, Losses], name: str, budget: int) -> list[Losses]:
-    """Losses of what a search found at a budget, one for each text that it chose by; none where one is missing."""
-    mine = [each.name for each in every if each.search == name and each.budget == budget]
-    return [here[name] for name in mine] if all(name in here for name in mine) else []
+def _of(every: list[Placement], here: Mapping[str, Losses], name: str, budget: int) -> dict[str, Losses]:
+    """Losses of what a search found at a budget, by the text that it chose by, as far as they are there."""
+    mine = [each for each in every if each.search == name and each.budget == budget and each.chosen is not None]
+    return {str(each.chosen): here[each.name] for each in mine if each.name in here}
 
 
-def _less(one: list[Losses], other: list[Losses], length: int) -> Interval:
-    """The loss of some plans less that of others, in pairs: each as wide as the texts that they were chosen by."""
-    count = min(len(each.late(length)[0]) for each in (*one, *other))
-    values, base = ([each.late(length)[0][:count] for each in side] for side in (one, other))
-    return difference(values, base, one[0].weights(length)[:count])
+def _less(one: Mapping[str, Losses], other: Mapping[str, Losses] | Losses, length: int) -> Interval | None:
+    """The loss of some plans less that of others, in pairs by the texts that they were chosen by, or of one other.
+
+    The interval holds the mean of every such pair. None where there is no pair.
+    """
+    pairs = [
+        (mine, other if isinstance(other, Losses) else other[chosen])
+        for chosen, mine in one.items()
+        if isinstance(other, Losses) or chosen in other
+    ]
+    if not pairs:
+        return None
+    count = min(len(each.late(length)[0]) for pair in pairs for each in pair)
+    values, base = ([pair[side].late(length)[0][:count] for pair in pairs] for side in (0, 1))
+    return difference(values, base, pairs[0][0].weights(length)[:count])
 
 
 def _line(
@@ -239,9 +250,9 @@ def _line(
     """Of a search: share of what is full -> loss over all full."""
     line = []
     for budget in sorted(stage.budgets):
-        mine = _of(stage, every, here, name, budget)
-        if mine and FULL in here:
-            line.append((budget / layers_of(stage.model), _less(mine, [here[FULL]] * len(mine), stage.length)))
+        over = _less(_of(every, here, name, budget), here[FULL], stage.length) if FULL in here else None
+        if over is not None:
+            line.append((budget / layers_of(stage.model), over))
     return line
 
 
@@ -260,32 +271,41 @@ def _verdicts(made: Findings, stage: WhereStage, every: list[Placement], text: s
         made.verdicts.append(
             is_different(f"On {text} it matters which layers are full.", apart, f"{rules[-1]} less {rules[0]}")
         )
-    for name in stage.searches:
+    for name, part in stage.searches.items():
         found = {
-            f"{_size(stage, budget, stage.searches[name].by)} less {best[0]}": _less(
-                mine, [here[best[0]]] * len(mine), length
+            f"{_size(stage, budget, part.by)} less {best[0]}": _less(
+                _of(every, here, name, budget), here[best[0]], length
             )
             for budget, best in controls.items()
-            if best and (mine := _of(stage, every, here, name, budget))
+            if best
         }
         claim = f"On {text}, what {name} finds is better than every rule and random placement."
-        made.verdicts.append(are_better(claim, found))
+        _judge(made, are_better, claim, found)
     for pairs, claim, judge in (
         (stage.better, "is better than", are_better),
         (stage.as_good, "is as good as", is_no_worse),
     ):
         for one, other in pairs:
-            sides = {
-                budget: (_of(stage, every, here, one, budget), _of(stage, every, here, other, budget))
-                for budget in stage.budgets
-            }
             found = {
                 f"{_size(stage, budget, stage.searches[one].by)} against "
-                f"{_size(stage, budget, stage.searches[other].by)}": _less(*both, length)
-                for budget, both in sides.items()
-                if all(both)
+                f"{_size(stage, budget, stage.searches[other].by)}": _less(
+                    _of(every, here, one, budget), _of(every, here, other, budget), length
+                )
+                for budget in stage.budgets
             }
-            made.verdicts.append(judge(f"On {text}, what {one} finds {claim} what {other} finds.", found))
+            _judge(made, judge, f"On {text}, what {one} finds {claim} what {other} finds.", found)
+
+
+def _judge(
+    made: Findings,
+    judge: Callable[[str, dict[str, Interval]], Verdict],
+    claim: str,
+    found: Mapping[str, Interval | None],
+) -> None:
+    """Adds a verdict on what was measured, if anything was."""
+    there = {what: each for what, each in found.items() if each is not None}
+    if there:
+        made.verdicts.append(judge(claim, there))
 
 
 def _mean(losses: Losses, length: int) -> float:
