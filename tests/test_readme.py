@@ -16,7 +16,7 @@ FILE = Path(__file__).parent.parent / "README.md"
 README = FILE.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/evaluation.md", "docs/speed.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/evaluation.md", "docs/placement.md", "docs/speed.md"])
 def test_tables_are_those_of_the_records(name):
     file = FILE.parent / name
     assert "<!-- table: " in file.read_text(encoding="utf-8")
@@ -59,12 +59,6 @@ def test_the_python_of_a_page_runs(page, capsys):
         exec(block, names)
     assert names["out"].shape == (1, 9, 4096, 64)
     assert capsys.readouterr().out.splitlines()[-1] == "True"
-
-
-def test_the_attend_block_runs():
-    names = {name: torch.randn(1, heads, 9, 4) for name, heads in (("query", 4), ("key", 2), ("value", 2))}
-    exec(blocks("python")[1], names)
-    assert names["out"].shape == (1, 4, 9, 4)
 
 
 PAGES = [FILE, *sorted((FILE.parent / "docs").rglob("*.md"))]
