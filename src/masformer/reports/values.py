@@ -17,7 +17,7 @@ DIGITS = 4
 NOTHING = "-"
 
 _LAYERS = r"\d+(-\d+)?(,\d+(-\d+)?)*"
-_SPAN = r"(full|window:\d+(\+\d+)?|block:\d+(x\d+)?)"
+_SPAN = r"(full|(window:\d+(\+\d+)?|block:\d+(x\d+)?)(\+sink)?)"
 _PLAN = re.compile(rf"({_SPAN}|full@{_LAYERS})(\s*[;,]\s*{_SPAN})*")
 
 
