@@ -331,12 +331,12 @@ def conclusion(
     half = {result.name: result.second_half.perplexity or float("nan") for result in results}
     whole, bare, sinks = half["all full"], half["all local"], half["all local, sinks"]
     verb = "brings it to" if sinks < bare else "makes it no better:"
-    each = " and ".join(f"{name.removeprefix(f'{FOUND}: ')} {half[name]:.2f}" for name in found)
+    each = " and ".join(f"{half[name]:.2f} ({name.removeprefix(f'{FOUND}: ')})" for name in found)
     text = (
         f"In the second half of the context the model has a perplexity of {whole:.2f} with full attention. A window of "
         f"{window} tokens at every layer makes it {bare:.2f}, and keeping {SINKS} attention sinks {verb} {sinks:.2f}. "
-        f"Full attention at {rule.replace(', middle', ' in the middle')}, gives {half[rule]:.2f}, and where it was "
-        f"found to be needed {each}. "
+        f"Full attention at {rule.replace(', middle', ' in the middle')} gives {half[rule]:.2f}; at what was found to need "
+        f"it, {each}. "
     )
     if sinks > whole:
         share = (sinks - half[found[0]]) / (sinks - whole)
