@@ -335,8 +335,8 @@ def conclusion(
     text = (
         f"In the second half of the context the model has a perplexity of {whole:.2f} with full attention. A window of "
         f"{window} tokens at every layer makes it {bare:.2f}, and keeping {SINKS} attention sinks {verb} {sinks:.2f}. "
-        f"Full attention at {rule.replace(', middle', ' in the middle')} gives {half[rule]:.2f}; at what was found to need "
-        f"it, {each}. "
+        f"Full attention at {rule.replace(', middle', ' in the middle')} gives {half[rule]:.2f}; at what was found to "
+        f"need it, {each}. "
     )
     if sinks > whole:
         share = (sinks - half[found[0]]) / (sinks - whole)
