@@ -68,8 +68,13 @@ def placements(stage: WhereStage) -> list[Placement]:
     return [Placement(FULL, "full"), Placement(LOCAL, stage.local), *_found(stage), *_controls(stage)]
 
 
+def _count(stage: WhereStage, budget: int, by: str) -> int:
+    """Full layers of a budget, or as many KV heads as these have."""
+    return budget * (heads_of(stage.model) or 1) if by == "heads" else budget
+
+
 def _size(stage: WhereStage, budget: int, by: str) -> str:
-    count = budget * (heads_of(stage.model) or 1) if by == "heads" else budget
+    count = _count(stage, budget, by)
     return f"{count} {by if count > 1 else by[:-1]}"
 
 
@@ -126,11 +131,12 @@ def units(stage: WhereStage, place: Place) -> list[Unit]:
 def _search(stage: WhereStage, each: Placement) -> Unit:
     assert each.search is not None
     assert each.chosen is not None
+    assert each.budget is not None
     part = stage.searches[each.search]
     work = Search(
         stage.model,
         stage.choose[each.chosen],
-        int(each.size.split()[0]),
+        _count(stage, each.budget, part.by),
         stage.local,
         stage.length,
         stage.windows,
