@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -11,10 +12,13 @@ from transformers import PretrainedConfig
 
 Found = TypeVar("Found")
 
+# Where a config came from and what its weights are stored in: nothing that a model of its class is made of.
+_OF_THE_FILE = ("_name_or_path", "architectures", "dtype", "transformers_version")
+
 
 @dataclass(frozen=True)
 class _Key:
-    """A config as it is now: its class and everything that it would write."""
+    """A config as it is now: its class, and everything that it would write but where it came from."""
 
     kind: type
     text: str
@@ -30,6 +34,8 @@ def once_per_config(find: Callable[[PretrainedConfig], Found]) -> Callable[[Pret
 
     @functools.wraps(find)
     def found(config: PretrainedConfig) -> Found:
-        return kept(_Key(type(config), config.to_json_string(use_diff=False), config))
+        values = json.loads(config.to_json_string(use_diff=False))
+        text = json.dumps({name: value for name, value in values.items() if name not in _OF_THE_FILE})
+        return kept(_Key(type(config), text, config))
 
     return found
