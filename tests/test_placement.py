@@ -141,7 +141,7 @@ def search(model, budget=2, local=LOCAL, documents=DOCUMENTS, **changes):
 @pytest.mark.parametrize("criteria", ["tail", "kl", "retrieval", "tail:1,kl:0.5,retrieval:2"])
 def test_every_method_finds_the_layers_that_carry_long_range_information(method, known, criteria):
     model = induction_model(*known)
-    result = search(model, method=method, criteria=criteria, tokenizer=Words(), probes=12)
+    result = search(model, method=method, criteria=criteria, tokenizer=Words(), probes=8, random_placements=3)
     assert result.plan == AttentionPlan.mixed(LAYERS, placement=known, local=LOCAL)
     assert model.config.masformer == result.plan.to_dict()
     assert result.rank() == 1
