@@ -3,6 +3,7 @@ them what masformer does. It may have a Python of its own, which MASFORMER_LLAMA
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,13 +16,16 @@ from gguf import GGMLQuantizationType
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from masformer import AttentionPlan, MasformerError, apply_plan, cli, export
+from masformer import AttentionPlan, MasformerError, apply_plan, cli, export, save_model
 from masformer.export import export_gguf, export_model, gguf_config
 from masformer.export.llama_cpp import cache_bytes, readme_path
 from masformer.export.llama_cpp.files import read_gguf, write_gguf
-from masformer.export.llama_cpp.forms import NO_SINK, in_pairs
+from masformer.export.llama_cpp.forms import in_pairs
 from masformer.export.llama_cpp.tokens import RULES
+from masformer.export.sinks import NO_SINK
 from masformer.export.verify import check_installed, verify_export
+from masformer.models.bridge import add_sinks
+from masformer.models.sinks import named_sinks
 from tiny import letter_tokenizer, tiny
 from tiny import write_gguf as write_tiny
 
@@ -31,6 +35,7 @@ LENGTH, NEW, BATCH, ROWS = 100, 4, 32, 264
 TOKENS = torch.randint(3, 250, (LENGTH,), generator=torch.manual_seed(5))
 POSITIONS = [20, 70]
 PLANS = ["full@1,3; window:9", "window:9", "full@2; window:40", "full"]
+WITH_SINKS = ["full@1,3; window:9+sink", "window:9+sink", "window:9+sink,full,window:9,window:9+sink"]
 SCALED = {"rope_theta": 500.0, "factor": 4.0}
 YARN = {"rope_parameters": {"rope_type": "yarn", **SCALED, "original_max_position_embeddings": 32}}
 LLAMA3 = {"rope_type": "llama3", **SCALED, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -80,6 +85,20 @@ def lively(case="llama", **more):
     return model
 
 
+def plans_of(case):
+    """Those that its architecture takes."""
+    return PLANS if CASES[case][0] in ("qwen3", "olmo2") else [*PLANS, *WITH_SINKS]
+
+
+def with_sinks(model):
+    """A model with constant sinks in every layer that weigh much."""
+    add_sinks(model, AttentionPlan.parse("window:9+sink", 4))
+    generator = torch.manual_seed(3)
+    for _, weight in named_sinks(model):
+        weight.data = 2 * torch.randn(weight.shape, generator=generator).to(weight.dtype)
+    return model
+
+
 def write(model, path, plan="full@1,3; window:9", tokenizer=None, **options):
     export_model(
         apply_plan(model, AttentionPlan.parse(plan, 4)), path, "llama.cpp", tokenizer or plain_tokenizer(), **options
@@ -125,7 +144,7 @@ def log_probabilities(model, plan, continuation):
 
 def test_llama_cpp_gives_the_same_probabilities_and_tokens(python, tmp_path):
     """Every architecture and plan of the table; the prompt is longer than the window, and read in several batches."""
-    made = [(case, plan, lively(case)) for case in CASES for plan in PLANS]
+    made = [(case, plan, with_sinks(lively(case))) for case in CASES for plan in plans_of(case)]
     jobs = [job(write(model, tmp_path / f"{i}.gguf", plan), TEXT) for i, (_, plan, model) in enumerate(made)]
     for (case, plan, model), answer in zip(made, run(python, jobs, tmp_path), strict=True):
         continuation = torch.from_numpy(answer["continuation"]).long()
@@ -134,8 +153,9 @@ def test_llama_cpp_gives_the_same_probabilities_and_tokens(python, tmp_path):
         assert difference < 2e-4, f"{case} under {plan}"
         assert continuation.tolist() == ours[-NEW:].argmax(-1).tolist(), f"{case} under {plan}"
         assert answer["tokenised"].tolist() == plain_tokenizer().encode(TEXT)
-        if plan != "full":
-            assert (log_probabilities(model, "full", continuation) - ours).abs().max() > 0.5, f"{case} under {plan}"
+        others = [] if plan == "full" else ["full", plan.replace("+sink", "")]
+        for other in filter(lambda other, plan=plan: other != plan, others):
+            assert (log_probabilities(model, other, continuation) - ours).abs().max() > 0.5, f"{case} under {plan}"
 
 
 TYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
@@ -178,15 +198,22 @@ def stored(path):
     return content, {name: field.value for name, field in content.fields.items()}, tensors
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_quantised_file_is_given_a_plan_by_other_metadata(tmp_path, case):
+@pytest.mark.parametrize(("case", "plan"), [(case, plans_of(case)[index]) for case in CASES for index in (0, -1)])
+def test_a_quantised_file_is_given_a_plan_by_other_metadata(tmp_path, case, plan):
     """The same file comes of the model at once; tensors that were there lie in it byte for byte."""
-    model = lively(case)
+    model, sinks = with_sinks(lively(case)), None
     old = stored(write(model, tmp_path / "tiny.gguf", "full", quantised="q8_0"))
-    plan = "full@1,3; window:9"
+    if "+sink" in plan:
+        sinks = tmp_path / "fitted"
+        save_model(apply_plan(model, AttentionPlan.parse("window:9+sink", 4)), sinks)
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    export_gguf(tmp_path / "tiny.gguf", tmp_path / "a/tiny.gguf", AttentionPlan.parse(plan, 4))
+    export_gguf(
+        tmp_path / "tiny.gguf",
+        tmp_path / "a/tiny.gguf",
+        AttentionPlan.parse(plan, None if "," in plan and "@" not in plan else 4),
+        sinks=sinks,
+    )
     ours, direct = (
         stored(tmp_path / "a/tiny.gguf"),
         stored(write(model, tmp_path / "b/tiny.gguf", plan, quantised="q8_0")),
@@ -194,12 +221,53 @@ def test_a_quantised_file_is_given_a_plan_by_other_metadata(tmp_path, case):
     assert ours[0].architecture == direct[0].architecture
     assert ours[1] == direct[1]
     assert ours[2] == direct[2]
+    changed = re.compile(r"blk\.[03]\.attn_(v|output)\.bias" if sinks else "none")
     for name, (shape, kind, data) in old[2].items():
         if case == "qwen2" and (".attn_q." in name or ".attn_k." in name):
             rows = np.frombuffer(data, np.uint8).reshape(shape[0], -1)
             data = in_pairs(rows, 4 if ".attn_q." in name else 2).tobytes()
-        assert ours[2][name] == (shape, kind, data)
+        assert (ours[2][name] == (shape, kind, data)) is not bool(changed.fullmatch(name))
+    added = {
+        name for name in ours[2].keys() - old[2].keys() if not name.endswith(("attn_sinks.weight", "output.weight"))
+    }
+    assert all(changed.fullmatch(name) for name in added)
     assert {name for name in old[1] if name.startswith("tokenizer.")} <= ours[1].keys()
+
+
+@pytest.mark.parametrize(
+    ("plan", "sinks", "message"),
+    [
+        (
+            "full@1; window:9+sink",
+            None,
+            "and a .gguf file has no weights for them: name the folder",
+        ),
+        ("full@1; window:9", "fitted", "has no constant sink, so sinks do nothing; allowed: window:512+sink"),
+        ("window:9+sink", "fitted", "has constant sinks in layers [1], but fitted has no weights for them"),
+        ("full@1; window:9+sink", "stock", "stock has no weights of constant sinks; allowed: a folder of"),
+        ("full@1; window:9+sink", "missing", "missing has no weights of constant sinks; allowed: a folder of"),
+        (
+            "full@1; window:9+sink",
+            "other",
+            "sink_logit of layer 0 in other must be [4], as the model has",
+        ),
+        ("full@1; window:9+sink", "damaged", "cannot read damaged: "),
+    ],
+)
+def test_constants_that_do_not_fit_a_file_are_refused(tmp_path, monkeypatch, plan, sinks, message):
+    monkeypatch.chdir(tmp_path)
+    source = write_tiny(tmp_path / "tiny.gguf", 4)
+    fitted = AttentionPlan.parse("full@1; window:9+sink", 4)
+    for name, heads in {"fitted": 4, "other": 2}.items():
+        save_model(apply_plan(with_sinks(tiny("llama", num_attention_heads=heads)), fitted), name)
+    tiny("llama").save_pretrained("stock")
+    Path("damaged").mkdir()
+    Path("damaged/model.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(MasformerError) as raised:
+        export_gguf(source, "out.gguf", AttentionPlan.parse(plan, 4), sinks=sinks)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert not Path("out.gguf").exists()
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,11 @@ from masformer.export import (
     support_tables,
 )
 from masformer.export.verify import check_installed, verify_export
+from masformer.models.bridge import give_sinks
 from masformer.models.card import weights_text
 from masformer.models.checkpoint import load_config
 from masformer.models.native import native_plan
+from masformer.models.sinks import read_sinks
 
 
 def export(
@@ -33,6 +35,7 @@ def export(
     *,
     target: Literal["transformers", "vllm", "mlx-lm", "llama.cpp"],
     quantised: Literal["q8_0"] | None = None,
+    sinks: str | None = None,
     overwrite: bool = False,
     verify: bool = False,
     python: str | None = None,
@@ -45,6 +48,8 @@ def export(
         out: folder to write; for llama.cpp the .gguf file, with a README beside it.
         target: the tool; --list shows what each can run.
         quantised: for llama.cpp, store the matrices so, in place of in the dtype.
+        sinks: for a .gguf file and a plan with constant sinks (window:512+sink), the folder that `masformer convert
+            --sinks fit` made of that file: its constants are added to the file.
         dtype: dtype of the weights; auto is what they are stored as, and bfloat16 for those of a quantised .gguf file.
         overwrite: replace a model folder or file that is already there; a README that somebody wrote is kept.
         verify: load the result in the tool and compare logits and a greedy continuation past the window.
@@ -67,14 +72,24 @@ def export(
         config = gguf_config(model)
         own = native_plan(config)
     else:
+        if sinks is not None:
+            raise MasformerError(
+                "--sinks is for .gguf files that go to llama.cpp; other models bring their own constants"
+            )
         config, own = load_config(model)
     chosen = options.one(own)
     check_export(config, chosen, target)
+    if as_it_is:
+        llama_cpp.check_sinks(chosen, sinks)
     if verify:
         check_installed(target, python)
     loaded, tokenizer = None, None
-    if verify or not as_it_is:
-        loaded, tokenizer = (options if as_it_is else options.to_write(model)).load(model, chosen)
+    if not as_it_is:
+        loaded, tokenizer = options.to_write(model).load(model, chosen)
+    elif verify:
+        loaded, tokenizer = options.load(model, chosen if sinks is None else own)
+        if sinks is not None:
+            give_sinks(loaded, chosen, read_sinks(sinks))
     if loaded is not None and tokenizer is None and target != "transformers":
         raise MasformerError(
             f"{model} has no tokenizer, and {target} runs no text without one; put one beside the model"
@@ -82,8 +97,10 @@ def export(
     if (warning := quality_warning(config, chosen)) is not None:
         print(f"masformer: warning: {warning}", file=sys.stderr)
     if as_it_is:
-        say(f"{out}: {chosen}, for {target}; the tensors of {model}")
-        export_gguf(model, out, chosen, overwrite=overwrite)
+        say(
+            f"{out}: {chosen}, for {target}; the tensors of {model}{'' if sinks is None else f', the sinks of {sinks}'}"
+        )
+        export_gguf(model, out, chosen, overwrite=overwrite, sinks=sinks)
     else:
         say(f"{out}: {chosen}, for {target}; {weights_text(loaded)}{f', stored in {quantised}' if quantised else ''}")
         export_model(loaded, out, target, tokenizer, overwrite=overwrite, source=model, quantised=quantised)

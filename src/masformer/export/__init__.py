@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from masformer.errors import MasformerError
 from masformer.export import llama_cpp
 from masformer.export.choose import check_export, chosen_entry, form_for, quality_warning, write_config
-from masformer.export.forms import extra_weights
+from masformer.export.forms import form_weights
 from masformer.export.llama_cpp import export_gguf, gguf_config
 from masformer.export.readme import folder_readme
 from masformer.export.stock import SAMPLE, check_stock
@@ -88,9 +88,7 @@ def export_model(
         kind = None if quantised is None else QUANTISED[quantised]
         return llama_cpp.write_model(config, plan, tool, dict(weights), tokenizer, path, origin, kind)
     with model_folder(path, overwrite=overwrite) as folder:
-        model.save_pretrained(
-            folder, state_dict=weights | extra_weights(config, form_for(config, plan, entry), weights)
-        )
+        model.save_pretrained(folder, state_dict=form_weights(config, plan, form_for(config, plan, entry), weights))
         data = write_config(config, plan, tool, entry)
         for file in ("config.json", CODE_FILE):
             (folder / file).unlink()

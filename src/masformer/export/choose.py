@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from math import inf
 from typing import Any
 
@@ -13,6 +14,7 @@ from masformer.errors import MasformerError
 from masformer.export.forms import (
     FORMS,
     FULL,
+    GRANITE_SWA,
     PERIODIC,
     SLIDING,
     architecture,
@@ -22,7 +24,7 @@ from masformer.export.forms import (
     period,
     unknown_to_converters,
 )
-from masformer.export.targets import KINDS, TARGETS, Entry, Target
+from masformer.export.targets import FORM_NEEDS, KINDS, TARGETS, Entry, Target
 from masformer.models.native import native_plan
 from masformer.models.positions import position_limit
 from masformer.models.sealing import kv_heads
@@ -30,6 +32,7 @@ from masformer.plan import AttentionPlan, PlanSource
 from masformer.spans import BlockSpan, FullSpan, Span, WindowSpan
 
 DROP = "drop the sinks"
+REPLACE = "put constants in place of first tokens, which masformer convert --sinks fit finds"
 _SINKS = "without training, that costs much (perplexity 20.9 in place of 12.4 in SmolLM2-135M)"
 _UNTRAINED = "the model as it was published does not have; unless it was trained with them since, that costs much"
 _YARN = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
@@ -52,23 +55,20 @@ def kind_of(plan: AttentionPlan) -> str:
     """The kind of a plan, one of `KINDS`: the hardest thing that it asks for."""
     if plan.by_heads:
         return "heads"
-    if any(span.constant_sink for span in plan):
-        return "constants"
     if any(isinstance(span, BlockSpan) for span in plan):
         return "blocks"
     if any(span.sinks for span in plan):
         return "sinks"
-    windows = {span for span in plan if isinstance(span, WindowSpan)}
-    if len(windows) > 1:
+    if len({span.size for span in plan if isinstance(span, WindowSpan)}) > 1:
         return "windows"
+    if any(span.constant_sink for span in plan):
+        return "constants"
     return "full" if plan.is_full else "mixed" if plan.full_layers else "window"
 
 
 def plain(plan: AttentionPlan) -> AttentionPlan:
     """The same plan with windows for blocks of one token, which are windows: j >= i - lookback."""
-    return plan.changed(
-        lambda span: WindowSpan(span.lookback + 1) if isinstance(span, BlockSpan) and span.size == 1 else span
-    )
+    return plan.changed(lambda span: _as_window(span) if isinstance(span, BlockSpan) and span.size == 1 else span)
 
 
 def entry_for(config: PretrainedConfig, plan: AttentionPlan, target: Target) -> Entry | None:
@@ -93,11 +93,14 @@ def write_config(config: PretrainedConfig, plan: AttentionPlan, target: Target, 
         data = for_mlx_lm(data)
     if target.name == "vllm":
         return for_vllm(data)
-    return data if plan.is_full or plan == native_plan(config) else unknown_to_converters(data)
+    known = plan.is_full or data["model_type"] == GRANITE_SWA or plan == native_plan(config)
+    return data if known else unknown_to_converters(data)
 
 
 def form_for(config: PretrainedConfig, plan: AttentionPlan, entry: Entry) -> str:
     """The form of the checkpoint: under full attention a model keeps its own class, if the tool has it."""
+    if any(span.constant_sink for span in plan):
+        return GRANITE_SWA
     if plan.is_full and config.model_type in ("llama", "mistral", "ministral"):
         return "without window"
     return "native" if plan.is_full and config.model_type in ("qwen2", "olmo2") else entry.form
@@ -120,14 +123,15 @@ def objection(config: PretrainedConfig, plan: AttentionPlan, target: Target) -> 
         return "its layers differ in shape"
     if getattr(config, "quantization_config", None):
         return "its weights are quantised; export the model before that"
-    for name, allowed in entry.needs.items():
+    form = form_for(config, plan, entry)
+    for name, allowed in {**entry.needs, **FORM_NEEDS.get(form, {})}.items():
         if (value := getattr(config, name, None)) not in allowed:
             return f"it runs these models only with {name} {' or '.join(map(str, allowed))}, not {value}"
     if entry.form == "unchanged":
         return None
     if target.name == "llama.cpp" and (reason := _llama_cpp_objection(config, plan)):
         return reason
-    if target.name == "transformers" and WindowSpan(1) in plan.spans and entry.form != "gpt_neo":
+    if target.name == "transformers" and 1 in map(_size, plan.spans) and entry.form != "gpt_neo":
         return "its cache drops nothing under a window of 1, so generated tokens see more than their own"
     data = write_config(config, plan, target, entry)
     written = type(config).from_dict(data) if data["model_type"] == config.model_type else config
@@ -138,7 +142,7 @@ def objection(config: PretrainedConfig, plan: AttentionPlan, target: Target) -> 
         )
     if target.name == "mlx-lm" and config.model_type in PERIODIC and period(data["layer_types"]) is None:
         return entry.why
-    return _rope_objection(data, target, entry)
+    return _rope_objection(data, target, entry, form)
 
 
 def _llama_cpp_objection(config: PretrainedConfig, plan: AttentionPlan) -> str | None:
@@ -153,7 +157,7 @@ def _llama_cpp_objection(config: PretrainedConfig, plan: AttentionPlan) -> str |
     return None
 
 
-def _rope_objection(data: dict[str, Any], target: Target, entry: Entry) -> str | None:
+def _rope_objection(data: dict[str, Any], target: Target, entry: Entry, form: str) -> str | None:
     """Rotary positions that the tool would compute in another way than transformers, from a config.json."""
     parameters = data.get("rope_parameters") or {}
     ropes = {key: rope for key, rope in parameters.items() if isinstance(rope, dict)} or {FULL: parameters}
@@ -162,7 +166,7 @@ def _rope_objection(data: dict[str, Any], target: Target, entry: Entry) -> str |
         if kind not in (target.ropes if entry.ropes is None else entry.ropes):
             return f"it does not compute {kind} rotary positions as transformers does"
         part = rope.get("partial_rotary_factor") or 1.0
-        if part != 1.0 and (target.name in ("mlx-lm", "llama.cpp") or entry.form not in ("native", "gpt_neo")):
+        if part != 1.0 and (target.name in ("mlx-lm", "llama.cpp") or form not in ("native", "gpt_neo")):
             return f"it does not agree with transformers on rotary positions in {part} of each head"
         usual = _YARN_USUAL if target.name == "llama.cpp" else {}
         odd = sorted(
@@ -190,7 +194,7 @@ def quality_warning(config: PretrainedConfig, plan: AttentionPlan) -> str | None
     bare = {
         layer: WindowSpan(span.size, 4)
         for layer, span in enumerate(plan)
-        if isinstance(span, WindowSpan) and not span.sinks and span != trained[layer] and span.size < (limit or inf)
+        if isinstance(span, WindowSpan) and span == span.bare != trained[layer] and span.size < (limit or inf)
     }
     if not bare:
         return None
@@ -244,26 +248,35 @@ def nearest(config: PretrainedConfig, plan: AttentionPlan, target: Target) -> tu
 
 
 def _candidates(config: PretrainedConfig, plan: AttentionPlan) -> Iterator[tuple[AttentionPlan, list[str]]]:
-    """Ever simpler plans, each with the changes that lead to it."""
+    """Ever simpler plans, each with the changes that lead to it: with their sinks, with constants for them, and bare."""
     words: list[str] = []
     if plan.by_heads:
         words, plan = ["give each layer one span"], one_span_per_layer(plan)
         yield plan, words
+    yield from _simpler(config, plan, words)
+    if any(span.sinks for span in plan):
+        yield from _simpler(config, plan.changed(_with_constant), [*words, REPLACE])
+    if any(span.sinks or span.constant_sink for span in plan):
+        yield from _simpler(config, plan.changed(lambda span: span.bare), [*words, DROP])
+
+
+def _simpler(
+    config: PretrainedConfig, plan: AttentionPlan, words: list[str]
+) -> Iterator[tuple[AttentionPlan, list[str]]]:
     spans = list(plan)
-    if any(span.sinks or span.constant_sink for span in spans):
-        words, spans = [*words, DROP], [span.bare for span in spans]
-        yield AttentionPlan(tuple(spans)), words
+    if words:
+        yield plan, words
     if any(isinstance(span, BlockSpan) for span in spans):
         words, spans = [*words, "use windows in place of blocks"], [_as_window(span) for span in spans]
         yield AttentionPlan(tuple(spans)), words
-    if WindowSpan(1) in spans:
-        wider = [WindowSpan(2) if span == WindowSpan(1) else span for span in spans]
-        words, spans = [*words, "use windows of at least 2"], wider
+    if 1 in (_size(span) for span in spans):
+        words = [*words, "use windows of at least 2"]
+        spans = [_sized(span, 2) if _size(span) == 1 else span for span in spans]
         yield AttentionPlan(tuple(spans)), words
     windows = Counter(span for span in spans if isinstance(span, WindowSpan))
-    if len(windows) > 1:
+    if len({span.size for span in windows}) > 1:
         window = max(windows, key=lambda each: (windows[each], each.size))
-        words, spans = [*words, "use one window"], [span if isinstance(span, FullSpan) else window for span in spans]
+        words, spans = [*words, "use one window"], [_sized(span, window.size) for span in spans]
         yield AttentionPlan(tuple(spans)), words
     layers, full = len(plan), FullSpan()
     yield AttentionPlan.uniform(layers, full), [*words, "use full attention in every layer"]
@@ -276,6 +289,21 @@ def _candidates(config: PretrainedConfig, plan: AttentionPlan) -> Iterator[tuple
     yield AttentionPlan.mixed(layers, 1, "middle", local=window), [*words, "keep one layer full"]
     pattern = AttentionPlan(tuple(full if isinstance(span, FullSpan) else window for span in trained))
     yield pattern, [*words, "keep full the layers that were trained so"]
+
+
+def _size(span: Span) -> int | None:
+    """Of a window."""
+    return span.size if isinstance(span, WindowSpan) else None
+
+
+def _sized(span: Span, size: int) -> Span:
+    """A window of that size, with the sinks it has; other spans as they are."""
+    return replace(span, size=size) if isinstance(span, WindowSpan) else span
+
+
+def _with_constant(span: Span) -> Span:
+    """A window with a constant sink in place of its first tokens."""
+    return WindowSpan(span.size, constant_sink=True) if isinstance(span, WindowSpan) and span.sinks else span
 
 
 def one_span_per_layer(plan: AttentionPlan) -> AttentionPlan:
@@ -298,4 +326,6 @@ def one_span_per_layer(plan: AttentionPlan) -> AttentionPlan:
 
 
 def _as_window(span: Span) -> Span:
-    return WindowSpan(span.size * (span.lookback + 1)) if isinstance(span, BlockSpan) else span
+    if not isinstance(span, BlockSpan):
+        return span
+    return WindowSpan(span.size * (span.lookback + 1), constant_sink=span.constant_sink)

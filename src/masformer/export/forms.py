@@ -1,12 +1,13 @@
 """The forms that a checkpoint is written in: each turns a stock config and a plan into the content of config.json.
 
-Weights keep their names and values in every form; `extra_weights` says which zeros a form adds. A form writes every
-value of the config, also those that transformers would leave out, since other tools have other defaults.
+Weights keep their names and values in every form; `form_weights` says what a form adds, and what becomes of constant
+sinks. A form writes every value of the config, also those that transformers would leave out, since other tools have
+other defaults.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,10 +15,14 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from masformer.export.sinks import biases, no_sink
+from masformer.models.sinks import by_layer, check_fit, shapes, sink_layers, without_sink_weights
 from masformer.plan import AttentionPlan
 from masformer.spans import FullSpan, WindowSpan
 
 SLIDING, FULL = "sliding_attention", "full_attention"
+GRANITE_SWA = "granite_swa"
+"""The model type, and the form, that has a sink of each head: Llama with layer types, in transformers from 5.15."""
 SWITCHED = {"qwen2", "qwen3", "smollm3"}
 """Model types that drop their window unless `use_sliding_window` is set."""
 NO_FULL_POSITIONS = {"cohere2", "exaone4"}
@@ -121,6 +126,34 @@ def _smollm3(config: PretrainedConfig, plan: AttentionPlan) -> dict[str, Any]:
     )
 
 
+def _granite_swa(config: PretrainedConfig, plan: AttentionPlan) -> dict[str, Any]:
+    """A Llama as the class with sinks: Granite's own scales are one, and that of the scores is Llama's."""
+    layers, theta = config.num_hidden_layers, config.rope_parameters["rope_theta"]
+    rotary = getattr(config, "no_rope_layers", None) or [1] * layers
+    data = _like_llama(
+        config,
+        plan,
+        GRANITE_SWA,
+        attention_bias=_has_biases(config, plan),
+        mlp_bias=getattr(config, "mlp_bias", False),
+        embedding_multiplier=1.0,
+        logits_scaling=1.0,
+        residual_multiplier=1.0,
+        layer_rope_theta=[theta if each else 0.0 for each in rotary],
+    )
+    data["attention_multiplier"] = data["head_dim"] ** -0.5
+    return {key: value for key, value in data.items() if key not in _OTHERS}
+
+
+def _has_biases(config: PretrainedConfig, plan: AttentionPlan) -> bool:
+    """Whether the projections of granite_swa have biases, all four: those of the model, or the values of sinks."""
+    return bool(sink_layers(plan)) or config.model_type == "qwen2" or bool(getattr(config, "attention_bias", False))
+
+
+_OTHERS = {"use_sliding_window", "max_window_layers", "no_rope_layers", "no_rope_layer_interval"}
+"""What classes that become granite_swa say of their layers in their own words."""
+
+
 def _olmo3(config: PretrainedConfig, plan: AttentionPlan) -> dict[str, Any]:
     """OLMo 2 as OLMo 3: the same layers, and the same rotary positions in both kinds of layer."""
     rope = {kind: dict(config.rope_parameters) for kind in (SLIDING, FULL)}
@@ -146,6 +179,7 @@ FORMS: dict[str, Form] = {
     "ministral": _ministral,
     "mistral": _mistral,
     "smollm3": _smollm3,
+    GRANITE_SWA: _granite_swa,
     "olmo3": _olmo3,
     "gpt_neo": _gpt_neo,
     "unchanged": _unchanged,
@@ -153,26 +187,56 @@ FORMS: dict[str, Form] = {
 """Form -> its function: (stock config, plan with at most one window) -> config.json."""
 
 
-def extra_weights(config: PretrainedConfig, form: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights that the form has and the model has not: biases of zero (Qwen2 has three biases where SmolLM3 has four).
+def form_weights(
+    config: PretrainedConfig, plan: AttentionPlan, form: str, weights: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The weights of a model in a form.
+
+    Where it has biases that the model has not, they are zero (Qwen2 has three biases where SmolLM3 has four); in
+    granite_swa two of them hold the values of constant sinks (`masformer.export.sinks`), and their logits have the name
+    that they have there.
 
     Args:
         config: the stock config of the model.
+        plan: one span per layer.
         form: key of `FORMS`.
         weights: the model's weights by name.
+
+    Raises:
+        MasformerError: constant sinks of the plan are missing.
     """
-    if form != "smollm3" or config.model_type != "qwen2":
-        return {}
-    outputs = {name: weight for name, weight in weights.items() if name.endswith("self_attn.o_proj.weight")}
-    return {
-        name.removesuffix("weight") + "bias": torch.zeros(len(weight), dtype=weight.dtype)
-        for name, weight in outputs.items()
-    }
+    found = without_sink_weights(weights)
+    if form == GRANITE_SWA and _has_biases(config, plan):
+        _add_zeros(found, ("q_proj", "k_proj", "v_proj", "o_proj"))
+    elif form == "smollm3" and config.model_type == "qwen2":
+        _add_zeros(found, ("o_proj",))
+    if form != GRANITE_SWA:
+        return found
+    check_fit("the model", sinks := by_layer(weights), plan, shapes(config))
+    outputs = [name for name in found if name.endswith(".self_attn.o_proj.weight")]
+    for layer, name in enumerate(sorted(outputs, key=lambda each: int(each.split(".")[-4]))):
+        attention, output = name.removesuffix("o_proj.weight"), found[name]
+        none = torch.full((config.num_attention_heads,), no_sink(output.dtype), dtype=output.dtype)
+        found[f"{attention}sinks"] = none
+        if layer in sink_layers(plan):
+            found[f"{attention}sinks"] = sinks[layer].logit.detach().clone()
+            for part, added in zip(("v_proj", "o_proj"), biases(sinks[layer], output), strict=True):
+                bias = found[f"{attention}{part}.bias"]
+                found[f"{attention}{part}.bias"] = (bias.detach().double() + added).to(bias.dtype)
+    return found
+
+
+def _add_zeros(weights: dict[str, Tensor], parts: tuple[str, ...]) -> None:
+    """Biases of projections that have none."""
+    for name, weight in list(weights.items()):
+        projection, _, kind = name.rpartition(".")
+        if kind == "weight" and projection.rpartition(".self_attn.")[2] in parts:
+            weights.setdefault(f"{projection}.bias", torch.zeros(len(weight), dtype=weight.dtype, device=weight.device))
 
 
 def for_vllm(data: dict[str, Any]) -> dict[str, Any]:
     """Names vLLM's transformers backend: not all of its own classes read layer types, or every bias (Qwen 3)."""
-    if data["model_type"] not in ("mistral", "llama", "gpt2", "gpt_neox"):
+    if data["model_type"] not in ("mistral", "llama", "gpt2", "gpt_neox", GRANITE_SWA):
         data["architectures"] = [ANY_CLASS]
     return data
 

@@ -5,9 +5,9 @@
 | `full` | full attention in every layer |
 | `window` | one window in every layer |
 | `mixed` | one window in some layers, full attention in the others |
+| `constants` | one of these three, and windows with a constant sink |
 | `windows` | windows of several sizes |
-| `sinks` | a window with sinks in some layer |
-| `constants` | a span with a constant sink in some layer |
+| `sinks` | a window with first tokens in some layer |
 | `blocks` | a block span in some layer |
 | `heads` | KV heads of one layer with different spans |
 
@@ -21,8 +21,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-KINDS = ("full", "window", "mixed", "windows", "sinks", "constants", "blocks", "heads")
+KINDS = ("full", "window", "mixed", "constants", "windows", "sinks", "blocks", "heads")
 ANY = ("full", "window", "mixed")
+ALL = (*ANY, "constants")
 UNIFORM = ("full", "window")
 NOT_ALL_LOCAL = ("full", "mixed")
 BOTH_TYPES = ("mixed",)
@@ -81,7 +82,7 @@ _NONE = "its attention has no window"
 _SHARED = {
     "windows": "a config names one sliding_window for all layers that slide",
     "sinks": "no sliding layer keeps the first tokens",
-    "constants": "it has no place for the weights of constant sinks",
+    "constants": "of its architectures with windows only granite_swa has sinks, and these weights do not fit it",
     "blocks": "no layer type has blocks with a lookback, and no class that these weights fit has blocks",
     "heads": "a layer has one mask for all of its heads, and one cache",
 }
@@ -97,13 +98,13 @@ TRANSFORMERS = Target(
     why=_SHARED,
     ropes=frozenset({"default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional"}),
     entries={
-        "llama": Entry(ANY, "ministral", "", "models/ministral; LlamaForCausalLM itself ignores layer_types"),
-        "llama with biases": Entry(ANY, "smollm3", "", "models/smollm3: attention_bias, mlp_bias and no_rope_layers"),
-        "mistral": Entry(ANY, "ministral", "", f"models/ministral: {_LAYER_TYPES}"),
-        "ministral": Entry(ANY, "ministral", "", f"models/ministral: {_LAYER_TYPES}"),
-        "qwen2": Entry(ANY, "native", "", "models/qwen2: layer_types, with use_sliding_window"),
+        "llama": Entry(ALL, "ministral", "", "models/ministral; LlamaForCausalLM itself ignores layer_types"),
+        "llama with biases": Entry(ALL, "smollm3", "", "models/smollm3: attention_bias, mlp_bias and no_rope_layers"),
+        "mistral": Entry(ALL, "ministral", "", f"models/ministral: {_LAYER_TYPES}"),
+        "ministral": Entry(ALL, "ministral", "", f"models/ministral: {_LAYER_TYPES}"),
+        "qwen2": Entry(ALL, "native", "", "models/qwen2: layer_types, with use_sliding_window"),
         "qwen3": Entry(ANY, "native", "", "models/qwen3: layer_types, with use_sliding_window"),
-        "smollm3": Entry(ANY, "native", "", "models/smollm3: layer_types, with use_sliding_window"),
+        "smollm3": Entry(ALL, "native", "", "models/smollm3: layer_types, with use_sliding_window"),
         "gemma2": Entry(ANY, "native", "", f"models/gemma2: {_LAYER_TYPES}"),
         "vaultgemma": Entry(ANY, "native", "", f"models/vaultgemma: {_LAYER_TYPES}"),
         "cwm": Entry(ANY, "native", "", f"models/cwm: {_LAYER_TYPES}"),
@@ -123,6 +124,8 @@ TRANSFORMERS = Target(
 )
 
 _SILU = {"hidden_act": ("silu",)}
+FORM_NEEDS = {"granite_swa": _SILU}
+"""Form -> config attribute -> the values with which every tool that reads the form computes alike."""
 _BACKEND = "model_executor/models/transformers/base.py: per_layer_sliding_window by layer_types"
 _BACKEND_ONE = "engine/arg_utils.py: sliding_window of the cache, for a config without layer_types"
 VLLM = Target(
@@ -133,13 +136,13 @@ VLLM = Target(
     why=_SHARED,
     ropes=frozenset({"default", "linear", "yarn", "llama3"}),
     entries={
-        "llama": Entry(ANY, "mistral", "", "model_executor/models/llama.py: layer_types", _SILU),
-        "llama with biases": Entry(ANY, "smollm3", "", _BACKEND),
-        "mistral": Entry(ANY, "mistral", "", "model_executor/models/mistral.py, on llama.py", _SILU),
-        "ministral": Entry(ANY, "mistral", "", "model_executor/models/mistral.py, on llama.py", _SILU),
-        "qwen2": Entry(ANY, "native", "", f"{_BACKEND}; its own qwen2.py refuses layer_types"),
+        "llama": Entry(ALL, "mistral", "", "model_executor/models/llama.py: layer_types", _SILU),
+        "llama with biases": Entry(ALL, "smollm3", "", _BACKEND),
+        "mistral": Entry(ALL, "mistral", "", "model_executor/models/mistral.py, on llama.py", _SILU),
+        "ministral": Entry(ALL, "mistral", "", "model_executor/models/mistral.py, on llama.py", _SILU),
+        "qwen2": Entry(ALL, "native", "", f"{_BACKEND}; its own qwen2.py refuses layer_types"),
         "qwen3": Entry(ANY, "native", "", f"{_BACKEND}; its own qwen3.py refuses layer_types"),
-        "smollm3": Entry(ANY, "native", "", _BACKEND),
+        "smollm3": Entry(ALL, "native", "", _BACKEND),
         "gemma2": Entry(ANY, "native", "", _BACKEND),
         "gemma3_text": Entry(ANY, "native", _TRAINED, _BACKEND),
         "cwm": Entry(ANY, "native", "", _BACKEND),
@@ -172,7 +175,7 @@ MLX_LM = Target(
     tested="0.32.2 (mlx-cpu 0.32.4)",
     least="0.32",
     package="mlx_lm",
-    why=_SHARED,
+    why=_SHARED | {"constants": "none of its classes with sinks fits these weights"},
     ropes=frozenset({"default", "linear", "yarn", "llama3"}),
     entries={
         "llama": Entry(NOT_ALL_LOCAL, "mistral", _NO_FULL, _AS_LLAMA, _SILU),
@@ -230,12 +233,12 @@ LLAMA_CPP = Target(
     },
     ropes=frozenset({"default", "linear", "yarn", "llama3"}),
     entries={
-        "llama": Entry(ANY, "native", "", _GRANITE, _SILU),
-        "llama with biases": Entry(ANY, "native", "", _GRANITE, _SILU),
-        "mistral": Entry(ANY, "native", "", _GRANITE, _SILU),
-        "ministral": Entry(ANY, "native", "", _GRANITE, _SILU),
-        "qwen2": Entry(ANY, "native", "", _GRANITE, _SILU),
-        "smollm3": Entry(ANY, "native", "", f"{_GRANITE}; attention.rope_pattern", _SILU | _UNBIASED),
+        "llama": Entry(ALL, "native", "", _GRANITE, _SILU),
+        "llama with biases": Entry(ALL, "native", "", _GRANITE, _SILU),
+        "mistral": Entry(ALL, "native", "", _GRANITE, _SILU),
+        "ministral": Entry(ALL, "native", "", _GRANITE, _SILU),
+        "qwen2": Entry(ALL, "native", "", _GRANITE, _SILU),
+        "smollm3": Entry(ALL, "native", "", f"{_GRANITE}; attention.rope_pattern", _SILU | _UNBIASED),
         "qwen3": Entry(
             ANY,
             "native",

@@ -33,6 +33,7 @@ from masformer.export.stock import SAMPLE
 from masformer.export.targets import TARGETS, Target
 from masformer.models.bridge import apply_plan
 from masformer.models.positions import position_limit
+from masformer.models.sinks import is_sink
 from masformer.models.wrappers import bare_model
 from masformer.plan import AttentionPlan
 from masformer.spans import FullSpan
@@ -158,8 +159,9 @@ def verify_export(
     if model.dtype != torch.float32 or kinds:
         exact = copy.deepcopy(model).float()
     if GGMLQuantizationType.Q8_0 in kinds <= {GGMLQuantizationType.Q8_0, GGMLQuantizationType.F16}:  # what was stored
-        for parameter in exact.parameters():
-            parameter.data = rounded(parameter.data, GGMLQuantizationType.Q8_0)
+        for name, parameter in exact.named_parameters():
+            if not is_sink(name):
+                parameter.data = rounded(parameter.data, GGMLQuantizationType.Q8_0)
     logits = _logits(exact, whole, kept)
     try:
         full = _logits(apply_plan(exact, AttentionPlan.uniform(len(plan), FullSpan())), whole, kept)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -146,6 +146,27 @@ def add_sinks(model: PreTrainedModel, plan: AttentionPlan) -> None:
     if model.config.model_type == adapters.GPT_NEO:
         adapters.adapt(model)
     sinks.add_weights(model, _attention_modules(model, model.config), plan)
+
+
+def give_sinks(model: PreTrainedModel, plan: AttentionPlan, given: Mapping[int, ConstantSinks]) -> None:
+    """Gives a model the weights of the constant sinks that a plan has, and puts the plan to work.
+
+    Args:
+        model: that may have none.
+        plan: one span per layer.
+        given: layer -> its constant sinks.
+
+    Raises:
+        MasformerError: one is missing, or of another shape.
+    """
+    model = bare_model(model)
+    sinks.check_fit("the weights given", given, plan, sinks.shapes(model.config))
+    add_sinks(model, plan)
+    apply_plan(model, plan)
+    for layer, module in _attention_modules(model, model.config).items():
+        if layer in sinks.sink_layers(plan):
+            for name, tensor in zip(sinks.NAMES, given[layer].tensors, strict=True):
+                module.get_parameter(name).data.copy_(tensor)
 
 
 @cache

@@ -9,10 +9,14 @@ Under a plan that has no use for them, a model keeps its weights aside, where th
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -47,6 +51,62 @@ def _missing(where: object, layers: list[int]) -> MasformerError:
         f"the plan has constant sinks in layers {layers}, but {where} has no weights for them; fit them: "
         "masformer convert --sinks fit, or fit_sinks in Python"
     )
+
+
+def by_layer(weights: Mapping[str, Tensor]) -> dict[int, ConstantSinks]:
+    """The constant sinks among the weights of a model, by layer.
+
+    Args:
+        weights: by name, as in a checkpoint.
+    """
+    found: dict[int, list[Tensor]] = {}
+    for kind in NAMES:
+        for name, weight in weights.items():
+            if match := re.search(rf"\.(\d+)\.[\w.]+\.{kind}$", name):
+                found.setdefault(int(match[1]), []).append(weight)
+    return {layer: ConstantSinks(*tensors) for layer, tensors in sorted(found.items())}
+
+
+def read_sinks(path: str | os.PathLike[str]) -> dict[int, ConstantSinks]:
+    """The constant sinks in a checkpoint, by layer; its other weights are not read.
+
+    Raises:
+        MasformerError: it is no folder that has any.
+    """
+    weights: dict[str, Tensor] = {}
+    try:
+        for file in sorted(Path(path).glob("*.safetensors")):
+            with safe_open(file, framework="pt") as tensors:
+                weights |= {name: tensors.get_tensor(name) for name in filter(is_sink, tensors.keys())}
+    except Exception as error:  # OSError, and what safetensors makes of damage
+        raise MasformerError(f"cannot read {os.fspath(path)}: {' '.join(str(error).split())}") from error
+    if not weights:
+        raise MasformerError(
+            f"{os.fspath(path)} has no weights of constant sinks; allowed: a folder of masformer convert --sinks fit"
+        )
+    return by_layer(weights)
+
+
+def check_fit(
+    where: object, sinks: Mapping[int, ConstantSinks], plan: AttentionPlan, shapes: tuple[tuple[int, ...], ...]
+) -> None:
+    """Raises MasformerError where a layer of the plan needs constant sinks and there are none, or of another shape.
+
+    Args:
+        where: they come from, for the message.
+        sinks: by layer.
+        plan: says which.
+        shapes: as `shapes` gives them.
+    """
+    if missing := [each for each in sink_layers(plan) if each not in sinks or sinks[each].value is None]:
+        raise _missing(where, missing)
+    for layer in sink_layers(plan):
+        for kind, tensor, shape in zip(NAMES, sinks[layer].tensors, shapes, strict=True):
+            if tensor.shape != shape:
+                raise MasformerError(
+                    f"{kind} of layer {layer} in {where} must be {list(shape)}, as the model has heads, not "
+                    f"{list(tensor.shape)}"
+                )
 
 
 def weights_of(module: nn.Module, own: Tensor | None = None) -> ConstantSinks | None:

@@ -20,6 +20,7 @@ from masformer.export.targets import Target
 from masformer.files import write_whole
 from masformer.models.card import OWN, Origin, header, origin_of
 from masformer.models.checkpoint import check_place
+from masformer.models.sinks import by_layer, read_sinks, sink_layers, without_sink_weights
 from masformer.plan import AttentionPlan, PlanSource
 from masformer.spans import WindowSpan
 
@@ -87,7 +88,12 @@ def _config_of(content: Content, path: str | os.PathLike[str]) -> PretrainedConf
 
 
 def export_gguf(
-    source: str | os.PathLike[str], path: str | os.PathLike[str], plan: PlanSource, *, overwrite: bool = False
+    source: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    plan: PlanSource,
+    *,
+    overwrite: bool = False,
+    sinks: str | os.PathLike[str] | None = None,
 ) -> None:
     """Writes a .gguf file that runs a plan in llama.cpp, of one that does not: other metadata, the same tensors.
 
@@ -96,16 +102,30 @@ def export_gguf(
         path: the file to write.
         plan: one span per layer.
         overwrite: replace a file that is already there.
+        sinks: folder of a checkpoint whose constant sinks are added, for a plan that has such (`fit_sinks`).
 
     Raises:
-        MasformerError: llama.cpp cannot run the plan on it (with the nearest plan that it can), or a file cannot be
-            read or written.
+        MasformerError: llama.cpp cannot run the plan on it (with the nearest plan that it can), a file cannot be read
+            or written, or constant sinks are missing, do not fit or have no place in the plan.
     """
     check_file(path, overwrite=overwrite, source=source)
     content = read_gguf(source)
     config = _config_of(content, source)
     tool, plan, _ = chosen_entry(config, plan, NAME)
-    _write(with_plan(content, plan), path, origin_of(source), config, plan, tool)
+    check_sinks(plan, sinks)
+    found, where = ({}, source) if sinks is None else (read_sinks(sinks), sinks)
+    _write(with_plan(content, plan, found, os.fspath(where)), path, origin_of(source), config, plan, tool)
+
+
+def check_sinks(plan: AttentionPlan, sinks: str | os.PathLike[str] | None) -> None:
+    """Raises MasformerError where constant sinks are named that a plan has not, or the other way round."""
+    if sinks is None and sink_layers(plan):
+        raise MasformerError(
+            f"the plan {plan} has constant sinks, and a .gguf file has no weights for them: name the folder that "
+            "masformer convert --sinks fit made of it as --sinks (sinks=)"
+        )
+    if sinks is not None and not sink_layers(plan):
+        raise MasformerError(f"the plan {plan} has no constant sink, so sinks do nothing; allowed: window:512+sink")
 
 
 def write_model(
@@ -133,8 +153,9 @@ def write_model(
     if tokenizer is None:
         raise MasformerError(f"{NAME} reads no file without a tokenizer")
     general = {"license": str(origin.terms["license"])} if "license" in origin.terms else {}
-    content = content_of(config, weights, tokenizer, kind or KINDS[config.dtype], Path(path).stem, general)
-    _write(with_plan(content, plan), path, origin, config, plan, tool)
+    rest = without_sink_weights(weights)
+    content = content_of(config, rest, tokenizer, kind or KINDS[config.dtype], Path(path).stem, general)
+    _write(with_plan(content, plan, by_layer(weights)), path, origin, config, plan, tool)
 
 
 def _write(
@@ -192,6 +213,9 @@ none, and would run full attention. {old}
   llama-server keeps checkpoints of those layers by itself (`--ctx-checkpoints N` for more or fewer).
 - A file that is converted from the model's own folder again, by llama.cpp's `convert_hf_to_gguf.py`, has no windows:
   it reads no `layer_types` of these models."""
+_SINKS = """\
+Layers that slide have constants in place of the first tokens of a text: a logit for each head, and their values as
+biases. They take no cell of the cache."""
 _OLD = {
     "granite_swa": "Older versions refuse it: they do not know the architecture.",
     "step35": "Older versions refuse it: they do not know the architecture.",
@@ -219,6 +243,8 @@ def _readme(
     ]
     if any(sliding(plan)):
         lines.append(_WINDOWS.format(architecture=content.architecture, old=_OLD[content.architecture]))
+    if sink_layers(plan):
+        lines.append(_SINKS)
     if (warning := quality_warning(config, plan)) is not None:
         lines.append(f"{warning[0].upper()}{warning[1:]}.")
     lines += [

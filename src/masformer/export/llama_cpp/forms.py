@@ -1,28 +1,32 @@
 """How llama.cpp runs a plan: an architecture of its own whose layers slide, and that computes what the model does.
 
 Its `llama`, `qwen2` and `qwen3` have no windows. `granite_swa` is Llama with a list of layers that slide, and with
-learned sinks, which are set to weigh nothing; `step35` normalises queries and keys head by head as Qwen 3 does; `olmo2`
-reads the list itself. Each stands for full attention no less: layers that do not slide.
+learned sinks, which are those of the plan or weigh nothing; `step35` normalises queries and keys head by head as Qwen 3
+does; `olmo2` reads the list itself. Each stands for full attention no less: layers that do not slide.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from gguf import GGMLQuantizationType, GGUFValueType
 from gguf.gguf_writer import GGUFValue
+from gguf.quants import dequantize
 
+from masformer.attention import ConstantSinks
 from masformer.errors import MasformerError
 from masformer.export.forms import window_of
 from masformer.export.llama_cpp.files import Content, Tensor
+from masformer.export.sinks import NO_SINK, biases
+from masformer.models.sinks import check_fit, sink_layers
 from masformer.plan import AttentionPlan
 from masformer.spans import FullSpan
 
-NO_SINK = -1e30
-"""The logit of a sink that weighs nothing."""
 _MATRICES = "attn_q|attn_k|attn_v|attn_output|ffn_gate|ffn_up|ffn_down"
 _WHOLE = r"(token_embd|output_norm|output)\.weight"
 _LLAMA = rf"{_WHOLE}|rope_freqs\.weight|blk\.\d+\.((attn_norm|ffn_norm)\.weight|({_MATRICES})\.(weight|bias))"
@@ -78,21 +82,27 @@ def in_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
     return pairs
 
 
-def with_plan(content: Content, plan: AttentionPlan) -> Content:
+def with_plan(
+    content: Content, plan: AttentionPlan, sinks: Mapping[int, ConstantSinks], where: object = "the model"
+) -> Content:
     """The file that runs a plan, of one without windows; what is stored in the tensors stays.
 
     Args:
         content: of an architecture in `FORMS`.
         plan: one span per layer, full or the one window.
+        sinks: layer -> its constant sinks; of those layers that have none in the plan they are not read.
+        where: they come from, for messages.
 
     Raises:
-        MasformerError: it has metadata or tensors that the architecture with windows would not read as this one does.
+        MasformerError: it has metadata or tensors that the architecture with windows would not read as this one does,
+            or constant sinks are missing or do not fit.
     """
     form = FORMS[content.architecture]
     _check(content, form)
     if plan.is_full:
         return content
     heads, kv_heads = content.get("attention.head_count"), kv_heads_of(content)
+    check_fit(where, sinks, plan, ((heads,), (kv_heads, head_dim_of(content))))
     fields = {
         name.replace(f"{content.architecture}.", f"{form.windows}.", 1)
         if name.startswith(f"{content.architecture}.")
@@ -104,7 +114,7 @@ def with_plan(content: Content, plan: AttentionPlan) -> Content:
         for name, tensor in content.tensors.items():
             if found := re.search(r"\.attn_(q|k)\.", name):
                 tensors[name] = _permuted(tensor, heads if found[1] == "q" else kv_heads)
-    added, others = _ADDED[form.windows](content, plan)
+    added, others = _ADDED[form.windows](content, plan, {layer: sinks[layer] for layer in sink_layers(plan)})
     kinds = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32}
     window: dict[str, Any] = {
         "attention.sliding_window": window_of(plan),
@@ -170,19 +180,48 @@ def floats(values: np.ndarray) -> Tensor:
     return Tensor(values.shape, GGMLQuantizationType.F32, lambda: values)
 
 
+def _biased(content: Content, layer: int, name: str, sinks: ConstantSinks) -> Tensor:
+    """The bias of the value or output projection of a layer with constant sinks, with what was there before."""
+    own, weight = content.tensors.get(f"blk.{layer}.{name}.bias"), content.tensors[f"blk.{layer}.attn_output.weight"]
+
+    def read() -> np.ndarray:
+        value, output = biases(sinks, torch.from_numpy(_values(weight)))
+        added: np.ndarray = (value if name == "attn_v" else output).numpy()
+        return (added if own is None else added + _values(own)).astype(np.float32)
+
+    rows = sinks.value.numel() if name == "attn_v" else weight.shape[0]  # type: ignore[union-attr]
+    return Tensor((rows,), GGMLQuantizationType.F32, read)
+
+
+def _values(tensor: Tensor) -> np.ndarray:
+    """What a tensor holds, in float32."""
+    try:
+        values: np.ndarray = dequantize(np.ascontiguousarray(tensor.read()), tensor.kind)
+    except NotImplementedError:
+        raise MasformerError(
+            f"weights stored as {tensor.kind.name} cannot be read here, so the bias for constant sinks is not known"
+        ) from None
+    return values.astype(np.float32).reshape(tensor.shape)
+
+
 Added = tuple[dict[str, Any], dict[str, Tensor]]
 
 
-def _granite_swa(content: Content, plan: AttentionPlan) -> Added:
+def _granite_swa(content: Content, plan: AttentionPlan, sinks: Mapping[int, ConstantSinks]) -> Added:
     heads = content.get("attention.head_count")
     keys: dict[str, Any] = {"logit_scale": 1.0, "rope.dimension_count": head_dim_of(content)}
     if content.architecture == "smollm3":
         keys["attention.rope_pattern"] = [(layer + 1) % 4 != 0 for layer in range(len(plan))]
     none = np.full(heads, NO_SINK)
-    return keys, {f"blk.{layer}.attn_sinks.weight": floats(none) for layer in range(len(plan))}
+    tensors = {f"blk.{layer}.attn_sinks.weight": floats(none) for layer in range(len(plan))}
+    for layer, each in sinks.items():
+        tensors[f"blk.{layer}.attn_sinks.weight"] = floats(each.logit.detach().float().cpu().numpy())
+        for name in ("attn_v", "attn_output"):
+            tensors[f"blk.{layer}.{name}.bias"] = _biased(content, layer, name, each)
+    return keys, tensors
 
 
-def _step35(content: Content, plan: AttentionPlan) -> Added:
+def _step35(content: Content, plan: AttentionPlan, sinks: Mapping[int, ConstantSinks]) -> Added:
     head_dim, base = head_dim_of(content), float(content.get("rope.freq_base", 10000.0))
     keys = {
         "rope.dimension_count": 2 * head_dim,  # it takes half of it in full layers
@@ -194,7 +233,7 @@ def _step35(content: Content, plan: AttentionPlan) -> Added:
     return keys, {"output.weight": content.tensors.get("output.weight", content.tensors["token_embd.weight"])}
 
 
-def _olmo2(content: Content, plan: AttentionPlan) -> Added:
+def _olmo2(content: Content, plan: AttentionPlan, sinks: Mapping[int, ConstantSinks]) -> Added:
     return {}, {}
 
 

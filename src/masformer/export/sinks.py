@@ -1,0 +1,38 @@
+"""Constant sinks as other tools have them: a logit without a value, and the value in two biases.
+
+The shares of a softmax sum to one, so that with the share p_j of key j and p of the sink
+
+    sum of p_j v_j + p u = u + sum of p_j (v_j - u):
+
+a bias of -u on the value projection, and one of W_o u on the output projection W_o. A layer without a sink has a logit
+that weighs nothing, and zeros.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from masformer.attention import ConstantSinks
+
+NO_SINK = -1e30
+"""The logit of a sink that weighs nothing."""
+
+
+def no_sink(dtype: torch.dtype) -> float:
+    """The same, as far as the dtype holds it."""
+    return max(NO_SINK, torch.finfo(dtype).min)
+
+
+def biases(sinks: ConstantSinks, output: Tensor) -> tuple[Tensor, Tensor]:
+    """What is added to the biases of the value and of the output projection, in float64.
+
+    Args:
+        sinks: of a layer, with values.
+        output: [hidden, query_heads x value_dim], the weight of its output projection.
+    """
+    value = sinks.value
+    assert value is not None
+    value = value.detach().to(output.device, torch.float64)
+    every = value.repeat_interleave(len(sinks.logit) // len(value), 0)
+    return -value.flatten(), output.detach().double() @ every.flatten()
