@@ -9,6 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from masformer import AttentionPlan, BlockSpan, FullSpan, WindowSpan
+from masformer.models.bridge import add_sinks
+from masformer.models.sinks import named_sinks
 
 VOCABULARY = 61
 PLAN = AttentionPlan((WindowSpan(5, 2), FullSpan(), BlockSpan(6, 1), WindowSpan(9)))
@@ -70,6 +72,15 @@ def tiny(kind, **changes):
     """A stock model in evaluation mode, the same each time."""
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(tiny_config(kind, **changes)).eval()
+
+
+def with_sinks(model):
+    """The same model, with constant sinks that matter in every layer; they are aside until a plan asks for them."""
+    add_sinks(model, AttentionPlan.uniform(model.config.num_hidden_layers, WindowSpan(9, constant_sink=True)))
+    generator = torch.Generator().manual_seed(3)
+    for _, weight in named_sinks(model):
+        weight.data = 2 * torch.randn(weight.shape, generator=generator).to(weight.dtype)
+    return model
 
 
 def letter_tokenizer(letters=None, **options):

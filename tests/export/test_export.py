@@ -25,7 +25,7 @@ from masformer.export.targets import KINDS
 from masformer.export.verify import check_installed, verify_export
 from masformer.models.native import native_plan
 from masformer.models.sealing import kv_heads
-from tiny import ARCHITECTURES, GPTS, VOCABULARY, random_plan, random_unit_plan, tiny, tiny_config
+from tiny import ARCHITECTURES, GPTS, VOCABULARY, random_plan, random_unit_plan, tiny, tiny_config, with_sinks
 
 RUNNERS = Path(package.__file__).parent / "runners"
 LENGTH, NEW = 48, 8
@@ -62,7 +62,20 @@ CASES = {kind: (kind, {}) for kind in [*ARCHITECTURES, "vaultgemma", "starcoder2
     "olmo3, two ropes": ("olmo3", {**ALTERNATE, "rope_parameters": BY_TYPE}),
     "gpt_neox, half rotary": ("gpt_neox", rope("default", partial_rotary_factor=0.5)),
 }
-PLANS = [AttentionPlan.parse(text, 4) for text in ("full@1,3; window:9", "full@2; window:5", "window:9", "full")]
+PLANS = [
+    AttentionPlan.parse(text, 4)
+    for text in (
+        "full@1,3; window:9",
+        "full@1,3; window:9+sink",
+        "full@2; window:5",
+        "full@2; window:9+sink",
+        "window:9",
+        "window:5+sink",
+        "full",
+    )
+]
+FOR_ALL = PLANS[:2]
+"""Those that are written for every tool that takes them, not for one alone."""
 SAMPLES = {
     "full": AttentionPlan.parse("full", 4),
     "window": AttentionPlan.parse("window:9", 4),
@@ -128,12 +141,12 @@ def exported(tmp_path_factory):
     """(case, target, plan) -> folder, our logits, our continuation, logits under full attention."""
     base, made = tmp_path_factory.mktemp("exports"), {}
     for case, (kind, changes) in CASES.items():
-        model, ours = lively(kind, **changes), {}
+        model, ours = with_sinks(lively(kind, **changes)), {}
         full = answers(apply_plan(model, SAMPLES["full"]))[0]
         for plan in dict.fromkeys([*PLANS, native_plan(config_of(case))]):
             targets = [name for name, target in TARGETS.items() if objection(config_of(case), plan, target) is None]
             targets = [name for name in targets if name != "llama.cpp"]  # which is given a file: test_llama_cpp.py
-            for target in targets if plan in (PLANS[0], native_plan(config_of(case))) else targets[:1]:
+            for target in targets if plan in (*FOR_ALL, native_plan(config_of(case))) else targets[:1]:
                 if plan not in ours:
                     ours[plan] = answers(apply_plan(model, plan))
                 folder = base / str(len(made))
@@ -171,7 +184,8 @@ def test_stock_transformers_gives_the_same_logits_and_tokens(exported, run_stock
 
 def test_every_architecture_and_kind_of_plan_that_a_tool_takes_is_among_them(exported):
     made = {(architecture(config_of(case)), target, kind_of(plan)) for case, target, plan in exported}
-    for target, kinds in {"transformers": ("window", "mixed"), "vllm": ("mixed",), "mlx-lm": ("mixed",)}.items():
+    kinds_of = {"transformers": ("window", "mixed", "constants"), "vllm": ("mixed", "constants"), "mlx-lm": ("mixed",)}
+    for target, kinds in kinds_of.items():
         for name, entry in TARGETS[target].entries.items():
             for kind in set(kinds) & set(entry.plans):
                 seen = (name, target, kind) in made or name in ("gemma3_text", "cohere2", "exaone4")
@@ -271,7 +285,7 @@ def test_every_entry_has_a_form_a_source_and_a_reason():
         for entry in target.entries.values():
             assert entry.form in FORMS
             assert entry.source
-            assert entry.why or set(entry.plans) == {"full", "window", "mixed"}
+            assert entry.why or set(entry.plans) >= {"full", "window", "mixed"}
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,7 @@ from masformer.export.llama_cpp.forms import in_pairs
 from masformer.export.llama_cpp.tokens import RULES
 from masformer.export.sinks import NO_SINK
 from masformer.export.verify import check_installed, verify_export
-from masformer.models.bridge import add_sinks
-from masformer.models.sinks import named_sinks
-from tiny import letter_tokenizer, tiny
+from tiny import letter_tokenizer, tiny, with_sinks
 from tiny import write_gguf as write_tiny
 
 MERGES = [("a", "n"), ("t", "h"), ("an", "d"), ("th", "e")]
@@ -88,15 +86,6 @@ def lively(case="llama", **more):
 def plans_of(case):
     """Those that its architecture takes."""
     return PLANS if CASES[case][0] in ("qwen3", "olmo2") else [*PLANS, *WITH_SINKS]
-
-
-def with_sinks(model):
-    """A model with constant sinks in every layer that weigh much."""
-    add_sinks(model, AttentionPlan.parse("window:9+sink", 4))
-    generator = torch.manual_seed(3)
-    for _, weight in named_sinks(model):
-        weight.data = 2 * torch.randn(weight.shape, generator=generator).to(weight.dtype)
-    return model
 
 
 def write(model, path, plan="full@1,3; window:9", tokenizer=None, **options):

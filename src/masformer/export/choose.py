@@ -248,7 +248,7 @@ def nearest(config: PretrainedConfig, plan: AttentionPlan, target: Target) -> tu
 
 
 def _candidates(config: PretrainedConfig, plan: AttentionPlan) -> Iterator[tuple[AttentionPlan, list[str]]]:
-    """Ever simpler plans, each with the changes that lead to it: with their sinks, with constants for them, and bare."""
+    """Ever simpler plans, each with the changes that lead to it: with its sinks, with constants for them, and bare."""
     words: list[str] = []
     if plan.by_heads:
         words, plan = ["give each layer one span"], one_span_per_layer(plan)
