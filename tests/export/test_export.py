@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from masformer import AttentionPlan, MasformerError, apply_plan, cli, load_model, save_model
 from masformer import export as package
+from masformer.cli.options import console
 from masformer.export import TARGETS, check_export, export_model
 from masformer.export.choose import kind_of, nearest, objection
 from masformer.export.forms import FORMS, architecture, period
@@ -85,6 +86,12 @@ SAMPLES = {
     "constants": AttentionPlan.parse("full@1; window:9+sink", 4),
     "blocks": AttentionPlan.parse("full@1; block:6x2", 4),
 }
+BESIDE = {
+    "windows, constants": AttentionPlan.parse("window:9+sink,full,window:5+sink,window:9", 4),
+    "sinks, constants": AttentionPlan.parse("full@1; window:9+2+sink", 4),
+    "blocks, constants": AttentionPlan.parse("full@1; block:6x2+sink", 4),
+}
+"""What no tool runs, and a constant sink beside it: named by that, and then by the constant."""
 
 
 def shape(kind):
@@ -215,7 +222,7 @@ TABLE = [
     (target, name, kind)
     for target in TARGETS
     for name in [*dict.fromkeys(name for each in TARGETS.values() for name in each.entries), "granite"]
-    for kind in KINDS
+    for kind in [*KINDS, *(BESIDE if name in ("llama", "qwen2", "smollm3", "qwen3", "olmo2", "gpt_neo") else ())]
 ]
 
 
@@ -225,7 +232,8 @@ def test_the_table_decides_and_its_reason_is_the_message(target, name, kind):
     heads = kv_heads(config)
     if kind == "heads" and heads == 1:
         pytest.skip("no plan by heads fits a model of one KV head")
-    plan = random_unit_plan(3, heads) if kind == "heads" else SAMPLES[kind]
+    plan = random_unit_plan(3, heads) if kind == "heads" else (SAMPLES | BESIDE)[kind]
+    kind = kind.split(",")[0]
     entry = tool.entries.get(name)
     assert kind_of(plan) == kind
     assert architecture(config) == name
@@ -291,7 +299,26 @@ def test_every_entry_has_a_form_a_source_and_a_reason():
 @pytest.mark.parametrize(
     ("target", "kind", "plan", "message"),
     [
-        ("transformers", "llama", "full@1; window:9+2", "nearest plan that it can: full@1; window:9 (drop the sinks)"),
+        (
+            "transformers",
+            "llama",
+            "full@1; window:9+2",
+            "nearest plan that it can: full@1; window:9+sink (put constants in place of first tokens, which masformer",
+        ),
+        ("mlx-lm", "llama", "full@1; window:9+2", "nearest plan that it can: full@1; window:9 (drop the sinks)"),
+        ("mlx-lm", "llama", "full@1; window:9+sink", "nearest plan that it can: full@1; window:9 (drop the sinks)"),
+        ("vllm", "qwen3", "full@1; window:9+sink", "only granite_swa has sinks, and these weights do not fit it"),
+        ("llama.cpp", "olmo2", "full@1; window:9+sink", "nearest plan that it can: full@1; window:9 (drop the sinks)"),
+        (
+            "transformers",
+            "llama",
+            "window:9+sink,full,window:5+sink,window:9",
+            "window:9+sink,full,window:9+sink,window:9",
+        ),
+        ("vllm", "llama", "full@1; window:9+2+sink", "nearest plan that it can: full@1; window:9+sink (put constants"),
+        ("llama.cpp", "llama", "full@1; block:6x2+sink", "full@1; window:12+sink (use windows in place of blocks)"),
+        ("transformers", "llama", "full@1; window:1+sink", "full@1; window:2+sink (use windows of at least 2)"),
+        ("transformers", "gpt2", "full@1; window:9+sink", "nearest plan that it can: full"),
         ("vllm", "llama", "window:9,full,window:5,window:9", "full@1; window:9 (use one window)"),
         ("transformers", "qwen3", "full@0; block:6x2", "full@0; window:12 (use windows in place of blocks)"),
         ("mlx-lm", "llama", "window:9", "full@1; window:9 (keep one layer full)"),
@@ -375,11 +402,12 @@ def test_any_plan_is_refused_with_an_accepted_neighbour_or_taken(case, target, s
         check_export(config, plan, target)
     elif (near := nearest(config, plan, tool)) is not None:
         assert objection(config, near[0], tool) is None
-        assert kind_of(near[0]) in ("full", "window", "mixed")
+        assert kind_of(near[0]) in ("full", "window", "mixed", "constants")
 
 
-def test_blocks_of_one_token_are_windows(tmp_path):
-    model = apply_plan(lively("llama"), AttentionPlan.parse("full@1; block:1x9", 4))
+@pytest.mark.parametrize("sink", ["", "+sink"])
+def test_blocks_of_one_token_are_windows(tmp_path, sink):
+    model = apply_plan(with_sinks(lively("llama")), AttentionPlan.parse(f"full@1; block:1x9{sink}", 4))
     export_model(model, tmp_path / "out", "transformers")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert stock.config.sliding_window == 9
@@ -570,7 +598,7 @@ OUT = ["export", "MODEL", "OUT", "--target"]
     [
         ([*OUT, "onnx"], "--target 'onnx' is not allowed; allowed: transformers, vllm, mlx-lm, llama.cpp"),
         (["export", "MODEL", "OUT"], "masformer export needs --target; see masformer export --help"),
-        ([*OUT, "transformers", "--plan", "window:9+4"], "(drop the sinks)"),
+        ([*OUT, "mlx-lm", "--plan", "full@1; window:9+4"], "(drop the sinks)"),
         ([*OUT, "llama.cpp", "--plan", "full@1; window:9"], "reads one file, so OUT must end in .gguf: out"),
         ([*OUT, "vllm", "--plan", "full@1; window:9", "--quantised", "q8_0"], "for llama.cpp alone, not for vllm"),
         ([*OUT, "transformers", "--plan", "full", "--plan", "window:4"], "--plan is given twice; export takes one"),
@@ -645,7 +673,8 @@ def test_a_tokenizer_that_would_split_text_in_another_way_is_refused(tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_list_shows_every_entry_with_its_source(capsys):
+def test_the_list_shows_every_entry_with_its_source(capsys, monkeypatch):
+    monkeypatch.setattr(console, "width", 300)
     with pytest.raises(SystemExit) as exit_:
         cli.main(["export", "--list"])
     assert exit_.value.code == 0

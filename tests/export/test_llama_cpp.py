@@ -488,7 +488,7 @@ def test_the_command_gives_a_file_a_plan_and_says_what_to_expect(capsys, tmp_pat
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["tiny.gguf", "out.gguf", "--plan", "window:9+4"], "(drop the sinks)"),
+        (["tiny.gguf", "out.gguf", "--plan", "window:9+4"], "window:9+sink (put constants in place of first tokens"),
         (["tiny.gguf", "out.gguf", "--plan", "window:9", "--dtype", "float16"], "the tensors of a .gguf file stay"),
         (["tiny.gguf", "out.gguf", "--plan", "window:9", "--quantised", "q8_0"], "the tensors of a .gguf file stay"),
         (["tiny.gguf", "tiny.gguf", "--plan", "window:9"], "exists already"),

@@ -81,15 +81,16 @@ def export(
     check_export(config, chosen, target)
     if as_it_is:
         llama_cpp.check_sinks(chosen, sinks)
+    given = {} if sinks is None else read_sinks(sinks)
     if verify:
         check_installed(target, python)
     loaded, tokenizer = None, None
     if not as_it_is:
         loaded, tokenizer = options.to_write(model).load(model, chosen)
     elif verify:
-        loaded, tokenizer = options.load(model, chosen if sinks is None else own)
-        if sinks is not None:
-            give_sinks(loaded, chosen, read_sinks(sinks))
+        loaded, tokenizer = options.load(model, own if given else chosen)
+        if given:
+            give_sinks(loaded, chosen, given)
     if loaded is not None and tokenizer is None and target != "transformers":
         raise MasformerError(
             f"{model} has no tokenizer, and {target} runs no text without one; put one beside the model"

@@ -247,29 +247,38 @@ def nearest(config: PretrainedConfig, plan: AttentionPlan, target: Target) -> tu
     return min(found, key=lambda each: each[0])[1:] if found else None
 
 
-def _candidates(config: PretrainedConfig, plan: AttentionPlan) -> Iterator[tuple[AttentionPlan, list[str]]]:
-    """Ever simpler plans, each with the changes that lead to it: with its sinks, with constants for them, and bare."""
+Changed = tuple[AttentionPlan, list[str]]
+"""A plan, and the changes that lead to it, in words."""
+
+
+def _candidates(config: PretrainedConfig, plan: AttentionPlan) -> Iterator[Changed]:
+    """Ever simpler plans: those with the sinks, with constants in place of first tokens, and without."""
     words: list[str] = []
     if plan.by_heads:
         words, plan = ["give each layer one span"], one_span_per_layer(plan)
         yield plan, words
-    yield from _simpler(config, plan, words)
+    starts = [(plan, words)]
     if any(span.sinks for span in plan):
-        yield from _simpler(config, plan.changed(_with_constant), [*words, REPLACE])
+        starts = [(plan.changed(_with_constant), [*words, REPLACE])]
     if any(span.sinks or span.constant_sink for span in plan):
-        yield from _simpler(config, plan.changed(lambda span: span.bare), [*words, DROP])
+        starts.append((plan.changed(lambda span: span.bare), [*words, DROP]))
+    ends = []
+    for start in starts:
+        steps = list(_steps(*start))
+        yield from steps
+        ends.append(steps[-1])
+    for end in ends:
+        yield from _far(config, *end)
 
 
-def _simpler(
-    config: PretrainedConfig, plan: AttentionPlan, words: list[str]
-) -> Iterator[tuple[AttentionPlan, list[str]]]:
+def _steps(plan: AttentionPlan, words: list[str]) -> Iterator[Changed]:
+    """The plan, and those in which spans are changed one by one; full layers stay."""
     spans = list(plan)
-    if words:
-        yield plan, words
+    yield plan, words
     if any(isinstance(span, BlockSpan) for span in spans):
         words, spans = [*words, "use windows in place of blocks"], [_as_window(span) for span in spans]
         yield AttentionPlan(tuple(spans)), words
-    if 1 in (_size(span) for span in spans):
+    if 1 in map(_size, spans):
         words = [*words, "use windows of at least 2"]
         spans = [_sized(span, 2) if _size(span) == 1 else span for span in spans]
         yield AttentionPlan(tuple(spans)), words
@@ -278,13 +287,17 @@ def _simpler(
         window = max(windows, key=lambda each: (windows[each], each.size))
         words, spans = [*words, "use one window"], [_sized(span, window.size) for span in spans]
         yield AttentionPlan(tuple(spans)), words
+
+
+def _far(config: PretrainedConfig, plan: AttentionPlan, words: list[str]) -> Iterator[Changed]:
+    """Plans with other full layers."""
     layers, full = len(plan), FullSpan()
     yield AttentionPlan.uniform(layers, full), [*words, "use full attention in every layer"]
     trained = native_plan(config)
-    if not windows:
+    window = next((span for span in plan if isinstance(span, WindowSpan)), None)
+    if window is None:
         yield trained, [*words, "use the plan it was trained with"]
         return
-    window = next(span for span in spans if isinstance(span, WindowSpan))
     yield AttentionPlan.uniform(layers, window), [*words, "use the window in every layer"]
     yield AttentionPlan.mixed(layers, 1, "middle", local=window), [*words, "keep one layer full"]
     pattern = AttentionPlan(tuple(full if isinstance(span, FullSpan) else window for span in trained))
