@@ -13,12 +13,14 @@ from masformer import AttentionPlan, benchmarks, cli
 from masformer.benchmarks import timing
 from masformer.cli import parser
 from masformer.cli.parser import SHELLS
+from masformer.export import check_export
 from masformer.generation import Chat
 from masformer.models.checkpoint import load_config
 from masformer.spans import FullSpan
 from tiny import PLAN, letter_tokenizer, tiny, tiny_config
 
 SEARCH = ["--data", "TEXT", "--local", "window:4"]
+BUDGET = ["--budget", "2", "--out", "p.yaml"]
 PERPLEXITY = ["eval", "perplexity", "MODEL", "--data", "TEXT", "--lengths", "64"]
 TEXT = "the quick brown fox jumps over the lazy dog and runs away from it . " * 30
 
@@ -177,6 +179,23 @@ def test_search_writes_the_plan_it_found_and_goes_on_from_its_journal(capsys, fo
     assert run(capsys, *words)[0] == 0
     again = AttentionPlan.load(out), len((tmp_path / "found.yaml.journal").read_text().splitlines())
     assert again == (plan, first[1])
+
+
+@pytest.mark.parametrize(("local", "target"), [("window:4+sink", "transformers"), ("window:4", "llama.cpp")])
+def test_search_finds_a_plan_that_the_tool_runs(capsys, folder, text, tmp_path, local, target):
+    model, out = folder, tmp_path / "found.yaml"
+    if "sink" in local:
+        model = str(tmp_path / "fitted")
+        fit = ["--sinks", "fit", "--data", text, "--length", "64"]
+        assert run(capsys, "convert", folder, model, "--plan", local, *fit)[0] == 0
+    words = ["--criteria", "tail", "--length", "64", "--windows", "1", "--held-out-windows", "0", "--for", target]
+    words += ["--local", local, "--budget", "2", "--out", str(out)]
+    assert run(capsys, "search", model, "--data", text, *words)[0] == 0
+    check_export(load_config(model)[0], AttentionPlan.load(out), target)
+    if target == "transformers":
+        code, printed, _ = run(capsys, "export", model, str(tmp_path / "out"), "--target", target, "--plan", str(out))
+        assert code == 0, printed
+        assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "granite_swa"
 
 
 def test_bench_attention_records_raw_figures(capsys, tmp_path):
@@ -386,6 +405,30 @@ def test_demo_on_another_model_and_text(capsys, folder, text, tmp_path):
                 "vllm",
             ],
             "vllm cannot run full@",
+        ),
+        (
+            [
+                "search",
+                "MODEL",
+                *SEARCH,
+                "--budget",
+                "2",
+                "--out",
+                "p.yaml",
+                "--span",
+                "window:8",
+                "--for",
+                "llama.cpp",
+            ],
+            "llama.cpp cannot run window:8,full",
+        ),
+        (
+            ["search", "MODEL", "--data", "TEXT", "--local", "block:4", *BUDGET, "--for", "mlx-lm"],
+            "window:4 (use windows in place of blocks)",
+        ),
+        (
+            ["search", "MODEL", "--data", "TEXT", "--local", "window:4+sink", *BUDGET, "--for", "sglang"],
+            "drops the biases that hold the sinks' values",
         ),
         (["bench", "attention", "--heads", "3", "--kv-heads", "2"], "3 query heads are no multiple of 2 kv heads"),
         (["bench", "attention", "--span", "block:-1"], "block size must be at least 1, got -1"),

@@ -191,7 +191,8 @@ def test_stock_transformers_gives_the_same_logits_and_tokens(exported, run_stock
 
 def test_every_architecture_and_kind_of_plan_that_a_tool_takes_is_among_them(exported):
     made = {(architecture(config_of(case)), target, kind_of(plan)) for case, target, plan in exported}
-    kinds_of = {"transformers": ("window", "mixed", "constants"), "vllm": ("mixed", "constants"), "mlx-lm": ("mixed",)}
+    kinds_of = {"transformers": ("window", "mixed", "constants"), "vllm": ("mixed", "constants")}
+    kinds_of |= {"sglang": ("mixed",), "mlx-lm": ("mixed",)}
     for target, kinds in kinds_of.items():
         for name, entry in TARGETS[target].entries.items():
             for kind in set(kinds) & set(entry.plans):
@@ -269,7 +270,7 @@ READ_BY_CONVERTERS = (
 """Classes that llama.cpp's converter knows, and whose windows it does not read, or read by a rule of its own."""
 
 
-@pytest.mark.parametrize("target", ["transformers", "vllm", "mlx-lm"])
+@pytest.mark.parametrize("target", ["transformers", "vllm", "sglang", "mlx-lm"])
 @pytest.mark.parametrize("kind", ["llama", "llama with biases", "mistral", "qwen2", "qwen3", "smollm3", "phi3"])
 def test_a_folder_with_windows_stops_converters_or_warns_of_them(tmp_path, target, kind):
     plan = SAMPLES["window"] if kind == "phi3" else SAMPLES["mixed"]
@@ -279,8 +280,10 @@ def test_a_folder_with_windows_stops_converters_or_warns_of_them(tmp_path, targe
     export_model(apply_plan(lively(name, **changes), plan), tmp_path / "out", target)
     known = json.loads((tmp_path / "out/config.json").read_text())["architectures"][0]
     text = (tmp_path / "out/README.md").read_text()
-    if (target, known) == ("vllm", "MistralForCausalLM"):  # by which vLLM chooses its class
-        assert "takes this folder for a model with full attention, silently" in text
+    if target == "sglang":
+        assert known == "GraniteSWAForCausalLM"
+        assert "knows the architecture that config.json names, with its windows and sinks" in text
+        assert "masformer has not run this" in text
     else:
         assert known not in READ_BY_CONVERTERS
         assert "it stops, for it does not know the architecture" in text
@@ -348,7 +351,7 @@ def test_every_entry_has_a_form_a_source_and_a_reason():
         ("llama.cpp", "llama", "full@1; block:6x2", "full@1; window:12 (use windows in place of blocks)"),
         ("llama.cpp", "olmo2", "window:9,full,window:5,window:9", "full@1; window:9 (use one window)"),
         ("transformers", "llama", "full@1; window:1", "full@1; window:2 (use windows of at least 2)"),
-        ("onnx", "llama", "full", "unknown target 'onnx'; allowed: transformers, vllm, mlx-lm, llama.cpp"),
+        ("onnx", "llama", "full", "unknown target 'onnx'; allowed: transformers, vllm, sglang, mlx-lm, llama.cpp"),
         ("transformers", "llama", "full,full", "the plan has 2 layers, but the model has 4"),
     ],
 )
@@ -384,6 +387,8 @@ def test_a_refusal_names_the_nearest_plan(target, kind, plan, message):
         ("llama.cpp", "qwen3", YARN, "does not compute yarn rotary positions"),
         ("llama.cpp", "olmo2", rope("linear", factor=2.0), "does not compute linear rotary positions"),
         ("llama.cpp", "qwen3", {"attention_bias": True}, "only with attention_bias False, not True"),
+        ("sglang", "llama", YARN, "does not compute yarn rotary positions"),
+        ("sglang", "smollm3", {"attention_bias": True}, "only with attention_bias False, not True"),
         ("llama.cpp", "smollm3", {"no_rope_layers": [1, 1, 1, 1]}, "leaves out positions in every fourth layer"),
     ],
 )
@@ -466,8 +471,8 @@ def test_an_export_for_vllm_never_meets_a_class_of_its_own_that_ignores_layer_ty
         if objection(config_of(case), SAMPLES["mixed"], TARGETS["vllm"]) is None:
             export_model(apply_plan(tiny(kind, **changes), SAMPLES["mixed"]), tmp_path / str(number), "vllm")
             data = json.loads((tmp_path / str(number) / "config.json").read_text())
-            assert data["architectures"] in (["MistralForCausalLM"], ["TransformersForCausalLM"])
-            assert (data["model_type"] == "mistral") == (data["architectures"] == ["MistralForCausalLM"])
+            names = ["MixedSpansForCausalLM", "MistralForCausalLM"]  # it takes the first that it knows
+            assert data["architectures"] == (names if data["model_type"] == "mistral" else ["TransformersForCausalLM"])
 
 
 def test_mlx_lm_reads_flat_rope_settings(tmp_path):
@@ -511,7 +516,7 @@ def run(capsys, *words):
     return code, out, err
 
 
-@pytest.mark.parametrize("target", ["transformers", "vllm", "mlx-lm"])
+@pytest.mark.parametrize("target", ["transformers", "vllm", "sglang", "mlx-lm"])
 def test_the_command_carries_over_all_that_belongs_to_the_model(capsys, folder, tmp_path, target):
     assert len(list(folder.glob("*.safetensors"))) > 1
     out = tmp_path / "out"
@@ -527,6 +532,7 @@ def test_the_command_carries_over_all_that_belongs_to_the_model(capsys, folder, 
     command = {
         "transformers": 'from_pretrained("out")',
         "vllm": "vllm serve out",
+        "sglang": "sglang.launch_server --model-path out",
         "mlx-lm": "mlx_lm.generate --model out",
     }
     assert command[target] in text
@@ -596,7 +602,7 @@ OUT = ["export", "MODEL", "OUT", "--target"]
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([*OUT, "onnx"], "--target 'onnx' is not allowed; allowed: transformers, vllm, mlx-lm, llama.cpp"),
+        ([*OUT, "onnx"], "--target 'onnx' is not allowed; allowed: transformers, vllm, sglang, mlx-lm, llama.cpp"),
         (["export", "MODEL", "OUT"], "masformer export needs --target; see masformer export --help"),
         ([*OUT, "mlx-lm", "--plan", "full@1; window:9+4"], "(drop the sinks)"),
         ([*OUT, "llama.cpp", "--plan", "full@1; window:9"], "reads one file, so OUT must end in .gguf: out"),
@@ -604,6 +610,11 @@ OUT = ["export", "MODEL", "OUT", "--target"]
         ([*OUT, "transformers", "--plan", "full", "--plan", "window:4"], "--plan is given twice; export takes one"),
         ([*OUT, "transformers", "--plan", "full@1; window:9", "--python", "python3"], "does nothing without --verify"),
         ([*OUT, "vllm", "--plan", "full@1; window:9", "--verify", "--python", "no/python"], "no/python: No such file"),
+        ([*OUT, "sglang", "--plan", "full@1; window:9", "--verify"], "nothing to verify an export for sglang with"),
+        (
+            [*OUT, "vllm", "--plan", "full@1; window:9", "--sinks", "MODEL"],
+            "--sinks is for .gguf files that go to llama",
+        ),
         (["export", "MODEL", "MODEL", "--target", "vllm", "--plan", "window:9"], "exists already"),
         (["export", "MODEL", "TEXT", "--target", "vllm", "--plan", "window:9", "--overwrite"], "is no model folder"),
         (["export", "MODEL", "TEXT/out", "--target", "vllm", "--plan", "window:9"], "is no folder"),

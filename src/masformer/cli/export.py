@@ -10,6 +10,7 @@ from masformer.cli.options import Figures, StoredModelOptions, console, say
 from masformer.cli.parser import INSTEAD
 from masformer.errors import MasformerError
 from masformer.export import (
+    TargetName,
     check_export,
     check_output,
     check_quantised,
@@ -33,7 +34,7 @@ def export(
     out: str,
     options: StoredModelOptions,
     *,
-    target: Literal["transformers", "vllm", "mlx-lm", "llama.cpp"],
+    target: TargetName,
     quantised: Literal["q8_0"] | None = None,
     sinks: str | None = None,
     overwrite: bool = False,

@@ -10,7 +10,7 @@ from masformer.cli.options import Dtype, Figures, RunningOptions, say, show
 from masformer.data import read_documents
 from masformer.data.documents import read_rows
 from masformer.errors import MasformerError
-from masformer.export import check_export
+from masformer.export import TargetName, check_export
 from masformer.models.checkpoint import load_config
 from masformer.plan import PLAN_SUFFIXES, AttentionPlan
 from masformer.progress import stage_progress
@@ -45,7 +45,7 @@ def search(
     seed: int = records.SEED,
     batch_size: int | None = None,
     dtype: Dtype = "auto",
-    for_: Literal["transformers", "vllm", "mlx-lm", "gguf"] | None = None,
+    for_: TargetName | None = None,
     journal: str | None = None,
     plot: str | None = None,
     device: str | None = None,
@@ -79,7 +79,7 @@ def search(
         random_placements: random placements of the same budget, for comparison (default: 20).
         seed: of the random placements and retrieval probes.
         batch_size: windows that run together (default: as many as fit on CUDA, else 1).
-        for_: the tool that is to run the plan; refused where it could not.
+        for_: the tool that is to run the plan; what it could not run is refused before the work.
         journal: file that keeps finished measurements, so that an interrupted search goes on (default: OUT.journal).
         plot: image file for the map of the layers.
 
@@ -94,7 +94,7 @@ def search(
     placement.Budget.parse(budget)
     config, own = load_config(model)
     if for_ is not None:
-        _check_target(config, for_, by, rest)
+        _check_target(config, for_, by, [rest, *choices])
     texts = {name: list(read_documents([name], field=field, limit=documents)) for name in test or ()}
     chosen = list(read_documents(data, field=field, limit=documents))
     asked = None if pairs is None else [tuple(row.texts.values()) for row in read_rows(pairs, PAIR)]
@@ -126,8 +126,6 @@ def search(
             journal=journal or f"{out}.journal",
             progress=progress,
         )
-    if for_ is not None:
-        check_export(config, result.plan, for_)
     if result.placements:
         show(placement.placement_table(result))
     else:
@@ -137,6 +135,8 @@ def search(
     if plot is not None:
         placement.plot_search(result, plot)
         say(f"map of the layers: {plot}")
+    if for_ is not None:
+        check_export(config, result.plan, for_)
     return {
         "model": model,
         "data": data,
@@ -146,12 +146,24 @@ def search(
     }
 
 
-def _check_target(config: Any, target: str, by: str, local: Span) -> None:
-    """Refuses before anything runs what the tool could not: plans by heads, and a local span that it does not know."""
+def _check_target(config: Any, target: str, by: str, spans: list[Span]) -> None:
+    """Refuses before anything runs what the tool could not: plans by heads, and spans that it does not know.
+
+    Args:
+        config: of the model.
+        target: the tool.
+        by: what is searched.
+        spans: the local one, and those to choose from.
+    """
     if by == "heads":
         raise MasformerError(
             f"{target} gives all KV heads of a layer the same span, so it runs no plan by heads; use --by layers"
         )
+    local, *others = dict.fromkeys(spans)
     layers = config.num_hidden_layers
     if layers > 1:
-        check_export(config, AttentionPlan.mixed(layers, 1, local=local), target)
+        plan = list(AttentionPlan.mixed(layers, 1, local=local))
+        places = [layer for layer, span in enumerate(plan) if span == local]
+        for layer, span in zip(places[:-1], (each for each in others if each not in plan), strict=False):
+            plan[layer] = span
+        check_export(config, AttentionPlan(tuple(plan)), target)

@@ -30,6 +30,8 @@ NO_FULL_POSITIONS = {"cohere2", "exaone4"}
 
 ANY_CLASS = "TransformersForCausalLM"
 """An architecture by which vLLM takes its transformers backend, and llama.cpp's converter nothing."""
+NO_CLASS = "MixedSpansForCausalLM"
+"""An architecture that nothing knows. vLLM takes the first of a list that it knows, llama.cpp's converter the first."""
 _UNUSED = {"_name_or_path", "_model_name_or_path", "attn_implementation", "id2label", "label2id"}
 
 Form = Callable[[PretrainedConfig, AttentionPlan], dict[str, Any]]
@@ -238,6 +240,8 @@ def for_vllm(data: dict[str, Any]) -> dict[str, Any]:
     """Names vLLM's transformers backend: not all of its own classes read layer types, or every bias (Qwen 3)."""
     if data["model_type"] not in ("mistral", "llama", "gpt2", "gpt_neox", GRANITE_SWA):
         data["architectures"] = [ANY_CLASS]
+    elif data["model_type"] == "mistral" and "layer_types" in data:
+        data["architectures"].insert(0, NO_CLASS)
     return data
 
 

@@ -9,10 +9,11 @@ from transformers import PretrainedConfig
 
 from masformer.cost import ModelShape, bytes_text, compare
 from masformer.errors import MasformerError
-from masformer.export.forms import ANY_CLASS
+from masformer.export.forms import ANY_CLASS, NO_CLASS
 from masformer.export.targets import Target
 from masformer.models.card import Origin, header
 from masformer.models.positions import position_limit
+from masformer.models.sinks import sink_layers
 from masformer.plan import AttentionPlan
 
 _TRANSFORMERS = """\
@@ -33,9 +34,13 @@ _MLX = """\
 ```
 mlx_lm.generate --model {folder} --prompt "Long documents" --max-tokens 20
 ```"""
-_RUN = {"transformers": _TRANSFORMERS, "vllm": _VLLM, "mlx-lm": _MLX}
+_SGLANG = """\
+```
+python -m sglang.launch_server --model-path {folder} --context-length {limit}
+```"""
+_RUN = {"transformers": _TRANSFORMERS, "vllm": _VLLM, "sglang": _SGLANG, "mlx-lm": _MLX}
 
-_LIBRARIES = {"transformers": "transformers", "vllm": "vllm", "mlx-lm": "mlx"}
+_LIBRARIES = {"transformers": "transformers", "vllm": "vllm", "sglang": "sglang", "mlx-lm": "mlx"}
 """What a hub calls the tools."""
 
 _NOTES = {
@@ -43,6 +48,10 @@ _NOTES = {
     "vllm": (
         "Memory for the cache is set aside at the start (`--gpu-memory-utilization`; CPU: `VLLM_CPU_KVCACHE_SPACE`): "
         "one sequence takes about what stands below of it. `--disable-sliding-window` is not for this model."
+    ),
+    "sglang": (
+        "**masformer has not run this**: the config and the names of the weights were checked against SGLang's source. "
+        "Hold its first answers against those of the model itself."
     ),
     "mlx-lm": (
         "Versions before 0.28.2 ignore `layer_types` and run full attention, silently: check with `pip show mlx-lm`. "
@@ -53,17 +62,29 @@ _SOFTCAP = (
     "Eager attention, because the model caps its attention scores: transformers up to 5.19 drops the cap in `sdpa`, "
     "its default there, without a word."
 )
+_STOPS = (
+    "Not for llama.cpp's `convert_hf_to_gguf.py`, which reads no layer types of such models: it stops, for it does not "
+    "know the architecture that config.json names. `masformer export --target llama.cpp` writes such files."
+)
 _CONVERTERS = {
-    True: (
-        "Not for llama.cpp's `convert_hf_to_gguf.py`, which reads no layer types of such models: it stops, for it does "
-        "not know the architecture that config.json names. `masformer export --target llama.cpp` writes such files."
+    ANY_CLASS: _STOPS,
+    NO_CLASS: _STOPS,
+    "GraniteSWAForCausalLM": (
+        "llama.cpp's `convert_hf_to_gguf.py` (from b10566 on) knows the architecture that config.json names, with its "
+        "windows and sinks. `masformer export --target llama.cpp` writes such files as well, and checks them."
     ),
-    False: (
+    "": (
         "**Not for llama.cpp's `convert_hf_to_gguf.py`**: it takes this folder for a model with full attention, "
         "silently. `masformer export --target llama.cpp` writes such files."
     ),
 }
-"""Whether the converter stops at a folder with windows -> what is said of it."""
+"""The first architecture that a folder with windows names; "": any other -> what is said of llama.cpp's converter."""
+_SINKS = (
+    "Layers that slide have constants in place of the first tokens of a text: a logit for each head (`sinks`), and "
+    "their values in the biases of the value and output projections. They take nothing of the cache. The class is "
+    "Granite's, every scale of which is one or Llama's; it needs an attention that has sinks, which transformers and "
+    "vLLM choose by themselves (in transformers that is no `sdpa`)."
+)
 _GPT_NEO = (
     "GPT-Neo runs in eager attention, whose masks take (positions)^2 bytes in each layer beside the weights; "
     "`flash_attention_2` ignores the windows in stock transformers. Its cache keeps every key in every layer."
@@ -99,7 +120,9 @@ def folder_readme(
     run = _RUN[target.name].format(folder=name, limit=limit or 2048, attention=attention)
     note = _GPT_NEO if neo else _SOFTCAP if capped and target.name == "transformers" else _NOTES[target.name]
     if not plan.is_full:
-        note = f"{note}\n\n{_CONVERTERS[config.architectures == [ANY_CLASS]]}"
+        note = f"{note}\n\n{_CONVERTERS.get(config.architectures[0], _CONVERTERS[''])}"
+    if sink_layers(plan):
+        note = f"{note}\n\n{_SINKS}"
     if warning is not None:
         note = f"{note}\n\n{warning[0].upper()}{warning[1:]}."
     lines = [

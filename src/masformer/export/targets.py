@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 KINDS = ("full", "window", "mixed", "constants", "windows", "sinks", "blocks", "heads")
 ANY = ("full", "window", "mixed")
@@ -165,6 +165,38 @@ VLLM = Target(
     other=_UNKNOWN,
 )
 
+_SINKS_ONLY = "models/granite.py, as GraniteSWAForCausalLM: layer_types, and sinks that weigh nothing"
+_BIASED = "its granite.py, the one class with windows that these weights fit, drops biases without a word"
+_NO_WINDOW = "its class for them has no window and would run full attention, silently"
+_ALL_LOCAL = "nobody has checked a model without a full layer"
+SGLANG = Target(
+    name="sglang",
+    tested="0.5.23, by reading its source; it was not run",
+    least="0.5.23",
+    package="",
+    why=_SHARED
+    | {"constants": "its granite.py drops the biases that hold the values of constant sinks, without a word"},
+    ropes=frozenset({"default", "llama3"}),
+    entries={
+        "llama": Entry(NOT_ALL_LOCAL, "granite_swa", _ALL_LOCAL, _SINKS_ONLY, _SILU),
+        "mistral": Entry(NOT_ALL_LOCAL, "granite_swa", _ALL_LOCAL, _SINKS_ONLY, _SILU),
+        "ministral": Entry(NOT_ALL_LOCAL, "granite_swa", _ALL_LOCAL, _SINKS_ONLY, _SILU),
+        "smollm3": Entry(
+            BOTH_TYPES,
+            "granite_swa",
+            "it has no SmolLM3 class, and its granite.py needs a layer that slides",
+            f"{_SINKS_ONLY}; layer_rope_theta 0",
+            _SILU | {"attention_bias": (False,), "mlp_bias": (None, False)},
+        ),
+        "llama with biases": Entry((), "granite_swa", _BIASED, "models/granite.py: bias=False"),
+        "qwen2": Entry((), "granite_swa", _BIASED, "models/granite.py: bias=False; models/qwen2.py has no window"),
+        "qwen3": Entry((), "native", _NO_WINDOW, "models/qwen3.py"),
+        "starcoder2": Entry((), "native", _NO_WINDOW, "models/starcoder2.py"),
+        "mixtral": Entry((), "native", _NO_WINDOW, "models/mixtral.py"),
+    },
+    other=_UNKNOWN,
+)
+
 _NO_FULL = "it looks for a full layer and fails on a model without one"
 _BOTH = "it looks for a layer of each kind and fails on a model without one"
 _PERIOD = "it finds the full layers by a period (every n-th, the last one included), and looks for both kinds"
@@ -276,4 +308,6 @@ LLAMA_CPP = Target(
     other="nobody has checked whether llama.cpp reads a window for each of its layers",
 )
 
-TARGETS = {target.name: target for target in (TRANSFORMERS, VLLM, MLX_LM, LLAMA_CPP)}
+TargetName = Literal["transformers", "vllm", "sglang", "mlx-lm", "llama.cpp"]
+TARGETS = {target.name: target for target in (TRANSFORMERS, VLLM, SGLANG, MLX_LM, LLAMA_CPP)}
+assert get_args(TargetName) == tuple(TARGETS)
