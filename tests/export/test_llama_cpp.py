@@ -526,13 +526,18 @@ def test_what_was_read_is_written_again(tmp_path):
 
 def test_the_bench_times_the_same_weights_with_and_without_a_plan(capsys, python, tmp_path):
     write(lively(max_position_embeddings=2048), tmp_path / "tiny.gguf", "full")
-    plan = "full@1,3; window:9"
+    plan, constants = "full@1,3; window:9", "full@1,3; window:9+sink"
+    save_model(apply_plan(with_sinks(lively()), AttentionPlan.parse("window:9+sink", 4)), tmp_path / "fitted")
     words = [
         "bench",
         "llama-cpp",
         tmp_path / "tiny.gguf",
         "--plan",
         plan,
+        "--plan",
+        constants,
+        "--sinks",
+        tmp_path / "fitted",
         "--lengths",
         "1020",
         "--new",
@@ -541,10 +546,11 @@ def test_the_bench_times_the_same_weights_with_and_without_a_plan(capsys, python
     ]
     code, out, _ = command(capsys, *words, "1", "--threads", "1", "--python", python, "--quiet")
     rows = {(row["pass"], row["name"]): row for row in json.loads(out.splitlines()[-1])["results"]}
-    assert (code, len(rows)) == (0, 4)
+    assert (code, len(rows)) == (0, 6)
     for (_, name), row in rows.items():
         assert row["tokens_per_second"] > 0
         assert row["cache_bytes"] == pytest.approx(row["predicted_cache_bytes"], abs=20000), name
+    assert rows["prompt", constants]["cache_bytes"] == rows["prompt", plan]["cache_bytes"]
     assert rows["prompt", plan]["predicted_cache_bytes"] < rows["prompt", "all full"]["predicted_cache_bytes"]
     assert [each.name for each in tmp_path.iterdir() if "bench" in each.name] == []
 
@@ -553,6 +559,8 @@ def test_the_bench_times_the_same_weights_with_and_without_a_plan(capsys, python
     ("words", "message"),
     [
         (["--plan", "window:9+4", "--lengths", "64"], "llama.cpp cannot run window:9+4 on llama models"),
+        (["--plan", "window:9+sink", "--lengths", "64"], "name the folder that masformer convert --sinks fit made"),
+        (["--plan", "window:9", "--lengths", "64", "--sinks", "x"], "has no constant sink, so sinks do nothing"),
         (["--plan", "window:9", "--lengths", "129"], "129 tokens: allowed for"),
         (["--plan", "window:9", "--lengths", "32"], "and 32 new ones: 33 to 128"),
         (["--plan", "window:9", "--lengths", "64", "--repeats", "0"], "repeats"),

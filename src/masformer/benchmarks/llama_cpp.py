@@ -17,6 +17,7 @@ from masformer.errors import MasformerError, check_int
 from masformer.export import check_export, export_gguf, gguf_config, llama_cpp
 from masformer.export.llama_cpp.files import read_gguf
 from masformer.export.verify import check_installed, run_script
+from masformer.models.sinks import sink_layers
 from masformer.plan import AttentionPlan
 
 FULL = "all full"
@@ -33,6 +34,7 @@ def bench_llama_cpp(
     new: int = 32,
     repeats: int = 3,
     threads: int = 0,
+    sinks: str | None = None,
     python: str | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
@@ -45,6 +47,7 @@ def bench_llama_cpp(
         new: tokens after a prompt.
         repeats: rounds, after one for warming up.
         threads: of llama.cpp; 0: its own choice.
+        sinks: folder with the weights of the constant sinks that some plan has, see `export_gguf`.
         python: interpreter of the environment that has xllamacpp; by default the running one.
         progress: called with a line before each call.
 
@@ -66,6 +69,9 @@ def bench_llama_cpp(
             raise MasformerError(f"{length} tokens: allowed for {source} and {new} new ones: {new + 1} to {limit}")
     for plan in plans.values():
         check_export(config, plan, llama_cpp.NAME)
+    with_sinks = [plan for plan in plans.values() if sink_layers(plan)]
+    for plan in with_sinks or list(plans.values())[:1]:
+        llama_cpp.check_sinks(plan, sinks)
     version = check_installed(llama_cpp.NAME, python)
     every = {FULL: AttentionPlan.parse("full", config.num_hidden_layers)}
     every |= {name: plan for name, plan in plans.items() if not plan.is_full}
@@ -73,7 +79,7 @@ def bench_llama_cpp(
     with tempfile.TemporaryDirectory(dir=Path(source).absolute().parent, prefix=".masformer-bench.") as folder:
         files = {name: Path(folder) / f"{index}.gguf" for index, name in enumerate(every)}
         for name, plan in every.items():
-            export_gguf(source, files[name], plan)
+            export_gguf(source, files[name], plan, sinks=sinks if plan in with_sinks else None)
         content = read_gguf(source)
         for length in lengths:
             tokens = torch.randint(3, 250, (length - new,), generator=torch.manual_seed(length)).tolist()

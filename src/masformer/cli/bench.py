@@ -263,6 +263,7 @@ def bench_llama_cpp(
     new: int = 32,
     threads: int = 0,
     repeats: int = 3,
+    sinks: str | None = None,
     python: str | None = None,
     plot: str | None = None,
     quiet: bool = False,
@@ -275,6 +276,7 @@ def bench_llama_cpp(
         new: tokens after each prompt.
         threads: of llama.cpp; 0: its own choice.
         repeats: timed rounds, after one for warming up.
+        sinks: for plans with constant sinks (window:512+sink), the folder of `masformer convert --sinks fit`.
         python: the Python of an environment that has xllamacpp (default: this one).
         plot: file for a picture of time against length.
 
@@ -284,9 +286,8 @@ def bench_llama_cpp(
     sizes = lengths_of("--lengths", lengths)
     config = gguf_config(model)
     plans = options.named(native_plan(config))
-    measure = partial(
-        benchmarks.bench_llama_cpp, model, plans, sizes, new=new, threads=threads, repeats=repeats, python=python
-    )
+    settings = {"new": new, "threads": threads, "repeats": repeats, "sinks": sinks, "python": python}
+    measure = partial(benchmarks.bench_llama_cpp, model, plans, sizes, **settings)
     found = _measured(
         "llama-cpp",
         "In llama.cpp; speed-up over all full",
