@@ -485,9 +485,26 @@ def test_the_command_gives_a_file_a_plan_and_says_what_to_expect(capsys, tmp_pat
     assert sorted(each.name for each in tmp_path.iterdir()) == ["out.README.md", "out.gguf", "tiny.gguf"]
 
 
+def test_the_command_gives_a_file_constants_and_verifies_them(capsys, python, tmp_path):
+    """Those of a folder; the model that the file is held against has them as well."""
+    plan, model = "full@1; window:9+sink", with_sinks(lively())
+    source = write(model, tmp_path / "tiny.gguf", "full")
+    save_model(apply_plan(model, AttentionPlan.parse("window:9+sink", 4)), tmp_path / "fitted")
+    words = ["export", source, tmp_path / "out.gguf", "--target", "llama.cpp", "--plan", plan, "--python", python]
+    code, out, err = command(capsys, *words, "--sinks", tmp_path / "fitted", "--verify")
+    assert (code, "verified in llama.cpp" in out, err) == (0, True, "")
+    text = readme_path(tmp_path / "out.gguf").read_text()
+    assert f"Plan: `{plan}`" in text
+    assert "constants in place of the first tokens" in text
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (
+            ["tiny.gguf", "out.gguf", "--plan", "window:9+sink"],
+            "name the folder that masformer convert --sinks fit made",
+        ),
         (["tiny.gguf", "out.gguf", "--plan", "window:9+4"], "window:9+sink (put constants in place of first tokens"),
         (["tiny.gguf", "out.gguf", "--plan", "window:9", "--dtype", "float16"], "the tensors of a .gguf file stay"),
         (["tiny.gguf", "out.gguf", "--plan", "window:9", "--quantised", "q8_0"], "the tensors of a .gguf file stay"),
@@ -559,7 +576,7 @@ def test_the_bench_times_the_same_weights_with_and_without_a_plan(capsys, python
     ("words", "message"),
     [
         (["--plan", "window:9+4", "--lengths", "64"], "llama.cpp cannot run window:9+4 on llama models"),
-        (["--plan", "window:9+sink", "--lengths", "64"], "name the folder that masformer convert --sinks fit made"),
+        (["--plan", "window:9+sink", "--lengths", "64"], "name the folder that masformer convert"),
         (["--plan", "window:9", "--lengths", "64", "--sinks", "x"], "has no constant sink, so sinks do nothing"),
         (["--plan", "window:9", "--lengths", "129"], "129 tokens: allowed for"),
         (["--plan", "window:9", "--lengths", "32"], "and 32 new ones: 33 to 128"),
