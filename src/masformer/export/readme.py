@@ -71,7 +71,8 @@ _CONVERTERS = {
     NO_CLASS: _STOPS,
     "GraniteSWAForCausalLM": (
         "llama.cpp's `convert_hf_to_gguf.py` (from b10566 on) knows the architecture that config.json names, with its "
-        "windows and sinks. `masformer export --target llama.cpp` writes such files as well, and checks them."
+        "windows and sinks, but passes over `head_dim`; it was not run on this folder. `masformer export --target "
+        "llama.cpp` writes such files as well, and checks them."
     ),
     "": (
         "**Not for llama.cpp's `convert_hf_to_gguf.py`**: it takes this folder for a model with full attention, "
