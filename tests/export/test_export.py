@@ -587,13 +587,17 @@ def test_verify_finds_an_export_that_runs_something_else(tmp_path):
         verify_export(model, tmp_path / "out", "transformers")
 
 
-def test_verify_in_bfloat16_leaves_the_model_as_it_was(tmp_path):
-    lively("qwen2").save_pretrained(tmp_path / "stock")
-    model, _ = load_model(tmp_path / "stock", SAMPLES["mixed"], dtype=torch.bfloat16)
+@pytest.mark.parametrize("kind", ["mixed", "constants"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_verify_in_half_precision_leaves_the_model_as_it_was(tmp_path, kind, dtype):
+    save_model(apply_plan(with_sinks(lively("qwen2")), SAMPLES[kind]), tmp_path / "stock")
+    model, _ = load_model(tmp_path / "stock", dtype=dtype)
     export_model(model, tmp_path / "out", "transformers")
     assert verify_export(model, tmp_path / "out", "transformers").difference < 1e-5
-    assert model.dtype == torch.bfloat16
-    assert AttentionPlan.from_dict(model.config.masformer) == SAMPLES["mixed"]
+    assert model.dtype == dtype
+    assert AttentionPlan.from_dict(model.config.masformer) == SAMPLES[kind]
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (stock.dtype, bool(stock(TOKENS[None]).logits.isfinite().all())) == (dtype, True)
 
 
 OUT = ["export", "MODEL", "OUT", "--target"]

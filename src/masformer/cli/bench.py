@@ -286,8 +286,8 @@ def bench_llama_cpp(
     sizes = lengths_of("--lengths", lengths)
     config = gguf_config(model)
     plans = options.named(native_plan(config))
-    settings = {"new": new, "threads": threads, "repeats": repeats, "sinks": sinks, "python": python}
-    measure = partial(benchmarks.bench_llama_cpp, model, plans, sizes, **settings)
+    more: dict[str, Any] = {"new": new, "threads": threads, "repeats": repeats, "sinks": sinks, "python": python}
+    measure = partial(benchmarks.bench_llama_cpp, model, plans, sizes, **more)
     found = _measured(
         "llama-cpp",
         "In llama.cpp; speed-up over all full",

@@ -196,7 +196,7 @@ def form_weights(
 
     Where it has biases that the model has not, they are zero (Qwen2 has three biases where SmolLM3 has four); in
     granite_swa two of them hold the values of constant sinks (`masformer.export.sinks`), and their logits have the name
-    that they have there.
+    that they have there. These are written in float32, whatever the others are: tools round them as they load them.
 
     Args:
         config: the stock config of the model.
@@ -218,13 +218,12 @@ def form_weights(
     outputs = [name for name in found if name.endswith(".self_attn.o_proj.weight")]
     for layer, name in enumerate(sorted(outputs, key=lambda each: int(each.split(".")[-4]))):
         attention, output = name.removesuffix("o_proj.weight"), found[name]
-        none = torch.full((config.num_attention_heads,), no_sink(output.dtype), dtype=output.dtype)
-        found[f"{attention}sinks"] = none
+        found[f"{attention}sinks"] = torch.full((config.num_attention_heads,), no_sink(output.dtype))
         if layer in sink_layers(plan):
-            found[f"{attention}sinks"] = sinks[layer].logit.detach().clone()
+            found[f"{attention}sinks"] = sinks[layer].logit.detach().float()
             for part, added in zip(("v_proj", "o_proj"), biases(sinks[layer], output), strict=True):
                 bias = found[f"{attention}{part}.bias"]
-                found[f"{attention}{part}.bias"] = (bias.detach().double() + added).to(bias.dtype)
+                found[f"{attention}{part}.bias"] = (bias.detach().double() + added).float()
     return found
 
 

@@ -64,7 +64,7 @@ def by_layer(weights: Mapping[str, Tensor]) -> dict[int, ConstantSinks]:
         for name, weight in weights.items():
             if match := re.search(rf"\.(\d+)\.[\w.]+\.{kind}$", name):
                 found.setdefault(int(match[1]), []).append(weight)
-    return {layer: ConstantSinks(*tensors) for layer, tensors in sorted(found.items())}
+    return {layer: sinks for layer in sorted(found) if (sinks := ConstantSinks.of(found[layer])) is not None}
 
 
 def read_sinks(path: str | os.PathLike[str]) -> dict[int, ConstantSinks]:
