@@ -1,0 +1,97 @@
+"""Which keys the devices must send each other, as numbers alone: no tensor of a model, no process.
+
+A sequence is cut into contiguous slices of one length, slice i on device i. The queries of a slice see its own keys and
+some before it, and what they see before it is what they see from its first query on: the oldest key of later ones is no
+older. So a local span needs the keys just before the slice, from as many devices as hold them, and the sinks; a full
+span needs all.
+
+Keys that are fetched lie before the slice's own without a gap. What attention then sees is the same document without
+its middle: a window, and blocks that begin with a whole one, do not ask how far the beginning is away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import torch
+
+from masformer.spans import Span
+
+Sent = tuple[tuple[int, ...], ...]
+"""[from device][to device] -> so many."""
+
+
+def needed(span: Span, first: int, start: int) -> tuple[range, ...]:
+    """The tokens before a slice whose keys its queries see, ascending.
+
+    Args:
+        span: of the layer.
+        first: index of the first token of the document that the slice begins in.
+        start: index of the first token of the slice.
+    """
+    if first >= start:
+        return ()
+    low = first + int(span.first_visible(torch.tensor(start - first)))
+    apart = first + span.sinks
+    if low <= apart:
+        return (range(first, start),)
+    return tuple(part for part in (range(first, apart), range(low, start)) if part)
+
+
+def on_device(part: range, device: int, length: int) -> range:
+    """Those of some tokens that lie on a device, whose slices have this length."""
+    start = max(part.start, device * length)
+    return range(start, max(start, min(part.stop, (device + 1) * length)))
+
+
+@lru_cache(maxsize=1024)
+def tokens_sent(span: Span, devices: int, length: int) -> Sent:
+    """The tokens whose keys each device sends to each other one, for a sequence that is one document.
+
+    Args:
+        span: of the heads.
+        devices: that share the sequence.
+        length: of a slice.
+    """
+    parts = [needed(span, 0, device * length) for device in range(devices)]
+    return sent(lambda source, to: sum(len(on_device(part, source, length)) for part in parts[to]), devices)
+
+
+def sent(count: Callable[[int, int], int], devices: int) -> Sent:
+    """What a function of (from, to) says of all pairs; a device sends to later ones alone."""
+    return tuple(tuple(count(source, to) if source < to else 0 for to in range(devices)) for source in range(devices))
+
+
+def goes_by_heads(span: Span, query_heads: int, kv_heads: int, devices: int, length: int) -> bool:
+    """Whether heads are exchanged for positions: each device has the whole sequence of some heads (Ulysses,
+    arXiv 2309.14509); else the keys that are needed are fetched.
+
+    It takes KV heads that the devices share evenly. Then full heads go by heads: all devices do the same work, where
+    the last one that fetched keys would do twice the mean. Local heads go the way that sends fewer bytes.
+
+    Args:
+        span: of the heads.
+        query_heads: so many have that span in the layer.
+        kv_heads: so many keys they have.
+        devices: that share the sequence.
+        length: of a slice.
+    """
+    if kv_heads % devices or devices == 1:
+        return False
+    if span.max_visible is None:
+        return True
+    return sum(heads_sent(query_heads, kv_heads, devices, length)) < sum(edges_sent(span, kv_heads, devices, length))
+
+
+def heads_sent(query_heads: int, kv_heads: int, devices: int, length: int) -> Sequence[int]:
+    """What each device sends in a forward pass by heads, counted in heads of one token, a key and a value wide.
+
+    Queries and outputs are as wide together; all but a device's own share of heads leaves it, and comes back.
+    """
+    return [(devices - 1) * (query_heads + kv_heads) * length // devices] * devices
+
+
+def edges_sent(span: Span, kv_heads: int, devices: int, length: int) -> Sequence[int]:
+    """The same where keys are fetched."""
+    return [kv_heads * sum(each) for each in tokens_sent(span, devices, length)]

@@ -1,0 +1,155 @@
+"""What processes that share sequences do in tests: each case once by all of them together, once by the first alone."""
+
+import random
+import sys
+
+import torch
+import torch.distributed as dist
+
+from masformer import AttentionPlan, apply_plan, attend
+from masformer.attention import ConstantSinks, Layout
+from masformer.models.bridge import across_devices
+from masformer.parallel.forward import SlicedPass, sequence_mesh
+from masformer.spans import BlockSpan, FullSpan, UnitSpans, WindowSpan
+from masformer.training.loss import use_chunked_loss
+from tiny import ARCHITECTURES, VOCABULARY, kv_heads_of, random_plan, random_unit_plan, tiny
+
+CASES = 24
+
+
+def random_span(choose):
+    return choose.choice(
+        [
+            FullSpan(),
+            WindowSpan(choose.randint(1, 30), choose.choice([0, 0, 1, 4, 14]), choose.random() < 0.3),
+            BlockSpan(choose.randint(1, 12), choose.randint(0, 3), choose.random() < 0.3),
+        ]
+    )
+
+
+def random_positions(choose, rows, length):
+    """Of packed documents of any lengths, [rows, length]."""
+    found = []
+    for _ in range(rows):
+        row = []
+        while len(row) < length:
+            row += range(choose.choice([1, 3, 8, 20, 50]))
+        found.append(row[:length])
+    return torch.tensor(found)
+
+
+def part(x, rank, world, dim=1):
+    """The slice of a process."""
+    return x.chunk(world, dim)[rank]
+
+
+def attention_case(seed, mesh):
+    """The largest error of output and gradients of attention; of all slices, in the first process."""
+    rank, world = mesh.get_local_rank(), mesh.size()
+    choose = random.Random(f"{seed} {world}")
+    torch.manual_seed(seed)
+    rows, length = choose.choice([1, 1, 2, 3]), choose.randint(1, 9) * world
+    kv_heads = choose.choice([1, 2, 3, 4])
+    heads, wide = kv_heads * choose.choice([1, 2]), choose.choice([4, 6])
+    spans = [random_span(choose) for _ in range(kv_heads)]
+    span = UnitSpans(tuple(spans)) if choose.random() < 0.4 and len(set(spans)) > 1 else spans[0]
+    query, key, value, weight = (
+        torch.randn(rows, some, length, dim, dtype=torch.double)
+        for some, dim in ((heads, 4), (kv_heads, 4), (kv_heads, wide), (heads, wide))
+    )
+    constants = [torch.randn(heads, dtype=torch.double), torch.randn(kv_heads, wide, dtype=torch.double)]
+    positions = real = None
+    if choose.random() < 0.6:
+        positions = random_positions(choose, rows, length)
+    if choose.random() < 0.3:
+        real = torch.arange(length) >= torch.tensor([choose.randrange(length) for _ in range(rows)])[:, None]
+    documents = None if positions is None else (positions == 0).long().cumsum(-1)
+    softcap = choose.choice([None, None, 2.0])
+
+    def gradients(call, tensors, weight):
+        inputs = [x.clone().requires_grad_() for x in tensors]
+        sinks = ConstantSinks(*inputs[3:])
+        found = call(*inputs[:3], span, sinks=sinks.under(span), softcap=softcap, scale=0.5)
+        return [found.detach(), *torch.autograd.grad(found, inputs, weight, allow_unused=True, materialize_grads=True)]
+
+    def sliced(query, key, value, span, **options):
+        given = [None if x is None else part(x, rank, world) for x in (positions, real)]
+        whole = SlicedPass(mesh, *given, rows, length // world, "cpu")
+        whole.begin(documents)
+        return whole.attend(query, key, value, span, **options)
+
+    mine = [part(x, rank, world, 2) for x in (query, key, value, weight)]
+    out, *grads = gradients(sliced, [*mine[:3], *constants], mine[3])
+    found = [gathered(x, world, 2) for x in (out, *grads[:3])] + [summed(x) for x in grads[3:]]
+    if rank:
+        return 0.0
+
+    def alone(query, key, value, span, **options):
+        layout = Layout.of(real, documents)
+        return attend(query, key, value, span, layout=layout, backend="reference", **options)
+
+    expected = gradients(alone, [query, key, value, *constants], weight)
+    return max(float((one - two).abs().max()) for one, two in zip(found, expected, strict=True))
+
+
+def gathered(x, world, dim):
+    each = [torch.empty_like(x.contiguous()) for _ in range(world)]
+    dist.all_gather(each, x.contiguous())
+    return torch.cat(each, dim)
+
+
+def summed(x):
+    x = x.clone()
+    dist.all_reduce(x)
+    return x
+
+
+def model_case(kind, plan, mesh, packed=True, rows=2):
+    """The largest error of the loss and of any gradient of a model."""
+    rank, world = mesh.get_local_rank(), mesh.size()
+    model = tiny(kind).double()
+    apply_plan(model, plan)
+    use_chunked_loss(model, 5)
+    choose = random.Random(f"{kind} {world}")
+    length = world * choose.randint(6, 9)
+    tokens = torch.randint(0, VOCABULARY, (rows, length))
+    labels = torch.randint(0, VOCABULARY, (rows, length)).masked_fill_(torch.rand(rows, length) < 0.2, -100)
+    positions = random_positions(choose, rows, length) if packed else torch.arange(length).expand(rows, -1)
+
+    def gradients(**given):
+        model.zero_grad()
+        loss = model(**given, num_items_in_batch=7).loss
+        loss.backward()
+        return [loss.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in model.parameters())]
+
+    given = {"input_ids": tokens, "shift_labels": labels, "position_ids": positions}
+    if not packed:
+        del given["position_ids"]
+    with across_devices(model, mesh):
+        found = list(map(summed, gradients(**{name: part(x, rank, world) for name, x in given.items()})))
+    if rank:
+        return 0.0
+    expected = gradients(**given, use_cache=False)
+    return max(float((one - two).abs().max()) for one, two in zip(found, expected, strict=True))
+
+
+def main():
+    """All cases; the first process says the largest error of each."""
+    # Norms and rotary tables of most models are float32 in any dtype: a last bit in float64 may be one of theirs.
+    torch.float32, torch.Tensor.float = torch.float64, torch.Tensor.double
+    dist.init_process_group("gloo")
+    world = dist.get_world_size()
+    mesh = sequence_mesh(world, "cpu")
+    for seed in range(CASES):
+        report(f"attention {seed}", attention_case(seed, mesh))
+    for number, kind in enumerate(ARCHITECTURES if world == 2 else ("llama", "gemma2", "gpt_neo", "phi3")):
+        plan = random_unit_plan(f"{kind} {world}", kv_heads_of(kind)) if number % 2 else random_plan(f"{kind} {world}")
+        report(f"{kind} {plan}", model_case(kind, plan, mesh, packed=number % 3 != 1))
+    report("llama of sinks", model_case("llama", AttentionPlan.parse("full,window:5+3,full,window:40+2"), mesh))
+    dist.destroy_process_group()
+
+
+def report(name, error):
+    if dist.get_rank() == 0:
+        print(f"{error} {name}")
+        sys.stdout.flush()
