@@ -5,9 +5,11 @@ import sys
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from masformer import AttentionPlan, apply_plan, attend
 from masformer.attention import ConstantSinks, Layout
+from masformer.cost import ModelShape, communication
 from masformer.models.bridge import across_devices
 from masformer.parallel.forward import SlicedPass, sequence_mesh
 from masformer.spans import BlockSpan, FullSpan, UnitSpans, WindowSpan
@@ -15,6 +17,23 @@ from masformer.training.loss import use_chunked_loss
 from tiny import ARCHITECTURES, VOCABULARY, kv_heads_of, random_plan, random_unit_plan, tiny
 
 CASES = 24
+ROTARY = {
+    "phi3": {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0] * 4,
+            "long_factor": [1.0, 4.0, 16.0, 64.0],
+            "original_max_position_embeddings": 11,
+        },
+        "original_max_position_embeddings": 11,
+    },
+    "llama": {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 8.0},
+        "max_position_embeddings": 11,
+    },
+}
+"""Models whose rotary positions depend on the length of the text, which is beyond 11 here, and of a slice below."""
 
 
 def random_span(choose):
@@ -104,10 +123,10 @@ def summed(x):
     return x
 
 
-def model_case(kind, plan, mesh, packed=True, rows=2):
+def model_case(kind, plan, mesh, packed=True, rows=2, **changes):
     """The largest error of the loss and of any gradient of a model."""
     rank, world = mesh.get_local_rank(), mesh.size()
-    model = tiny(kind).double()
+    model = tiny(kind, **changes).double()
     apply_plan(model, plan)
     use_chunked_loss(model, 5)
     choose = random.Random(f"{kind} {world}")
@@ -133,6 +152,51 @@ def model_case(kind, plan, mesh, packed=True, rows=2):
     return max(float((one - two).abs().max()) for one, two in zip(found, expected, strict=True))
 
 
+class Wire(TorchDispatchMode):
+    """Counts the bytes that leave this process, and those that come."""
+
+    def __init__(self, rank, world):
+        super().__init__()
+        self.rank, self.world = rank, world
+        self.sent = self.received = self.gathered = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        name = str(function)
+        if name.startswith("_c10d_functional.all_to_all_single"):
+            x, received, sent, _ = args
+            row = x[:1].nbytes if len(x) else found[:1].nbytes
+            self.sent += row * (sum(sent) - sent[self.rank])
+            self.received += row * (sum(received) - received[self.rank])
+        elif name.startswith("c10d.allgather_"):
+            self.gathered += (self.world - 1) * sum(x.nbytes for x in args[1])
+        elif name.startswith(("c10d", "_c10d")) and "wait" not in name and "wrap" not in name:
+            raise AssertionError(f"{name} is not counted")
+        return found
+
+
+def wire_case(seed, mesh, checkpointing):
+    """The bytes that a training step sends, beside those of the cost model."""
+    rank, world = mesh.get_local_rank(), mesh.size()
+    plan = random_unit_plan(f"wire {seed}", 4)
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    model = apply_plan(use_chunked_loss(tiny("llama", **heads).double()), plan)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    rows, length = 2, 9
+    tokens = torch.randint(0, VOCABULARY, (rows, length))
+    with across_devices(model, mesh), Wire(rank, world) as wire:
+        model(tokens, shift_labels=tokens).loss.backward()
+    options = {"rows": rows, "bytes_per_value": 8, "recompute": checkpointing}
+    expected = communication(ModelShape.of(model.config), plan, world * length, world, **options)
+    busiest = torch.tensor(max(wire.sent, wire.received))
+    dist.all_reduce(busiest, op=dist.ReduceOp.MAX)
+    found = [int(summed(torch.tensor(x))) for x in (wire.sent, wire.received, wire.gathered)]
+    wanted = [expected.total, expected.total, expected.positions, expected.busiest]
+    return max(abs(one - two) for one, two in zip([*found, int(busiest)], wanted, strict=True))
+
+
 def main():
     """All cases; the first process says the largest error of each."""
     # Norms and rotary tables of most models are float32 in any dtype: a last bit in float64 may be one of theirs.
@@ -145,7 +209,12 @@ def main():
     for number, kind in enumerate(ARCHITECTURES if world == 2 else ("llama", "gemma2", "gpt_neo", "phi3")):
         plan = random_unit_plan(f"{kind} {world}", kv_heads_of(kind)) if number % 2 else random_plan(f"{kind} {world}")
         report(f"{kind} {plan}", model_case(kind, plan, mesh, packed=number % 3 != 1))
+    plan = random_plan(f"rotary {world}")
+    for kind, changes in ROTARY.items():
+        report(f"{kind} of long texts", model_case(kind, plan, mesh, packed=False, **changes))
     report("llama of sinks", model_case("llama", AttentionPlan.parse("full,window:5+3,full,window:40+2"), mesh))
+    for seed in range(4):
+        report(f"bytes {seed}", wire_case(f"{seed} {world}", mesh, checkpointing=seed % 2 == 1))
     dist.destroy_process_group()
 
 

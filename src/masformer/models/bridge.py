@@ -285,7 +285,7 @@ def _attend_layer(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Layout | Tensor | None,
+    attention_mask: Layout | SlicedPass | Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
@@ -316,9 +316,11 @@ def _attend_layer(
         else:
             out = _attend_kept(query, *parts[0], span, own, options)  # type: ignore[arg-type]
         return out.transpose(1, 2).contiguous(), None
-    if current is not None and current.slices is not None:
-        out = current.slices.attend(query, key, value, span, sinks=own, **options)
+    if isinstance(attention_mask, SlicedPass):
+        out = attention_mask.attend(query, key, value, span, sinks=own, **options)
         return out.transpose(1, 2).contiguous(), None
+    if current is not None and current.slices is not None:
+        raise MasformerError(f"{type(module).__name__} is not handed the mask of its model, so it knows of no slices")
     if attention_mask is not None and attention_mask.documents.shape[1] != key.shape[2]:
         expected = attention_mask.documents.shape[1]
         raise MasformerError(f"the cache holds {key.shape[2]} keys of {expected}; use SpanCache or DynamicCache")
@@ -438,10 +440,12 @@ def attending_by(model: PreTrainedModel, function: Callable[..., Tensor]) -> Ite
 @_between_graphs
 def _mask(
     batch_size: int, kv_length: int, attention_mask: Tensor | None = None, device: Any = None, **kwargs: Any
-) -> Layout | None:
+) -> Layout | SlicedPass | None:
     """The mask function that transformers calls; a cache of ours and a sequence in slices give each layer its own."""
     current = _pass.get()
-    if current is not None and (current.cache is not None or current.slices is not None):
+    if current is not None and current.slices is not None:
+        return current.slices  # handed on by the layers, also where a backward pass runs them again
+    if current is not None and current.cache is not None:
         return None
     real = None if attention_mask is None else attention_mask[:, :kv_length]
     return Layout.of(real, None if current is None else current.documents)

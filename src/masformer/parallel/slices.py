@@ -81,17 +81,27 @@ def goes_by_heads(span: Span, query_heads: int, kv_heads: int, devices: int, len
         return False
     if span.max_visible is None:
         return True
-    return sum(heads_sent(query_heads, kv_heads, devices, length)) < sum(edges_sent(span, kv_heads, devices, length))
+    return (devices - 1) * (query_heads + kv_heads) * length < kv_heads * sum(
+        map(sum, tokens_sent(span, devices, length))
+    )
 
 
-def heads_sent(query_heads: int, kv_heads: int, devices: int, length: int) -> Sequence[int]:
-    """What each device sends in a forward pass by heads, counted in heads of one token, a key and a value wide.
+def traffic(
+    span: Span, query_heads: int, kv_heads: int, devices: int, length: int
+) -> tuple[Sequence[int], Sequence[int]]:
+    """What each device sends, and what it receives, in a forward pass; the backward pass returns as much.
 
-    Queries and outputs are as wide together; all but a device's own share of heads leaves it, and comes back.
+    Counted in heads of one token, a key and a value wide. A query and an output are as wide together.
+
+    Args:
+        span: see `goes_by_heads`, also for the others.
+        query_heads: that have the span.
+        kv_heads: of them.
+        devices: that share the sequence.
+        length: of a slice.
     """
-    return [(devices - 1) * (query_heads + kv_heads) * length // devices] * devices
-
-
-def edges_sent(span: Span, kv_heads: int, devices: int, length: int) -> Sequence[int]:
-    """The same where keys are fetched."""
-    return [kv_heads * sum(each) for each in tokens_sent(span, devices, length)]
+    if goes_by_heads(span, query_heads, kv_heads, devices, length):
+        each = [(query_heads + kv_heads) // devices * length * (devices - 1)] * devices
+        return each, each
+    table = tokens_sent(span, devices, length)
+    return [kv_heads * sum(row) for row in table], [kv_heads * sum(column) for column in zip(*table, strict=True)]
