@@ -189,6 +189,7 @@ class TrainingRecipe:
         compile: compile the decoder layers (`masformer.models.compiling`): a minute at the start, faster steps on GPUs.
         loss_chunk: positions whose logits exist at the same time.
         sharding: `fsdp` spreads weights and optimizer over the processes (FSDP2).
+        sequence_devices: so many devices share each row, cut into slices (docs/training.md).
         report_to: trackers that get what metrics.jsonl gets, beside it: `wandb`, `mlflow`, `tensorboard`.
         seed: of the order of rows, of new weights and dropout.
     """
@@ -208,13 +209,14 @@ class TrainingRecipe:
     compile: bool | None = None
     loss_chunk: int = 512
     sharding: str = "none"
+    sequence_devices: int = 1
     report_to: list[str] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise MasformerError("training needs either steps or epochs")
-        for name in ("rows", "device_rows", "loss_chunk"):
+        for name in ("rows", "device_rows", "loss_chunk", "sequence_devices"):
             check_int(f"training.{name}", getattr(self, name), 1)
         check_int("training.warmup_steps", self.warmup_steps, 0)
         check_int("training.seed", self.seed, 0, LARGEST_SEED)
@@ -233,6 +235,10 @@ class TrainingRecipe:
         if self.rows % self.device_rows:
             raise MasformerError(
                 f"training.rows {self.rows} must be a multiple of training.device_rows {self.device_rows}"
+            )
+        if self.sequence_devices > 1 and self.compile:
+            raise MasformerError(
+                "training.compile is not possible with training.sequence_devices; leave one of them out"
             )
         check_choice("training.schedule", self.schedule, SCHEDULES)
         check_choice("training.precision", self.precision, PRECISIONS)
