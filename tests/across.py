@@ -197,6 +197,30 @@ def wire_case(seed, mesh, checkpointing):
     return max(abs(one - two) for one, two in zip([*found, int(busiest)], wanted, strict=True))
 
 
+def memory_case(plan, length, mesh):
+    """How much more a device keeps for the backward pass than its share of what one device keeps."""
+    rank, world = mesh.get_local_rank(), mesh.size()
+    changes = {"hidden_size": 16, "head_dim": 4, "num_key_value_heads": 4, "num_hidden_layers": 2}
+    model = apply_plan(tiny("llama", **changes), AttentionPlan.parse(plan, 2)).model
+
+    def kept(tokens):
+        saved = {}
+
+        def pack(x):
+            saved[x.untyped_storage().data_ptr()] = x
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            model(tokens, use_cache=False)
+        weights = {x.untyped_storage().data_ptr() for x in model.parameters()}
+        return sum(x.untyped_storage().nbytes() for place, x in saved.items() if place not in weights)
+
+    tokens = torch.zeros(1, length, dtype=torch.long)
+    with across_devices(model, mesh):
+        mine = kept(part(tokens, rank, world))
+    return kept(tokens) and mine * world / kept(tokens) - 1 if rank == 0 else 0.0
+
+
 def main():
     """All cases; the first process says the largest error of each."""
     # Norms and rotary tables of most models are float32 in any dtype: a last bit in float64 may be one of theirs.
@@ -215,6 +239,9 @@ def main():
     report("llama of sinks", model_case("llama", AttentionPlan.parse("full,window:5+3,full,window:40+2"), mesh))
     for seed in range(4):
         report(f"bytes {seed}", wire_case(f"{seed} {world}", mesh, checkpointing=seed % 2 == 1))
+    if world != 3:
+        report("memory of windows", memory_case("window:64+4,block:128x2", 32768, mesh))
+        report("memory of full attention", memory_case("full,window:64", 2048, mesh))
     dist.destroy_process_group()
 
 

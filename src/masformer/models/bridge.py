@@ -366,14 +366,8 @@ def across_devices(model: PreTrainedModel, mesh: DeviceMesh) -> Iterator[None]:
         MasformerError: the model has no plan, its layers are compiled, or its loss is none of each token alone.
     """
     model = bare_model(model)
-    owner, layers = _layers(model.base_model)
-    if any(layer._compiled_call_impl is not None for layer in layers):
-        raise MasformerError("compiled layers cannot share a sequence with other devices; do not compile them")
-    if getattr(model.config, "output_router_logits", False):
-        raise MasformerError(
-            "the loss that balances experts is one of all tokens together, which no device has; set "
-            "output_router_logits to false"
-        )
+    check_slices(model)
+    owner, _ = _layers(model.base_model)
     before = vars(model).get("_loss_function")
     loss = model.loss_function
     setattr(owner, _MESH, mesh)
@@ -386,6 +380,18 @@ def across_devices(model: PreTrainedModel, mesh: DeviceMesh) -> Iterator[None]:
             del model._loss_function
         else:
             model.loss_function = before
+
+
+def check_slices(model: PreTrainedModel) -> None:
+    """Raises MasformerError where `across_devices` does."""
+    _, layers = _layers(model.base_model)
+    if any(layer._compiled_call_impl is not None for layer in layers):
+        raise MasformerError("compiled layers cannot share a sequence with other devices; do not compile them")
+    if getattr(model.config, "output_router_logits", False):
+        raise MasformerError(
+            "the loss that balances experts is one of all tokens together, which no device has; set "
+            "output_router_logits to false"
+        )
 
 
 def _loss_of_slice(

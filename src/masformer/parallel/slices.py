@@ -86,6 +86,17 @@ def goes_by_heads(span: Span, query_heads: int, kv_heads: int, devices: int, len
     )
 
 
+def fetched(span: Span, query_heads: int, kv_heads: int, devices: int, length: int) -> int:
+    """The most tokens whose keys a device holds beside its own, those made into one piece with them; 0 by heads.
+
+    Arguments as in `traffic`.
+    """
+    if goes_by_heads(span, query_heads, kv_heads, devices, length):
+        return 0
+    most = max(map(sum, zip(*tokens_sent(span, devices, length), strict=True)))
+    return most + length if most else 0
+
+
 def traffic(
     span: Span, query_heads: int, kv_heads: int, devices: int, length: int
 ) -> tuple[Sequence[int], Sequence[int]]:

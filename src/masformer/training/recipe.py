@@ -209,15 +209,17 @@ class TrainingRecipe:
     compile: bool | None = None
     loss_chunk: int = 512
     sharding: str = "none"
-    sequence_devices: int = 1
+    sequence_devices: int | None = None
     report_to: list[str] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise MasformerError("training needs either steps or epochs")
-        for name in ("rows", "device_rows", "loss_chunk", "sequence_devices"):
+        for name in ("rows", "device_rows", "loss_chunk"):
             check_int(f"training.{name}", getattr(self, name), 1)
+        if self.sequence_devices is not None:
+            check_int("training.sequence_devices", self.sequence_devices, 1)
         check_int("training.warmup_steps", self.warmup_steps, 0)
         check_int("training.seed", self.seed, 0, LARGEST_SEED)
         if self.steps is not None:
@@ -236,7 +238,7 @@ class TrainingRecipe:
             raise MasformerError(
                 f"training.rows {self.rows} must be a multiple of training.device_rows {self.device_rows}"
             )
-        if self.sequence_devices > 1 and self.compile:
+        if self.sharing > 1 and self.compile:
             raise MasformerError(
                 "training.compile is not possible with training.sequence_devices; leave one of them out"
             )
@@ -245,6 +247,11 @@ class TrainingRecipe:
         check_choice("training.sharding", self.sharding, SHARDINGS)
         for tracker in self.report_to or ():
             check_choice("training.report_to", tracker, TRACKERS)
+
+    @property
+    def sharing(self) -> int:
+        """How many devices share a row; 1: none do."""
+        return self.sequence_devices or 1
 
 
 def warmup_fault(warmup: int, steps: int) -> str:

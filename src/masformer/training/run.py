@@ -145,7 +145,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         trainer = SpanTrainer(recipe, prepared, schedule, tasks, arguments, watch)
         if trainer.is_fsdp_enabled:
             _say(bar.console, f"weights and optimizer are shared by {arguments.world_size} processes (FSDP2)")
-        if (sharing := recipe.training.sequence_devices) > 1:
+        if (sharing := recipe.training.sharing) > 1:
             _say(bar.console, f"each row is shared by {sharing} of {arguments.world_size} processes")
             shared: Any = across_devices(prepared.causal, sequence_mesh(sharing, arguments.device.type))
         else:

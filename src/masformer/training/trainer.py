@@ -82,7 +82,7 @@ def training_arguments(recipe: Recipe, steps: int, evaluate_first: bool) -> Trai
         )
     except (ValueError, RuntimeError) as error:
         raise MasformerError(f"training cannot start: {' '.join(str(error).split())}") from error
-    world, sharing = arguments.world_size, settings.sequence_devices
+    world, sharing = arguments.world_size, settings.sharing
     if world % sharing:
         raise MasformerError(
             f"training.sequence_devices {sharing} needs a multiple of {sharing} processes, not {world}; start them "
@@ -121,7 +121,7 @@ class SpanTrainer(Trainer):  # type: ignore[misc]
         watch: Watch,
     ) -> None:
         eos, config = prepared.tokenizer.eos_token_id, prepared.causal.config
-        use_cache, devices = getattr(config, "use_cache", None), recipe.training.sequence_devices
+        use_cache, devices = getattr(config, "use_cache", None), recipe.training.sharing
         super().__init__(
             model=prepared.model,
             args=arguments,
@@ -183,7 +183,7 @@ class SpanTrainer(Trainer):  # type: ignore[misc]
         model = self.model_wrapped if self.is_fsdp_enabled else self.model
         stop = self.watch.is_stopped if self.args.world_size == 1 else lambda: False
         precision = self.recipe.evaluation.precision
-        devices = self.recipe.training.sequence_devices
+        devices = self.recipe.training.sharing
         figures = evaluate(model, self.tasks, self.args.device, stop, self.watch.evaluated, precision, devices)
         if figures is None:
             if self.watch.steps_done == 0:
