@@ -69,7 +69,7 @@ def attention_case(seed, mesh):
     torch.manual_seed(seed)
     rows, length = choose.choice([1, 1, 2, 3]), choose.randint(1, 9) * world
     kv_heads = choose.choice([1, 2, 3, 4])
-    heads, wide = kv_heads * choose.choice([1, 2]), choose.choice([4, 6])
+    heads, wide = kv_heads * choose.choice([1, 2, 3]), choose.choice([4, 6])
     spans = [random_span(choose) for _ in range(kv_heads)]
     span = UnitSpans(tuple(spans)) if choose.random() < 0.4 and len(set(spans)) > 1 else spans[0]
     query, key, value, weight = (

@@ -51,6 +51,7 @@ def test_what_a_window_sends_does_not_grow_with_the_sequence():
 def test_full_heads_go_by_heads_where_devices_share_them_evenly_and_local_ones_where_that_is_less():
     leaves, comes = traffic(FullSpan(), 32, 8, 8, 1000)
     assert leaves == comes == [5 * 1000 * 7] * 8
+    assert traffic(FullSpan(), 32, 8, 16, 1000)[0] == [3 * 1000 * 15] * 16, "each KV head goes to two"
     leaves, comes = traffic(FullSpan(), 36, 9, 8, 1000)
     assert leaves == [9 * 1000 * later for later in reversed(range(8))]
     assert comes == leaves[::-1]

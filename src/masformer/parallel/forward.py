@@ -7,7 +7,7 @@ same order, forward and backward, also where it has nothing to send.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from masformer.attention import ConstantSinks, Layout, attend
 from masformer.attention.call import in_autocast
 from masformer.attention.units import attend_units
 from masformer.errors import MasformerError
-from masformer.parallel.slices import goes_by_heads, needed, on_device, sent
+from masformer.parallel.slices import copies, goes_by_heads, needed, on_device, sent
 from masformer.spans import LayerSpan, Span, UnitSpans
 
 
@@ -165,7 +165,8 @@ class SlicedPass:
         self, query: Tensor, key: Tensor, value: Tensor, span: Span, sinks: ConstantSinks | None, options: Any
     ) -> Tensor:
         """Attention of some heads of all slices, each back where its queries are."""
-        tensors = query, key, value
+        many = copies(query.shape[1], key.shape[1], self.devices) or 1
+        tensors = query, *(x if many == 1 else x.repeat_interleave(many, 1) for x in (key, value))
         mine = torch.cat([self._scattered(x) for x in tensors], 1)
         got = self._exchanged(mine)
         sizes = [x.numel() // self.devices for x in tensors]
@@ -174,8 +175,10 @@ class SlicedPass:
             for part, x in zip(got.split(sizes, 1), tensors, strict=True)
         ]
         if sinks is not None:
-            heads, share = key.shape[1], key.shape[1] // self.devices
-            sinks = sinks.of_heads(tuple(range(self.number * share, (self.number + 1) * share)), heads)
+            constant = None if sinks.value is None else sinks.value.repeat_interleave(many, 0)
+            heads, share = many * key.shape[1], parts[1].shape[1]
+            mine_of = tuple(range(self.number * share, (self.number + 1) * share))
+            sinks = replace(sinks, value=constant).of_heads(mine_of, heads)
         out = attend(*parts, span, layout=self.layout, sinks=sinks, **options)
         back = out.unflatten(2, (self.devices, -1)).movedim(2, 0).flatten(1)
         got = self._exchanged(back).view(self.devices, self.batch, -1, self.length, out.shape[3])

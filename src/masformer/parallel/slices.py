@@ -11,6 +11,7 @@ its middle: a window, and blocks that begin with a whole one, do not ask how far
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -63,11 +64,20 @@ def sent(count: Callable[[int, int], int], devices: int) -> Sent:
     return tuple(tuple(count(source, to) if source < to else 0 for to in range(devices)) for source in range(devices))
 
 
+def copies(query_heads: int, kv_heads: int, devices: int) -> int | None:
+    """How often each KV head is sent, so that devices share query heads evenly; None: they cannot.
+
+    1 where the devices share the KV heads evenly too.
+    """
+    found = devices // math.gcd(kv_heads, devices)
+    return None if query_heads % (kv_heads * found) else found
+
+
 def goes_by_heads(span: Span, query_heads: int, kv_heads: int, devices: int, length: int) -> bool:
     """Whether heads are exchanged for positions: each device has the whole sequence of some heads (Ulysses,
     arXiv 2309.14509); else the keys that are needed are fetched.
 
-    It takes KV heads that the devices share evenly. Then full heads go by heads: all devices do the same work, where
+    It takes query heads that the devices share evenly. Then full heads go by heads: all devices do the same work, where
     the last one that fetched keys would do twice the mean. Local heads go the way that sends fewer bytes.
 
     Args:
@@ -77,24 +87,11 @@ def goes_by_heads(span: Span, query_heads: int, kv_heads: int, devices: int, len
         devices: that share the sequence.
         length: of a slice.
     """
-    if kv_heads % devices or devices == 1:
+    many = copies(query_heads, kv_heads, devices)
+    if many is None or devices == 1:
         return False
-    if span.max_visible is None:
-        return True
-    return (devices - 1) * (query_heads + kv_heads) * length < kv_heads * sum(
-        map(sum, tokens_sent(span, devices, length))
-    )
-
-
-def fetched(span: Span, query_heads: int, kv_heads: int, devices: int, length: int) -> int:
-    """The most tokens whose keys a device holds beside its own, those made into one piece with them; 0 by heads.
-
-    Arguments as in `traffic`.
-    """
-    if goes_by_heads(span, query_heads, kv_heads, devices, length):
-        return 0
-    most = max(map(sum, zip(*tokens_sent(span, devices, length), strict=True)))
-    return most + length if most else 0
+    by_heads = (devices - 1) * (query_heads + kv_heads * many) * length
+    return span.max_visible is None or by_heads < kv_heads * sum(map(sum, tokens_sent(span, devices, length)))
 
 
 def traffic(
@@ -112,7 +109,19 @@ def traffic(
         length: of a slice.
     """
     if goes_by_heads(span, query_heads, kv_heads, devices, length):
-        each = [(query_heads + kv_heads) // devices * length * (devices - 1)] * devices
+        heads = query_heads + kv_heads * (copies(query_heads, kv_heads, devices) or 1)
+        each = [heads // devices * length * (devices - 1)] * devices
         return each, each
     table = tokens_sent(span, devices, length)
     return [kv_heads * sum(row) for row in table], [kv_heads * sum(column) for column in zip(*table, strict=True)]
+
+
+def fetched(span: Span, query_heads: int, kv_heads: int, devices: int, length: int) -> int:
+    """The most tokens whose keys a device holds beside its own, those made into one piece with them; 0 by heads.
+
+    Arguments as in `traffic`.
+    """
+    if goes_by_heads(span, query_heads, kv_heads, devices, length):
+        return 0
+    most = max(map(sum, zip(*tokens_sent(span, devices, length), strict=True)))
+    return most + length if most else 0
