@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from masformer import AttentionPlan, apply_plan, attend
+from masformer import AttentionPlan, MasformerError, apply_plan, attend
 from masformer.attention import ConstantSinks, Layout
 from masformer.cost import ModelShape, communication
 from masformer.models.bridge import across_devices
@@ -197,6 +197,32 @@ def wire_case(seed, mesh, checkpointing):
     return max(abs(one - two) for one, two in zip([*found, int(busiest)], wanted, strict=True))
 
 
+def refusals(mesh):
+    """(What is refused, the words of the message), each tried by all processes."""
+    rank, world = mesh.get_local_rank(), mesh.size()
+    model = apply_plan(tiny("llama"), "window:4")
+    tokens = torch.ones(1, 6, dtype=torch.long)
+    holes = part(torch.arange(6 * world)[None] != 2, rank, world)
+    layer = model.model.layers[1]
+    handed = layer.self_attn.forward
+    tries = {
+        "slices of different sizes": ("pad them alike", {"input_ids": tokens[:, rank:]}),
+        "holes": ("padding between the tokens", {"input_ids": tokens, "attention_mask": holes.long()}),
+        "whole positions": ("position_ids must be those of the slice", {"position_ids": torch.arange(6 * world)[None]}),
+        "a mask that is not handed on": ("is not handed the mask", {"input_ids": tokens}),
+    }
+    for name, (words, given) in tries.items():
+        if name.startswith("a mask"):
+            layer.self_attn.forward = lambda **options: handed(**options | {"attention_mask": None})
+        try:
+            with across_devices(model, mesh):
+                model(**{"input_ids": tokens} | given)
+        except MasformerError as error:
+            yield name, words in str(error)
+        else:
+            yield name, False
+
+
 def memory_case(plan, length, mesh):
     """How much more a device keeps for the backward pass than its share of what one device keeps."""
     rank, world = mesh.get_local_rank(), mesh.size()
@@ -239,6 +265,8 @@ def main():
     report("llama of sinks", model_case("llama", AttentionPlan.parse("full,window:5+3,full,window:40+2"), mesh))
     for seed in range(4):
         report(f"bytes {seed}", wire_case(f"{seed} {world}", mesh, checkpointing=seed % 2 == 1))
+    for name, right in refusals(mesh):
+        report(f"refused: {name}", float(not right))
     if world != 3:
         report("memory of windows", memory_case("window:64+4,block:128x2", 32768, mesh))
         report("memory of full attention", memory_case("full,window:64", 2048, mesh))

@@ -480,7 +480,8 @@ def _before_forward(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     positions = given.get("position_ids")
     slices = None
     if mesh is not None:
-        slices = SlicedPass(mesh, positions, real, *tokens.shape[:2], tokens.device)
+        rows, length = tokens.shape[:2]
+        slices = SlicedPass(mesh, positions, real, rows, length, tokens.device)
         if positions is None:
             kwargs = kwargs | {"position_ids": slices.own_positions}
         kwargs, positions, real = kwargs | {"use_cache": False}, slices.positions, slices.real

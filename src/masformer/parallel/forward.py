@@ -170,16 +170,16 @@ class SlicedPass:
         mine = torch.cat([self._scattered(x) for x in tensors], 1)
         got = self._exchanged(mine)
         sizes = [x.numel() // self.devices for x in tensors]
-        parts = [
+        query, key, value = (
             self._whole(part, x.shape[1] // self.devices, x.shape[3]).to(x.dtype)
             for part, x in zip(got.split(sizes, 1), tensors, strict=True)
-        ]
+        )
         if sinks is not None:
             constant = None if sinks.value is None else sinks.value.repeat_interleave(many, 0)
-            heads, share = many * key.shape[1], parts[1].shape[1]
-            mine_of = tuple(range(self.number * share, (self.number + 1) * share))
-            sinks = replace(sinks, value=constant).of_heads(mine_of, heads)
-        out = attend(*parts, span, layout=self.layout, sinks=sinks, **options)
+            share = key.shape[1]
+            heads = tuple(range(self.number * share, (self.number + 1) * share))
+            sinks = replace(sinks, value=constant).of_heads(heads, share * self.devices)
+        out = attend(query, key, value, span, layout=self.layout, sinks=sinks, **options)
         back = out.unflatten(2, (self.devices, -1)).movedim(2, 0).flatten(1)
         got = self._exchanged(back).view(self.devices, self.batch, -1, self.length, out.shape[3])
         return got.transpose(0, 1).flatten(1, 2)
@@ -195,7 +195,9 @@ class SlicedPass:
 
     def _exchanged(self, x: Tensor) -> Tensor:
         """Row i goes to device i."""
-        return all_to_all_single_autograd(x.contiguous(), [1] * self.devices, [1] * self.devices, self.mesh)
+        ones = [1] * self.devices
+        found: Tensor = all_to_all_single_autograd(x.contiguous(), ones, ones, self.mesh)
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,8 +268,8 @@ def _needs(span: Span, layout: Layout | None, batch: int, start: int) -> list[tu
     """Of each row the tokens before a slice whose keys it needs."""
     if layout is None:
         return [needed(span, 0, start)] * batch
-    crossing = [[part.start for part in row if part.start < start < part.stop] for row in layout.rows]
-    return [needed(span, *first, start) if first else () for first in crossing]
+    crossing = [[part.start for part in row if part.start < start < part.stop] or [start] for row in layout.rows]
+    return [needed(span, first, start) for (first,) in crossing]
 
 
 def _layout(whole: SlicedPass, needs: Sequence[tuple[range, ...]], before: int) -> Layout | None:

@@ -275,7 +275,11 @@ def sent_lines(sent: Communication, full: Communication) -> Iterator[str]:
 def _sent(recipe: Recipe, shape: ModelShape, plan: AttentionPlan) -> tuple[Communication, Communication]:
     """Under the plan, and under full attention."""
     training = recipe.training
-    options = {"rows": training.rows, "bytes_per_value": _width(recipe), "recompute": training.checkpointing}
+    options: dict[str, Any] = {
+        "rows": training.rows,
+        "bytes_per_value": _width(recipe),
+        "recompute": training.checkpointing,
+    }
     full = AttentionPlan.uniform(shape.num_layers, FullSpan())
     plans, length, devices = (plan, full), recipe.data.length, training.sharing
     return tuple(communication(shape, each, length, devices, **options) for each in plans)  # type: ignore[return-value]
