@@ -25,6 +25,8 @@ LONGEST = [
     "training/test_run.py",
     "test_cache.py",
     "training/test_distributed.py",
+    "training/test_sequence_devices.py",
+    "parallel/test_across.py",
     "models/test_compiling.py",
     "test_damage.py",
     "study/test_study.py",

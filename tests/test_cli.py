@@ -67,6 +67,19 @@ def test_plan_prints_the_picture_and_records_the_cost(capsys, tmp_path):
     assert {"seed", "device", "threads"} <= set(figures)
 
 
+def test_plan_says_what_devices_send_that_share_a_sequence(capsys, folder, tmp_path):
+    words = ["--seq", "64,127", "--full", "1", "--local", "window:8+2", "--devices", "4"]
+    code, out, _ = run(capsys, "plan", folder, *words, "--json", str(tmp_path / "plan.json"))
+    assert code == 0
+    assert "Sent for attention in a training step, 4 devices" in out
+    (figures,) = json.loads((tmp_path / "plan.json").read_text())["plans"]
+    sent = figures["communication"]
+    assert [(each["length"], each["devices"]) for each in sent] == [(64, 4), (128, 4)]
+    assert sent[0]["spans"]["window:8+2"] == sent[1]["spans"]["window:8+2"]
+    assert 2 * sent[0]["spans"]["full"] == sent[1]["spans"]["full"]
+    assert sent[0]["total"] < sent[0]["gathered"] < sent[0]["ring"]
+
+
 def test_plan_says_what_to_try_and_what_the_model_cannot_reach(capsys, folder):
     for words, tried, beyond in (
         (["--seq", "64"], True, False),
@@ -314,6 +327,8 @@ def test_demo_on_another_model_and_text(capsys, folder, text, tmp_path):
         (["plan", "MODEL", "--plot", "plan.bmpx"], "plan.bmpx"),
         (["plan", "MODEL", "--json", "nowhere/plan.json"], "cannot write nowhere/plan.json: folder"),
         (["plan", "MODEL", "--cache-dtype", "int8"], "--cache-dtype 'int8' is not allowed; allowed: float32, bfloat16"),
+        (["plan", "MODEL", "--devices", "1"], "devices must be at least 2, got 1"),
+        (["generate", "MODEL", "--prompt", "a", "--sequence-devices", "2"], "--sequence-devices"),
         (["plan", "MODEL", "--plan", "full@0-2"], "does not say what the other layers do"),
         (["plan", "missing.gguf"], "model file missing.gguf does not exist"),
         (["plan"], "masformer plan needs MODEL; see masformer plan --help"),

@@ -13,6 +13,7 @@ Cost(length=64, attention_flops=48889856, dense_flops=68585259008, kv_cache_byte
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -24,6 +25,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from masformer.configs import once_per_config
 from masformer.errors import MasformerError, check_int
+from masformer.parallel.slices import traffic
 from masformer.plan import AttentionPlan, PlanSource
 from masformer.spans import FullSpan, Span
 
@@ -301,6 +303,121 @@ def _scaled(number: float, step: int, units: tuple[str, ...]) -> str:
         number /= step
     digits = 2 if number < 9.995 else 1 if number < 99.95 else 0
     return f"{number:.{0 if unit == units[0] else digits}f} {unit}"
+
+
+@dataclass(frozen=True)
+class Communication:
+    """Bytes that devices send each other for the attention to sequences that they share, in one training step.
+
+    What they send for their weights (DDP, FSDP) is not in it.
+
+    Attributes:
+        devices: that share a sequence.
+        length: tokens of the sequence.
+        layers: of each layer, all devices together.
+        spans: text of a span -> the same for all heads that have it, in the order of the plan.
+        busiest: what the device sends or receives that does most, all layers together.
+        positions: once a pass, all devices together: the sizes of slices, positions and padding.
+        gathered: all devices together, if each fetched the keys of all others in every layer (all-gather).
+        ring: the same, if keys went round in every layer, and with their gradients once more (ring attention,
+            arXiv 2310.01889).
+    """
+
+    devices: int
+    length: int
+    layers: tuple[int, ...]
+    spans: dict[str, int]
+    busiest: int
+    positions: int
+    gathered: int
+    ring: int
+
+    @property
+    def total(self) -> int:
+        """Of all layers and devices."""
+        return sum(self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return vars(self) | {"total": self.total, "layers": list(self.layers)}
+
+
+def communication(
+    shape: ModelShape,
+    plan: PlanSource,
+    length: int,
+    devices: int,
+    *,
+    rows: int = 1,
+    bytes_per_value: int = 2,
+    recompute: bool = False,
+) -> Communication:
+    """What devices that share sequences send each other (`masformer.parallel`).
+
+    Packed documents need no more: their slices see no further back than those of one document.
+
+    Args:
+        shape: the model.
+        plan: one span per layer of it, or per KV head, or its text or file.
+        length: tokens; made a multiple of the devices, as rows are filled up.
+        devices: that share a sequence; at least 2.
+        rows: sequences at a time.
+        bytes_per_value: 2 for bfloat16 and float16, 4 for float32.
+        recompute: whether the backward pass makes each layer's forward pass again (checkpointing).
+
+    Raises:
+        MasformerError: a number is out of range, or the plan has other numbers of layers or KV heads.
+    """
+    check_int("length", length, 1)
+    check_int("devices", devices, 2)
+    check_int("rows", rows, 1)
+    check_int("bytes per value", bytes_per_value, 1)
+    each = -(-length // devices)
+    forward = 1 + recompute
+    unit = rows * (shape.head_dim + shape.value_dim) * bytes_per_value
+    plan = AttentionPlan.load(plan, shape.num_layers, shape.kv_heads)
+    layers: list[int] = []
+    spans = dict.fromkeys(map(str, plan.kinds), 0)
+    out, into = [0] * devices, [0] * devices
+    for units in plan.units(shape.kv_heads):
+        layers.append(0)
+        for span, heads in Counter(units).items():
+            queries = heads * shape.query_heads // shape.kv_heads
+            leaves, comes = traffic(span, queries, heads, devices, each)
+            for device in range(devices):
+                out[device] += unit * (forward * leaves[device] + comes[device])
+                into[device] += unit * (forward * comes[device] + leaves[device])
+            layers[-1] += unit * (forward + 1) * sum(leaves)
+            spans[str(span)] += unit * (forward + 1) * sum(leaves)
+    keys = unit * shape.kv_heads * shape.num_layers * each * devices * (devices - 1)
+    return Communication(
+        devices=devices,
+        length=each * devices,
+        layers=tuple(layers),
+        spans=spans,
+        busiest=max(*out, *into),
+        positions=devices * (devices - 1) * (16 + 8 * rows * each),
+        gathered=keys * (forward + 1),
+        ring=keys * (forward + 2),
+    )
+
+
+def communication_table(found: Iterable[Communication]) -> Table:
+    """The bytes for people to read, one section per length; fits into 80 columns."""
+    table = Table(title="", title_justify="left")
+    for column in ("tokens", "", "all devices", "of all-gather"):
+        table.add_column(column, justify="left" if not column else "right")
+    for each in found:
+        table.title = f"Sent for attention in a training step, {each.devices} devices"
+        spans = {f"  {span}": size for span, size in each.spans.items()} if len(each.spans) > 1 else {}
+        rows = {"plan": each.total} | spans | {"all-gather": each.gathered, "ring": each.ring}
+        length = f"{each.length:,}"
+        for name, size in rows.items():
+            table.add_row(length, name, bytes_text(size), f"{size / each.gathered:.1%}")
+            length = ""
+        table.add_row("", "busiest device", bytes_text(each.busiest), "")
+        table.add_section()
+    return table
 
 
 FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {

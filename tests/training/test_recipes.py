@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from masformer import AttentionPlan, apply_plan
 from masformer.cli import main
-from masformer.cost import ModelShape
+from masformer.cost import ModelShape, bytes_text
 from masformer.training.dry_run import estimate_memory
 from masformer.training.model import recipe_config
 from masformer.training.recipe import load_recipe
@@ -22,6 +22,7 @@ RECIPES = sorted(path.name for path in FOLDER.glob("*.yaml"))
 SIZES = {
     "chat.yaml": (134_515_008, "full@7-9,17-18,20,23-24; window:512+4", 400),
     "gpt-neo-1.3b-8k.yaml": (1_328_158_720, "full@8-15; block:1024", 5000),
+    "llama-3.2-1b-128k.yaml": (1_235_814_400, "full@6-9; window:1024+4", 500),
     "llama-3.2-1b-32k.yaml": (1_235_814_400, "full@6-9; window:1024+4", 1000),
     "smollm2-135m-4k-cpu.yaml": (134_515_008, "full@7-9,17-18,20,23-24; window:512+4", 30),
     "summarization.yaml": (1_235_814_400, "full@6-9; window:1024+4", None),
@@ -61,6 +62,22 @@ def test_a_recipe_is_dry_run_without_a_network(name, tmp_path, monkeypatch, caps
     assert all(f"dataset {each} was not asked for" in out for each in hub)
     assert ("was not asked for: the shape is that of model.config" in out) == (settings.model.source is not None)
     assert not (tmp_path / settings.output).exists()
+
+
+def test_rows_that_devices_share_take_less_memory_and_the_bytes_they_send_are_said(tmp_path, capsys):
+    words = ["train", "--config", str(FOLDER / "llama-3.2-1b-128k.yaml"), "--dry-run", "--json"]
+    found = []
+    for number in (1, 8):
+        assert main([*words, str(tmp_path / "json"), "--training.sequence_devices", str(number)]) == 0
+        found.append(json.loads((tmp_path / "json").read_text())["forecast"])
+    alone, shared = found
+    assert alone["sent"] is None
+    slices, full = shared["sent"]["plan"], shared["sent"]["full"]
+    assert slices["total"] == sum(slices["layers"]) < 0.3 * full["total"]
+    assert f"8 devices share each row; for attention they send {bytes_text(slices['total'])} in a step" in (
+        capsys.readouterr().out
+    )
+    assert 1 / 8 < shared["memory"]["activations"] / alone["memory"]["activations"] < 1.05 / 8
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from masformer.attention import operator
-from masformer.attention.call import Call
+from masformer.attention.call import Call, in_autocast
 from masformer.attention.constant import ConstantSinks, check_sinks
 from masformer.attention.layout import Layout
 from masformer.attention.named import BACKENDS
@@ -91,11 +91,7 @@ def attend(
     if layout is None and not compiling:
         layout = Layout.of(padding_mask, document_ids)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    device = query.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)
-    if autocast and query.dtype != torch.float64:
-        # not every kernel below is one that autocast knows
-        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    query, key, value = in_autocast(query, key, value)  # not every kernel below is one that autocast knows
     if isinstance(span, UnitSpans):
         masks = {"padding_mask": padding_mask, "document_ids": document_ids} if layout is None else {"layout": layout}
         options = {"scale": scale, "dropout": dropout, "softcap": softcap, "backend": backend}

@@ -98,6 +98,14 @@ def spread(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return key, value
 
 
+def in_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype of autocast, where that is at work and they are not float64."""
+    device = tensors[0].device.type
+    if device == "meta" or tensors[0].dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+
+
 class Backend(ABC):
     """One way to compute attention."""
 

@@ -8,7 +8,7 @@ import torch
 
 from masformer import benchmarks, records
 from masformer.cli.options import Figures, PlanOptions, StoredModelOptions, lengths_of, say, show
-from masformer.cost import ModelShape, compare, cost_table
+from masformer.cost import ModelShape, communication, communication_table, compare, cost_table
 from masformer.data import read_documents
 from masformer.errors import MasformerError
 from masformer.fitting import fit_sinks, with_first_tokens
@@ -27,6 +27,7 @@ def show_plan(
     *,
     seq: str = "2048,8192,32768",
     cache_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+    devices: int | None = None,
     plot: str | None = None,
 ) -> Figures:
     """Shows a plan's picture and what it costs, against full attention in every layer. Needs no weights.
@@ -34,7 +35,8 @@ def show_plan(
     Args:
         model: hub id, folder, .gguf file, or config.json.
         seq: sequence lengths in tokens, separated by commas.
-        cache_dtype: dtype of the KV cache.
+        cache_dtype: dtype of the KV cache, and of what devices send each other.
+        devices: also show what so many devices send each other in training, if they share each sequence.
         plot: image file for the attention patterns layer by layer, at the longest sequence.
 
     Example:
@@ -51,12 +53,16 @@ def show_plan(
     shape = ModelShape.of(config)
     width = torch.finfo(benchmarks.DTYPES[cache_dtype]).bits // 8
     say(f"{model}: {config.model_type}, {shape.num_layers} layers, {shape.parameters:,} parameters")
-    figures = []
+    figures: list[dict[str, Any]] = []
     for each in plans.values():
         say(f"\n{picture(each)}\n")
         costs = compare(shape, each, lengths, cache_bytes_per_value=width)
         show(cost_table(costs))
         figures.append({"plan": str(each), "costs": [cost.to_dict() for cost in costs]})
+        if devices is not None:
+            sent = [communication(shape, each, length, devices, bytes_per_value=width) for length in lengths]
+            show(communication_table(sent))
+            figures[-1]["communication"] = [each.to_dict() for each in sent]
         if plot is not None:
             plot_plan(each, plot, max(lengths))
             say(f"attention patterns: {plot}")

@@ -7,7 +7,7 @@ document sees only itself: positions start again with it, and no document predic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -114,6 +114,27 @@ class Schedule(Dataset[Example]):
         return self.rows[self.row(place)]
 
 
+class Slices(Dataset[Example]):
+    """The rows of a schedule for devices that share them: each batch comes once for each, to be cut by `collate`.
+
+    Args:
+        schedule: the rows.
+        together: rows of a batch.
+        devices: that share a row.
+    """
+
+    def __init__(self, schedule: Schedule, together: int, devices: int) -> None:
+        self.schedule, self.together, self.devices = schedule, together, devices
+
+    def __len__(self) -> int:
+        return len(self.schedule) * self.devices
+
+    def __getitem__(self, place: int) -> Example:
+        batch, row = divmod(place, self.together)
+        batch, device = divmod(batch, self.devices)
+        return self.schedule[batch * self.together + row] | {"device": torch.tensor(device)}
+
+
 def make_rows(
     stores: Sequence[TokenStore], length: int, packing: str | None, cut: str, max_target: int | None = None
 ) -> PackedRows | WholeRows:
@@ -148,11 +169,14 @@ def make_rows(
     return PackedRows(stores, length, packing == "separate")
 
 
-def collate(examples: Sequence[Example], pad: int) -> Example:
+def collate(examples: Sequence[Example], pad: int, devices: int = 1) -> Example:
     """A batch [rows, longest]: shorter rows are filled up on the right, where causal attention hides the filling.
 
-    `labels` equals `shift_labels`; transformers counts what is predicted only where it is there.
+    `labels` equals `shift_labels`; transformers counts what is predicted only where it is there. Of rows that several
+    `devices` share, it is the slice of one.
     """
+    device = {int(example["device"]) for example in examples if "device" in example}
+    examples = [{name: values for name, values in example.items() if name != "device"} for example in examples]
     longest = max(len(example["input_ids"]) for example in examples)
     filling = {"input_ids": pad, "shift_labels": IGNORED, "position_ids": 0}
     batch = {
@@ -167,4 +191,27 @@ def collate(examples: Sequence[Example], pad: int) -> Example:
     if "position_ids" in batch:  # the filling is a document of its own
         for row, example in zip(batch["position_ids"], examples, strict=True):
             row[len(example["input_ids"]) :] = torch.arange(longest - len(example["input_ids"]))
+    if devices > 1:
+        batch = cut_rows(batch, filling, devices, *device)
     return batch | {"labels": batch["shift_labels"]}
+
+
+def cut_rows(batch: Example, filling: Mapping[str, int], devices: int, number: int) -> Example:
+    """The slice of a batch that one of several devices has, with its positions.
+
+    Rows that do not divide are filled up on the right, with a document of its own.
+
+    Args:
+        batch: [rows, length].
+        filling: what fills up the values of each name, but the positions.
+        devices: that share the rows.
+        number: of the device.
+    """
+    rows, length = batch["input_ids"].shape
+    positions = batch.get("position_ids", torch.arange(length, device=batch["input_ids"].device).expand(rows, -1))
+    extra = -length % devices
+    part = slice(number * (length + extra) // devices, (number + 1) * (length + extra) // devices)
+    filled = {name: torch.nn.functional.pad(values, (0, extra), value=filling[name]) for name, values in batch.items()}
+    end = torch.arange(extra, device=positions.device).expand(rows, -1)
+    filled["position_ids"] = torch.cat([positions, end], 1)
+    return {name: values[:, part] for name, values in filled.items()}

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -39,6 +40,7 @@ from masformer.errors import MasformerError
 from masformer.models import adapters, rotary, sinks
 from masformer.models.sealing import kv_heads, seal_config
 from masformer.models.wrappers import bare_model
+from masformer.parallel.forward import SlicedPass
 from masformer.plan import AttentionPlan, PlanSource
 from masformer.spans import FullSpan, Span, UnitSpans, spans_of
 
@@ -62,19 +64,23 @@ IN_GRAPHS = "masformer_in_graphs"
 """Attribute of an attention module whose layer was compiled with it."""
 _INSTEAD = "masformer_attend"
 """The attribute of an attention module that holds what takes the place of `attend`, see `attending_by`."""
+_MESH = "masformer_mesh"
+"""The attribute of the module that runs the layers, see `across_devices`."""
 CACHE_NAMES = ("cache", "past_key_values")
 """What transformers calls the cache: the first since 5.2x."""
 
 
 @dataclass
 class _Pass:
-    """One forward pass of a model: its packed documents, its cache if that is ours, and the layers that attended.
+    """One forward pass of a model: its packed documents, its cache if that is ours, its slice of a sequence, and the
+    layers that attended.
 
     Compiled layers do not say which they are; `compiled` holds how many they were.
     """
 
     documents: Tensor | None
     cache: SpanCache | None
+    slices: SlicedPass | None = None
     served: set[int] = field(default_factory=set)
     compiled: list[int] = field(default_factory=lambda: [0])
 
@@ -300,7 +306,7 @@ def _attend_layer(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Layout | Tensor | None,
+    attention_mask: Layout | SlicedPass | Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
@@ -331,6 +337,11 @@ def _attend_layer(
         else:
             out = _attend_kept(query, *parts[0], span, own, options)  # type: ignore[arg-type]
         return out.transpose(1, 2).contiguous(), None
+    if isinstance(attention_mask, SlicedPass):
+        out = attention_mask.attend(query, key, value, span, sinks=own, **options)
+        return out.transpose(1, 2).contiguous(), None
+    if current is not None and current.slices is not None:
+        raise MasformerError(f"{type(module).__name__} is not handed the mask of its model, so it knows of no slices")
     if attention_mask is not None and attention_mask.documents.shape[1] != key.shape[2]:
         expected = attention_mask.documents.shape[1]
         raise MasformerError(f"the cache holds {key.shape[2]} keys of {expected}; use SpanCache or DynamicCache")
@@ -358,6 +369,71 @@ def _attend_kept(
         return attend(query, key, value, span, layout=view.layout, sinks=constant, **options)
     out = attend_stored(query, key, value, view.visible, sinks=constant, **options)
     return out if view.dead is None else out.masked_fill(view.dead, 0)
+
+
+@contextmanager
+def across_devices(model: PreTrainedModel, mesh: DeviceMesh) -> Iterator[None]:
+    """Within it, the model is given a slice of each sequence, and the devices of a mesh see the whole one together.
+
+    All of them make the same passes, with slices of one size; device i has slice i. Positions that are not given count
+    on from slice to slice, so that of packed documents they must be. Labels must be shifted before they are cut
+    (`shift_labels`): the last token of a slice predicts the first one of the next.
+
+    Args:
+        model: a model with a plan.
+        mesh: of one dimension, see `masformer.parallel.forward.sequence_mesh`.
+
+    Raises:
+        MasformerError: the model has no plan, its layers are compiled, or its loss is none of each token alone.
+    """
+    model = bare_model(model)
+    check_slices(model)
+    owner, _ = _layers(model.base_model)
+    before = vars(model).get("_loss_function")
+    loss = model.loss_function
+    setattr(owner, _MESH, mesh)
+    model.loss_function = partial(_loss_of_slice, loss)
+    try:
+        yield
+    finally:
+        delattr(owner, _MESH)
+        if before is None:
+            del model._loss_function
+        else:
+            model.loss_function = before
+
+
+def check_slices(model: PreTrainedModel) -> None:
+    """Raises MasformerError where `across_devices` does."""
+    _, layers = _layers(model.base_model)
+    if any(layer._compiled_call_impl is not None for layer in layers):
+        raise MasformerError("compiled layers cannot share a sequence with other devices; do not compile them")
+    if getattr(model.config, "output_router_logits", False):
+        raise MasformerError(
+            "the loss that balances experts is one of all tokens together, which no device has; set "
+            "output_router_logits to false"
+        )
+
+
+def _loss_of_slice(
+    loss: Callable[..., Tensor], *args: Any, shift_labels: Tensor | None = None, **kwargs: Any
+) -> Tensor:
+    check_shifted(shift_labels)
+    return loss(*args, shift_labels=shift_labels, **kwargs)
+
+
+def check_shifted(shift_labels: Tensor | None) -> None:
+    """Raises MasformerError where labels of a slice are not shifted."""
+    if shift_labels is None:
+        raise MasformerError(
+            "labels of a slice lack that of its last token, which is in the next slice; pass shift_labels, shifted "
+            "before the sequence is cut"
+        )
+
+
+def is_sliced(model: nn.Module) -> bool:
+    """Whether a model is within `across_devices`."""
+    return any(hasattr(module, _MESH) for module in model.modules())
 
 
 @contextmanager
@@ -391,9 +467,11 @@ def attending_by(model: PreTrainedModel, function: Callable[..., Tensor]) -> Ite
 @_between_graphs
 def _mask(
     batch_size: int, kv_length: int, attention_mask: Tensor | None = None, device: Any = None, **kwargs: Any
-) -> Layout | None:
-    """The mask function that transformers calls; a cache of ours knows more, and gives each layer its own layout."""
+) -> Layout | SlicedPass | None:
+    """The mask function that transformers calls; a cache of ours and a sequence in slices give each layer its own."""
     current = _pass.get()
+    if current is not None and current.slices is not None:
+        return current.slices  # handed on by the layers, also where a backward pass runs them again
     if current is not None and current.cache is not None:
         return None
     real = None if attention_mask is None else attention_mask[:, :kv_length]
@@ -407,6 +485,11 @@ def _before_forward(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     given = given | given.get("kwargs", {})
     cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
     asked = base.config.use_cache if given.get("use_cache") is None else given["use_cache"]
+    mesh = getattr(base, _MESH, None)
+    if mesh is not None:
+        if cache is not None or given.get("use_cache"):
+            raise MasformerError("there is no cache across devices; pass use_cache=False")
+        asked = False
     bare = cache is None and not asked
     if cache is None and not base.training and asked:
         cache = SpanCache(AttentionPlan.from_dict(base.config.masformer))
@@ -416,14 +499,23 @@ def _before_forward(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     real = given.get("attention_mask")
     real = real if isinstance(real, Tensor) and real.ndim == 2 else None
     positions = given.get("position_ids")
+    slices = None
+    if mesh is not None:
+        rows, length = tokens.shape[:2]
+        slices = SlicedPass(mesh, positions, real, rows, length, tokens.device)
+        if positions is None:
+            kwargs = kwargs | {"position_ids": slices.own_positions}
+        kwargs, positions, real = kwargs | {"use_cache": False}, slices.positions, slices.real
     documents = _packed_documents(positions, real, tokens, skips=bare and given.get("attention_mask") is None)
     if rotary.depends_on_length(base.config):
-        _choose_rotary_table(base, cache, positions, tokens.shape[1])
-    if isinstance(cache, SpanCache):
+        _choose_rotary_table(base, cache, positions, tokens.shape[1], is_part=slices is not None)
+    if slices is not None:
+        slices.begin(documents)
+    elif isinstance(cache, SpanCache):
         cache.begin(tokens.shape[0], tokens.shape[1], real, documents)
     elif documents is not None and cache is not None and cache.get_seq_length():
         raise MasformerError("packed position_ids together with a filled cache are not supported")
-    current = _Pass(documents, cache if isinstance(cache, SpanCache) else None)
+    current = _Pass(documents, cache if isinstance(cache, SpanCache) else None, slices)
     _pass.set(current)
     operator.calls.set(current.compiled)
     return args, kwargs
@@ -473,10 +565,11 @@ def _packed_documents(positions: Tensor | None, real: Tensor | None, tokens: Ten
     return nn.functional.pad(restart.long().cumsum(-1), (1, 0)).expand(tokens.shape[0], -1)
 
 
-def _choose_rotary_table(base: Any, cache: Any, positions: Tensor | None, new: int) -> None:
+def _choose_rotary_table(base: Any, cache: Any, positions: Tensor | None, new: int, is_part: bool = False) -> None:
     """Announces the length of the text, and refuses a piece of it whose table is another than that of the cached keys.
 
-    A single token is what generation adds; its table changes where it does in transformers.
+    A single token is what generation adds; its table changes where it does in transformers. The positions may be those
+    of a longer text than the pass has, which then `is_part` of it.
     """
     seen = 0 if cache is None else cache.get_seq_length()
     before, after = seen, seen + new
@@ -490,7 +583,7 @@ def _choose_rotary_table(base: Any, cache: Any, positions: Tensor | None, new: i
             f"cache filled for {before} positions cannot take {new} tokens more, up to {after}; give the text in one "
             f"pass, or say its length ahead with SpanCache(plan, prompt=LENGTH)"
         )
-    rotary.announce(base, prompt if prompt > after else 0)
+    rotary.announce(base, max(prompt, after) if is_part or prompt > after else 0)
 
 
 @_between_graphs

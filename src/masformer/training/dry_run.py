@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +15,17 @@ import torch
 from rich.console import Console
 from transformers import PretrainedConfig
 
-from masformer.cost import Comparison, ModelShape, bytes_text, compare, count_text, flops_text, seconds_text
+from masformer.cost import (
+    Communication,
+    Comparison,
+    ModelShape,
+    bytes_text,
+    communication,
+    compare,
+    count_text,
+    flops_text,
+    seconds_text,
+)
 from masformer.data.chats import check_chat
 from masformer.data.packing import make_rows
 from masformer.data.report import report_rows, report_text
@@ -22,8 +33,10 @@ from masformer.data.store import token_store
 from masformer.errors import MasformerError
 from masformer.files import missing
 from masformer.models.checkpoint import load_config
+from masformer.parallel.slices import fetched
 from masformer.plan import AttentionPlan
 from masformer.plots import picture
+from masformer.spans import FullSpan
 from masformer.training.model import (
     add_adapters,
     byte_tokenizer,
@@ -106,6 +119,7 @@ class Forecast:
         memory: of one process.
         notes: what a reader should know about these figures.
         rate: of a matrix product on this machine; None where none was timed.
+        sent: in a step, by the devices that share rows: under the plan, and under full attention; None: none do.
     """
 
     kind: str
@@ -121,6 +135,7 @@ class Forecast:
     memory: Memory
     notes: tuple[str, ...]
     rate: Rate | None = None
+    sent: tuple[Communication, Communication] | None = None
 
     def seconds(self, flops: float | None) -> float | None:
         """The least time of so many operations in one process; None where that is not known."""
@@ -140,6 +155,7 @@ class Forecast:
             "step_seconds": self.seconds(self.step_flops),
             "seconds": self.seconds(self.flops),
             "memory": memory,
+            "sent": None if self.sent is None else {"plan": self.sent[0].to_dict(), "full": self.sent[1].to_dict()},
             "notes": self.notes,
         }
 
@@ -201,6 +217,7 @@ def forecast(recipe: Recipe, *, timed: bool = False) -> Forecast:
         memory=estimate_memory(recipe, model.config, shape, plan, total, trained),
         notes=tuple(notes),
         rate=_rate(recipe, shape) if timed else None,
+        sent=_sent(recipe, shape, plan) if recipe.training.sharing > 1 else None,
     )
 
 
@@ -235,10 +252,43 @@ def forecast_lines(forecast: Forecast, recipe: Recipe) -> Iterator[str]:
         )
     parts = ", ".join(f"{name} {bytes_text(size)}" for name, size in vars(memory).items())
     yield f"memory of one process, estimated: {bytes_text(memory.total)} ({parts})"
+    if forecast.sent is not None:
+        yield from sent_lines(*forecast.sent)
     if training.sharding == "fsdp":
         yield "weights, gradients and optimizer are shared by the processes"
     for note in forecast.notes:
         yield f"note: {note}"
+
+
+def sent_lines(sent: Communication, full: Communication) -> Iterator[str]:
+    """What devices that share rows send each other, for people to read."""
+    yield (
+        f"{sent.devices} devices share each row; for attention they send {bytes_text(sent.total)} in a step, "
+        f"{sent.total / full.total:.1%} of all full ({bytes_text(full.total)}), {sent.total / sent.gathered:.1%} of "
+        f"all-gather ({bytes_text(sent.gathered)}), {sent.total / sent.ring:.1%} of a ring ({bytes_text(sent.ring)}); "
+        f"the busiest device {bytes_text(sent.busiest)}"
+    )
+    if len(sent.spans) > 1:
+        yield "of that " + ", ".join(f"{span} {bytes_text(size)}" for span, size in sent.spans.items())
+
+
+def _sent(recipe: Recipe, shape: ModelShape, plan: AttentionPlan) -> tuple[Communication, Communication]:
+    """Under the plan, and under full attention."""
+    training = recipe.training
+    options: dict[str, Any] = {
+        "rows": training.rows,
+        "bytes_per_value": _width(recipe),
+        "recompute": training.checkpointing,
+    }
+    full = AttentionPlan.uniform(shape.num_layers, FullSpan())
+    plans, length, devices = (plan, full), recipe.data.length, training.sharing
+    return tuple(communication(shape, each, length, devices, **options) for each in plans)  # type: ignore[return-value]
+
+
+def _width(recipe: Recipe) -> int:
+    """Bytes of a value of the activations."""
+    wide = recipe.training.precision != "bfloat16" and recipe.model.dtype in ("auto", "float32")
+    return 4 if wide else 2
 
 
 def estimate_memory(
@@ -249,20 +299,27 @@ def estimate_memory(
     Per layer and token the backward pass needs the inputs of both norms, of the projections and of the residual sums (6
     times the hidden size), queries, keys, values and the output of attention, and three times the inner size of the
     feed-forward part. Local spans with sinks keep a copy of the keys and values of each tile. With checkpointing it
-    needs the input of each layer, and all of this for one layer at a time.
+    needs the input of each layer, and all of this for one layer at a time. Devices that share rows hold a slice of
+    each, and beside it the keys and values that they fetch, the last device the most.
     """
     training = recipe.training
     bits = 4 if recipe.model.dtype in ("auto", "float32") else 2
-    width = 2 if training.precision == "bfloat16" else bits
+    width = _width(recipe)
     hidden = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
     keys = shape.kv_heads * (shape.head_dim + shape.value_dim)
     queries = shape.query_heads * (shape.head_dim + shape.value_dim)
+    devices = training.sharing
+    length = -(-recipe.data.length // devices)
     layers = []
     for units in plan.units(shape.kv_heads):
         copies = sum((span.max_visible or 0) / TILE + 1 if span.sinks else 1.0 for span in units) / len(units)
+        copies += sum(
+            heads * fetched(span, heads * shape.query_heads // shape.kv_heads, heads, devices, length) / length
+            for span, heads in Counter(units).items()
+        ) / len(units)
         layers.append(6 * hidden + queries + keys * copies + 3 * inner)
-    tokens = training.device_rows * recipe.data.length
+    tokens = training.device_rows * length
     kept = len(layers) * hidden + max(layers) if training.checkpointing else sum(layers)
     positions = min(training.loss_chunk, tokens)
     return Memory(

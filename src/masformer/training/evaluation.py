@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from masformer.data.packing import make_rows
+from masformer.data.packing import cut_rows, make_rows
 from masformer.data.pairs import IGNORED
 from masformer.data.store import token_store
 from masformer.errors import MasformerError
@@ -19,6 +19,8 @@ from masformer.evaluation.room import Room, autocast, autocast_on, padded, room_
 from masformer.training.recipe import Recipe
 
 Figures = dict[str, float]
+FILLING = {"input_ids": 0, "shift_labels": IGNORED, "position_ids": 0}
+"""What stands after a window that is too short."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def evaluate(
     stop: Callable[[], bool],
     advance: Callable[[int, int], None],
     precision: str | None = None,
+    devices: int = 1,
 ) -> Figures | None:
     """The figures of every task: loss, perplexity, and perplexity of the second half of the context.
 
@@ -118,10 +121,11 @@ def evaluate(
         stop: asked between passes: True gives up.
         advance: called with (windows done, windows in all) of this process.
         precision: see `masformer.evaluation.perplexity.perplexity`; None: auto.
+        devices: that share each window, see `masformer.models.bridge.across_devices`.
     """
     rank, world = _processes()
     dtype, room = autocast_on(device, causal_of(model).dtype, precision), evaluation_room(model)
-    shares = [_share(task, room, rank, world) for task in tasks]
+    shares = [_share(task, room, rank // devices, world // devices) for task in tasks]
     done, total = 0, sum(len(batch) for share in shares for batch, _ in share)
     figures: Figures = {}
     model.eval()
@@ -131,7 +135,10 @@ def evaluate(
 
             def losses_of(part: Sequence[int], task: Task = task) -> tuple[Tensor, Tensor]:
                 with autocast(device, dtype):
-                    return _token_losses(model, _inputs(task, part, device), room.positions)
+                    inputs = _inputs(task, part, device)
+                    if devices > 1:
+                        inputs = cut_rows(inputs, FILLING, devices, rank % devices)
+                    return _token_losses(model, inputs, room.positions)
 
             for batch, real in share:
                 if stop():
@@ -141,7 +148,9 @@ def evaluate(
                 parts = room.run(batch, length, losses_of) if world == 1 else [(batch, losses_of(batch))]
                 for part, (losses, there) in parts:
                     if real:
-                        sums[:, : losses.shape[1]] += torch.stack([losses.sum(0), there.sum(0)])
+                        start = rank % devices * losses.shape[1]
+                        here = sums[:, start : start + losses.shape[1]]
+                        here += torch.stack([losses.sum(0), there.sum(0)])[:, : here.shape[1]]
                     done += len(part)
                     advance(done, total)
             if world > 1:
@@ -169,7 +178,7 @@ def _share(task: Task, room: Room, rank: int, world: int) -> list[tuple[list[int
 def _inputs(task: Task, part: Sequence[int], device: Any) -> dict[str, Tensor]:
     """Some windows, the shorter ones padded at their end; [windows, length]."""
     inputs, targets = zip(*(task.windows[index] for index in part), strict=True)
-    found = {"input_ids": padded(inputs, 0), "shift_labels": padded(targets, IGNORED)}
+    found = {name: padded(each, FILLING[name]) for name, each in (("input_ids", inputs), ("shift_labels", targets))}
     if task.positions is not None:
         length = max(map(len, inputs))
         rows = [task.positions[index] for index in part]

@@ -23,6 +23,7 @@ from masformer.data.pairs import IGNORED
 from masformer.errors import check_int
 from masformer.evaluation.perplexity import prepared_base
 from masformer.evaluation.room import CHUNK
+from masformer.models.bridge import check_shifted, is_sliced
 from masformer.models.wrappers import bare_model
 
 LINEAR_CROSS_ENTROPY = getattr(nn.functional, "linear_cross_entropy", None)
@@ -122,6 +123,8 @@ def _forward(
     if labels is None and shift_labels is None:
         return type(model).forward(model, input_ids, *args, **kwargs)
     if shift_labels is None:
+        if is_sliced(model):
+            check_shifted(shift_labels)
         assert labels is not None
         shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
     loss: _Loss = model.masformer_loss

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from masformer.errors import MasformerError, check_int
 from masformer.models import adapters
-from masformer.models.bridge import NAME, add_sinks, apply_plan
+from masformer.models.bridge import NAME, add_sinks, apply_plan, check_slices
 from masformer.models.checkpoint import (
     check_vocabulary,
     fit_tokenizer,
@@ -205,6 +205,8 @@ def skeleton(recipe: Recipe, config: PretrainedConfig, plan: AttentionPlan) -> A
     if settings.max_positions is not None:
         extend_positions(causal, settings.max_positions, settings.position_method)
     check_lengths(recipe, causal.config)
+    if recipe.training.sharing > 1:
+        check_slices(causal)
     return causal
 
 

@@ -189,6 +189,7 @@ class TrainingRecipe:
         compile: compile the decoder layers (`masformer.models.compiling`): a minute at the start, faster steps on GPUs.
         loss_chunk: positions whose logits exist at the same time.
         sharding: `fsdp` spreads weights and optimizer over the processes (FSDP2).
+        sequence_devices: so many devices share each row, cut into slices (docs/training.md).
         report_to: trackers that get what metrics.jsonl gets, beside it: `wandb`, `mlflow`, `tensorboard`.
         seed: of the order of rows, of new weights and dropout.
     """
@@ -208,6 +209,7 @@ class TrainingRecipe:
     compile: bool | None = None
     loss_chunk: int = 512
     sharding: str = "none"
+    sequence_devices: int | None = None
     report_to: list[str] | None = None
     seed: int = 0
 
@@ -216,6 +218,8 @@ class TrainingRecipe:
             raise MasformerError("training needs either steps or epochs")
         for name in ("rows", "device_rows", "loss_chunk"):
             check_int(f"training.{name}", getattr(self, name), 1)
+        if self.sequence_devices is not None:
+            check_int("training.sequence_devices", self.sequence_devices, 1)
         check_int("training.warmup_steps", self.warmup_steps, 0)
         check_int("training.seed", self.seed, 0, LARGEST_SEED)
         if self.steps is not None:
@@ -234,11 +238,20 @@ class TrainingRecipe:
             raise MasformerError(
                 f"training.rows {self.rows} must be a multiple of training.device_rows {self.device_rows}"
             )
+        if self.sharing > 1 and self.compile:
+            raise MasformerError(
+                "training.compile is not possible with training.sequence_devices; leave one of them out"
+            )
         check_choice("training.schedule", self.schedule, SCHEDULES)
         check_choice("training.precision", self.precision, PRECISIONS)
         check_choice("training.sharding", self.sharding, SHARDINGS)
         for tracker in self.report_to or ():
             check_choice("training.report_to", tracker, TRACKERS)
+
+    @property
+    def sharing(self) -> int:
+        """How many devices share a row; 1: none do."""
+        return self.sequence_devices or 1
 
 
 def warmup_fault(warmup: int, steps: int) -> str:

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,11 @@ from masformer.data.store import token_store
 from masformer.errors import LARGEST, MasformerError, check_number
 from masformer.evaluation.room import autocast_on, dtype_name
 from masformer.files import write_whole
+from masformer.models.bridge import across_devices
 from masformer.models.card import write_card
 from masformer.models.checkpoint import load_config, model_folder
 from masformer.models.weights import load_trained
+from masformer.parallel.forward import sequence_mesh
 from masformer.progress import progress_bar
 from masformer.settings import parse_yaml, read_settings
 from masformer.training import state
@@ -143,7 +145,12 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         trainer = SpanTrainer(recipe, prepared, schedule, tasks, arguments, watch)
         if trainer.is_fsdp_enabled:
             _say(bar.console, f"weights and optimizer are shared by {arguments.world_size} processes (FSDP2)")
-        with _signals(watch, bar.console), suppress(Stopped):
+        if (sharing := recipe.training.sharing) > 1:
+            _say(bar.console, f"each row is shared by {sharing} of {arguments.world_size} processes")
+            shared: Any = across_devices(prepared.causal, sequence_mesh(sharing, arguments.device.type))
+        else:
+            shared = nullcontext()
+        with _signals(watch, bar.console), suppress(Stopped), shared:
             trainer.train(resume_from_checkpoint=None if found is None else str(found.path))
     done = int(trainer.state.global_step)
     if watch.is_stopped() and (done < steps or is_missing(done)):

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from masformer.data.packing import Schedule, collate
+from masformer.data.packing import Schedule, Slices, collate
 from masformer.errors import MasformerError
 from masformer.files import parse_json, write_whole
 from masformer.models.sinks import is_sink
@@ -42,7 +42,7 @@ def training_arguments(recipe: Recipe, steps: int, evaluate_first: bool) -> Trai
     """The Trainer's settings.
 
     Raises:
-        MasformerError: the rows of a step cannot be shared evenly.
+        MasformerError: the rows of a step cannot be shared evenly, or the processes by the rows.
     """
     settings = recipe.training
     accelerator = torch.accelerator.is_available()
@@ -82,10 +82,17 @@ def training_arguments(recipe: Recipe, steps: int, evaluate_first: bool) -> Trai
         )
     except (ValueError, RuntimeError) as error:
         raise MasformerError(f"training cannot start: {' '.join(str(error).split())}") from error
-    together = settings.device_rows * arguments.world_size
-    if settings.rows % together:
+    world, sharing = arguments.world_size, settings.sharing
+    if world % sharing:
         raise MasformerError(
-            f"training.rows {settings.rows} cannot be shared by {arguments.world_size} processes of "
+            f"training.sequence_devices {sharing} needs a multiple of {sharing} processes, not {world}; start them "
+            f"with torchrun --nproc-per-node {sharing}"
+        )
+    together = settings.device_rows * world // sharing
+    if settings.rows % together:
+        among = f"{world // sharing} times {sharing}" if sharing > 1 else str(world)
+        raise MasformerError(
+            f"training.rows {settings.rows} cannot be shared by {among} processes of "
             f"{settings.device_rows} rows at a time; give a multiple of {together}"
         )
     arguments.gradient_accumulation_steps = settings.rows // together
@@ -114,12 +121,12 @@ class SpanTrainer(Trainer):  # type: ignore[misc]
         watch: Watch,
     ) -> None:
         eos, config = prepared.tokenizer.eos_token_id, prepared.causal.config
-        use_cache = getattr(config, "use_cache", None)
+        use_cache, devices = getattr(config, "use_cache", None), recipe.training.sharing
         super().__init__(
             model=prepared.model,
             args=arguments,
-            train_dataset=schedule,
-            data_collator=partial(collate, pad=0 if eos is None else eos),
+            train_dataset=schedule if devices == 1 else Slices(schedule, recipe.training.device_rows, devices),
+            data_collator=partial(collate, pad=0 if eos is None else eos, devices=devices),
             callbacks=[watch],
         )
         if use_cache is not None:
@@ -135,7 +142,7 @@ class SpanTrainer(Trainer):  # type: ignore[misc]
         parallel = getattr(self.accelerator, "parallelism_config", None)
         if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled or parallel.tp_enabled):
             raise MasformerError(
-                "sequence and tensor parallelism are not supported (docs/training.md says why); use FSDP2"
+                "accelerate's sequence and tensor parallelism know no spans; use training.sequence_devices, and FSDP2"
             )
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -176,7 +183,8 @@ class SpanTrainer(Trainer):  # type: ignore[misc]
         model = self.model_wrapped if self.is_fsdp_enabled else self.model
         stop = self.watch.is_stopped if self.args.world_size == 1 else lambda: False
         precision = self.recipe.evaluation.precision
-        figures = evaluate(model, self.tasks, self.args.device, stop, self.watch.evaluated, precision)
+        devices = self.recipe.training.sharing
+        figures = evaluate(model, self.tasks, self.args.device, stop, self.watch.evaluated, precision, devices)
         if figures is None:
             if self.watch.steps_done == 0:
                 raise Stopped

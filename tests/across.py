@@ -1,0 +1,279 @@
+"""What processes that share sequences do in tests: each case once by all of them together, once by the first alone."""
+
+import random
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from masformer import AttentionPlan, MasformerError, apply_plan, attend
+from masformer.attention import ConstantSinks, Layout
+from masformer.cost import ModelShape, communication
+from masformer.models.bridge import across_devices
+from masformer.parallel.forward import SlicedPass, sequence_mesh
+from masformer.spans import BlockSpan, FullSpan, UnitSpans, WindowSpan
+from masformer.training.loss import use_chunked_loss
+from tiny import ARCHITECTURES, VOCABULARY, kv_heads_of, random_plan, random_unit_plan, tiny
+
+CASES = 24
+ROTARY = {
+    "phi3": {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0] * 4,
+            "long_factor": [1.0, 4.0, 16.0, 64.0],
+            "original_max_position_embeddings": 11,
+        },
+        "original_max_position_embeddings": 11,
+    },
+    "llama": {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 8.0},
+        "max_position_embeddings": 11,
+    },
+}
+"""Models whose rotary positions depend on the length of the text, which is beyond 11 here, and of a slice below."""
+
+
+def random_span(choose):
+    return choose.choice(
+        [
+            FullSpan(),
+            WindowSpan(choose.randint(1, 30), choose.choice([0, 0, 1, 4, 14]), choose.random() < 0.3),
+            BlockSpan(choose.randint(1, 12), choose.randint(0, 3), choose.random() < 0.3),
+        ]
+    )
+
+
+def random_positions(choose, rows, length):
+    """Of packed documents of any lengths, [rows, length]."""
+    found = []
+    for _ in range(rows):
+        row = []
+        while len(row) < length:
+            row += range(choose.choice([1, 3, 8, 20, 50]))
+        found.append(row[:length])
+    return torch.tensor(found)
+
+
+def part(x, rank, world, dim=1):
+    """The slice of a process."""
+    return x.chunk(world, dim)[rank]
+
+
+def attention_case(seed, mesh):
+    """The largest error of output and gradients of attention; of all slices, in the first process."""
+    rank, world = mesh.get_local_rank(), mesh.size()
+    choose = random.Random(f"{seed} {world}")
+    torch.manual_seed(seed)
+    rows, length = choose.choice([1, 1, 2, 3]), choose.randint(1, 9) * world
+    kv_heads = choose.choice([1, 2, 3, 4])
+    heads, wide = kv_heads * choose.choice([1, 2, 3]), choose.choice([4, 6])
+    spans = [random_span(choose) for _ in range(kv_heads)]
+    span = UnitSpans(tuple(spans)) if choose.random() < 0.4 and len(set(spans)) > 1 else spans[0]
+    query, key, value, weight = (
+        torch.randn(rows, some, length, dim, dtype=torch.double)
+        for some, dim in ((heads, 4), (kv_heads, 4), (kv_heads, wide), (heads, wide))
+    )
+    constants = [torch.randn(heads, dtype=torch.double), torch.randn(kv_heads, wide, dtype=torch.double)]
+    positions = real = None
+    if choose.random() < 0.6:
+        positions = random_positions(choose, rows, length)
+    if choose.random() < 0.3:
+        real = torch.arange(length) >= torch.tensor([choose.randrange(length) for _ in range(rows)])[:, None]
+    documents = None if positions is None else (positions == 0).long().cumsum(-1)
+    softcap = choose.choice([None, None, 2.0])
+
+    def gradients(call, tensors, weight):
+        inputs = [x.clone().requires_grad_() for x in tensors]
+        sinks = ConstantSinks(*inputs[3:])
+        found = call(*inputs[:3], span, sinks=sinks.under(span), softcap=softcap, scale=0.5)
+        return [found.detach(), *torch.autograd.grad(found, inputs, weight, allow_unused=True, materialize_grads=True)]
+
+    def sliced(query, key, value, span, **options):
+        given = [None if x is None else part(x, rank, world) for x in (positions, real)]
+        whole = SlicedPass(mesh, *given, rows, length // world, "cpu")
+        whole.begin(documents)
+        return whole.attend(query, key, value, span, **options)
+
+    mine = [part(x, rank, world, 2) for x in (query, key, value, weight)]
+    out, *grads = gradients(sliced, [*mine[:3], *constants], mine[3])
+    found = [gathered(x, world, 2) for x in (out, *grads[:3])] + [summed(x) for x in grads[3:]]
+    if rank:
+        return 0.0
+
+    def alone(query, key, value, span, **options):
+        layout = Layout.of(real, documents)
+        return attend(query, key, value, span, layout=layout, backend="reference", **options)
+
+    expected = gradients(alone, [query, key, value, *constants], weight)
+    return max(float((one - two).abs().max()) for one, two in zip(found, expected, strict=True))
+
+
+def gathered(x, world, dim):
+    each = [torch.empty_like(x.contiguous()) for _ in range(world)]
+    dist.all_gather(each, x.contiguous())
+    return torch.cat(each, dim)
+
+
+def summed(x):
+    x = x.clone()
+    dist.all_reduce(x)
+    return x
+
+
+def model_case(kind, plan, mesh, packed=True, rows=2, **changes):
+    """The largest error of the loss and of any gradient of a model."""
+    rank, world = mesh.get_local_rank(), mesh.size()
+    model = tiny(kind, **changes).double()
+    apply_plan(model, plan)
+    use_chunked_loss(model, 5)
+    choose = random.Random(f"{kind} {world}")
+    length = world * choose.randint(6, 9)
+    tokens = torch.randint(0, VOCABULARY, (rows, length))
+    labels = torch.randint(0, VOCABULARY, (rows, length)).masked_fill_(torch.rand(rows, length) < 0.2, -100)
+    positions = random_positions(choose, rows, length) if packed else torch.arange(length).expand(rows, -1)
+
+    def gradients(**given):
+        model.zero_grad()
+        loss = model(**given, num_items_in_batch=7).loss
+        loss.backward()
+        return [loss.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in model.parameters())]
+
+    given = {"input_ids": tokens, "shift_labels": labels, "position_ids": positions}
+    if not packed:
+        del given["position_ids"]
+    with across_devices(model, mesh):
+        found = list(map(summed, gradients(**{name: part(x, rank, world) for name, x in given.items()})))
+    if rank:
+        return 0.0
+    expected = gradients(**given, use_cache=False)
+    return max(float((one - two).abs().max()) for one, two in zip(found, expected, strict=True))
+
+
+class Wire(TorchDispatchMode):
+    """Counts the bytes that leave this process, and those that come."""
+
+    def __init__(self, rank, world):
+        super().__init__()
+        self.rank, self.world = rank, world
+        self.sent = self.received = self.gathered = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        name = str(function)
+        if name.startswith("_c10d_functional.all_to_all_single"):
+            x, received, sent, _ = args
+            row = x[:1].nbytes if len(x) else found[:1].nbytes
+            self.sent += row * (sum(sent) - sent[self.rank])
+            self.received += row * (sum(received) - received[self.rank])
+        elif name.startswith("c10d.allgather_"):
+            self.gathered += (self.world - 1) * sum(x.nbytes for x in args[1])
+        elif name.startswith(("c10d", "_c10d")) and "wait" not in name and "wrap" not in name:
+            raise AssertionError(f"{name} is not counted")
+        return found
+
+
+def wire_case(seed, mesh, checkpointing):
+    """The bytes that a training step sends, beside those of the cost model."""
+    rank, world = mesh.get_local_rank(), mesh.size()
+    plan = random_unit_plan(f"wire {seed}", 4)
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    model = apply_plan(use_chunked_loss(tiny("llama", **heads).double()), plan)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    rows, length = 2, 9
+    tokens = torch.randint(0, VOCABULARY, (rows, length))
+    with across_devices(model, mesh), Wire(rank, world) as wire:
+        model(tokens, shift_labels=tokens).loss.backward()
+    options = {"rows": rows, "bytes_per_value": 8, "recompute": checkpointing}
+    expected = communication(ModelShape.of(model.config), plan, world * length, world, **options)
+    busiest = torch.tensor(max(wire.sent, wire.received))
+    dist.all_reduce(busiest, op=dist.ReduceOp.MAX)
+    found = [int(summed(torch.tensor(x))) for x in (wire.sent, wire.received, wire.gathered)]
+    wanted = [expected.total, expected.total, expected.positions, expected.busiest]
+    return max(abs(one - two) for one, two in zip([*found, int(busiest)], wanted, strict=True))
+
+
+def refusals(mesh):
+    """(What is refused, the words of the message), each tried by all processes."""
+    rank, world = mesh.get_local_rank(), mesh.size()
+    model = apply_plan(tiny("llama"), "window:4")
+    tokens = torch.ones(1, 6, dtype=torch.long)
+    holes = part(torch.arange(6 * world)[None] != 2, rank, world)
+    layer = model.model.layers[1]
+    handed = layer.self_attn.forward
+    tries = {
+        "slices of different sizes": ("pad them alike", {"input_ids": tokens[:, rank:]}),
+        "holes": ("padding between the tokens", {"input_ids": tokens, "attention_mask": holes.long()}),
+        "whole positions": ("position_ids must be those of the slice", {"position_ids": torch.arange(6 * world)[None]}),
+        "a mask that is not handed on": ("is not handed the mask", {"input_ids": tokens}),
+    }
+    for name, (words, given) in tries.items():
+        if name.startswith("a mask"):
+            layer.self_attn.forward = lambda **options: handed(**options | {"attention_mask": None})
+        try:
+            with across_devices(model, mesh):
+                model(**{"input_ids": tokens} | given)
+        except MasformerError as error:
+            yield name, words in str(error)
+        else:
+            yield name, False
+
+
+def memory_case(plan, length, mesh):
+    """How much more a device keeps for the backward pass than its share of what one device keeps."""
+    rank, world = mesh.get_local_rank(), mesh.size()
+    changes = {"hidden_size": 16, "head_dim": 4, "num_key_value_heads": 4, "num_hidden_layers": 2}
+    model = apply_plan(tiny("llama", **changes), AttentionPlan.parse(plan, 2)).model
+
+    def kept(tokens):
+        saved = {}
+
+        def pack(x):
+            saved[x.untyped_storage().data_ptr()] = x
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            model(tokens, use_cache=False)
+        weights = {x.untyped_storage().data_ptr() for x in model.parameters()}
+        return sum(x.untyped_storage().nbytes() for place, x in saved.items() if place not in weights)
+
+    tokens = torch.zeros(1, length, dtype=torch.long)
+    with across_devices(model, mesh):
+        mine = kept(part(tokens, rank, world))
+    return kept(tokens) and mine * world / kept(tokens) - 1 if rank == 0 else 0.0
+
+
+def main():
+    """All cases; the first process says the largest error of each."""
+    # Norms and rotary tables of most models are float32 in any dtype: a last bit in float64 may be one of theirs.
+    torch.float32, torch.Tensor.float = torch.float64, torch.Tensor.double
+    dist.init_process_group("gloo")
+    world = dist.get_world_size()
+    mesh = sequence_mesh(world, "cpu")
+    for seed in range(CASES):
+        report(f"attention {seed}", attention_case(seed, mesh))
+    for number, kind in enumerate(ARCHITECTURES if world == 2 else ("llama", "gemma2", "gpt_neo", "phi3")):
+        plan = random_unit_plan(f"{kind} {world}", kv_heads_of(kind)) if number % 2 else random_plan(f"{kind} {world}")
+        report(f"{kind} {plan}", model_case(kind, plan, mesh, packed=number % 3 != 1))
+    plan = random_plan(f"rotary {world}")
+    for kind, changes in ROTARY.items():
+        report(f"{kind} of long texts", model_case(kind, plan, mesh, packed=False, **changes))
+    report("llama of sinks", model_case("llama", AttentionPlan.parse("full,window:5+3,full,window:40+2"), mesh))
+    for seed in range(4):
+        report(f"bytes {seed}", wire_case(f"{seed} {world}", mesh, checkpointing=seed % 2 == 1))
+    for name, right in refusals(mesh):
+        report(f"refused: {name}", float(not right))
+    if world != 3:
+        report("memory of windows", memory_case("window:64+4,block:128x2", 32768, mesh))
+        report("memory of full attention", memory_case("full,window:64", 2048, mesh))
+    dist.destroy_process_group()
+
+
+def report(name, error):
+    if dist.get_rank() == 0:
+        print(f"{error} {name}")
+        sys.stdout.flush()
