@@ -501,7 +501,7 @@ def test_a_tracker_that_is_not_installed_is_refused_at_once(tmp_path, monkeypatc
     words = ["train", "--config", str(recipe_file(tmp_path)), "--training.report_to", tracker, *dry]
     assert main(words) == 2
     err = capsys.readouterr().err
-    assert f"training.report_to {tracker} needs the package {tracker}: pip install " in err
+    assert f"training.report_to {tracker} needs {tracker}: pip install " in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from masformer import records, reports
 from masformer.cli.options import say
 from masformer.errors import MasformerError
+from masformer.extras import need
 
 
 def report(
@@ -29,6 +29,8 @@ def report(
     Example:
         masformer report benchmarks/results --out report
     """
+    from masformer import records, reports
+
     if check and into is None:
         raise MasformerError("--check needs --into FILE, the file that is checked")
     if into is not None:
@@ -37,6 +39,7 @@ def report(
         changed = reports.update_tables(into, folder, check=check)
         say(f"{into}: tables {'written' if changed else 'are up to date'}")
         return
+    need("plots", "masformer report")
     target = Path(folder) / "report" if out is None else Path(out)
     found, others = records.read_records(folder, without=[target])
     made = reports.build_report(found, title or f"What masformer recorded in {Path(folder).resolve().name}", others)

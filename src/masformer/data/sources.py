@@ -13,6 +13,7 @@ from typing import Any
 
 from masformer.data.documents import TEXT, Document, Row, check_files, read_rows, selected_rows
 from masformer.errors import MasformerError, check_int
+from masformer.extras import need
 from masformer.files import content_digest
 
 PYTHON_TOPICS = "python-topics"
@@ -174,6 +175,7 @@ class Source:
 
     @cached_property
     def _stream(self) -> Any:
+        need("datasets", f"dataset {self.hub} of the hub")
         import datasets
 
         try:

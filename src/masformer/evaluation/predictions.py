@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 
 from transformers import PreTrainedModel
 
+from masformer.defaults import BATCH
 from masformer.errors import MasformerError, check_int
 from masformer.evaluation.rouge import LONGBENCH, ROUGE, longbench_rouge_l, repetition, rouge_scores
 from masformer.files import parse_json, read_text, write_whole
@@ -26,8 +27,6 @@ from masformer.models.wrappers import bare_model
 from masformer.plan import AttentionPlan
 from masformer.settings import build
 
-BATCH = 8
-"""Prompts that are continued together."""
 METRICS = (*ROUGE, LONGBENCH, "new_tokens", "words", "repetition", "at_limit")
 """What a prediction is measured by: ROUGE in percent (`masformer.evaluation.rouge`), its length in tokens and in words,
 the share of repeated 4-grams in percent, and whether the limit ended it (100) or a token that ends texts (0)."""

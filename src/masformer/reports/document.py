@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure as Drawing
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Drawing
 
 DPI = 120
 
