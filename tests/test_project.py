@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import masformer
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -71,5 +73,5 @@ def test_forms_can_be_read(path):
 
 def test_the_citation_is_of_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert (str(citation["version"]), citation["license"]) == (PROJECT["version"], PROJECT["license"])
+    assert (str(citation["version"]), citation["license"]) == (masformer.__version__, PROJECT["license"])
     assert "arXiv:2310.12442" in citation["preferred-citation"]["identifiers"][0]["value"]

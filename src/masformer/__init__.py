@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from masformer.training import load_recipe
     from masformer.training.run import train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AttentionPlan",
     "BlockSpan",
