@@ -13,7 +13,7 @@ from masformer.plots import checked_figure, plot_plan
 from masformer.reports.figures import curves
 from masformer.training.model import add_adapters
 from masformer.training.recipe import LoraRecipe
-from tiny import tiny
+from tiny import PLAN, tiny
 
 
 def parquet(folder):
@@ -25,7 +25,7 @@ ASKED = {
     "a plan's drawing": (
         "matplotlib",
         "plots",
-        lambda folder: plot_plan(AttentionPlan.parse("full", 2), folder / "a.png"),
+        lambda folder: plot_plan(PLAN, folder / "a.png"),
     ),
     "a figure's name": ("matplotlib", "plots", lambda folder: checked_figure(folder / "a.png")),
     "a report's drawing": ("matplotlib", "plots", lambda folder: curves({"a": ([1], [1])}, "x", "y")),
