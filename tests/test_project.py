@@ -82,5 +82,7 @@ def test_the_changelog_has_a_section_for_this_version():
     versions = re.findall(r"^## \[(.+?)\]( - \d{4}-\d\d-\d\d)?$", text, re.M)
     assert len(versions) == len(re.findall("^## ", text, re.M))
     assert [name for name, _ in versions][:2] == ["Unreleased", masformer.__version__]
-    assert {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"} >= {*re.findall(r"^### (.*)$", text, re.M)}
+    assert {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"} >= {
+        *re.findall(r"^### (.*)$", text, re.M)
+    }
     assert versions[1][1]

@@ -76,9 +76,8 @@ def test_it_holds_the_package_and_says_what_it_needs(wheel):
         names = set(content.namelist())
         (text,) = (content.read(name).decode() for name in names if name.endswith("/METADATA"))
     package = ROOT / "src" / "masformer"
-    own = {
-        path.relative_to(package.parent).as_posix() for path in package.rglob("*") if path.suffix in (".py", ".yaml")
-    }
+    kinds = (".py", ".yaml", ".json")
+    own = {path.relative_to(package.parent).as_posix() for path in package.rglob("*") if path.suffix in kinds}
     assert {name for name in names if name.startswith("masformer/")} == {*own, "masformer/py.typed"}
     about = Parser().parsestr(text)
     assert about["Version"] == masformer.__version__

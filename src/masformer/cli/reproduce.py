@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from masformer.cli.options import Figures, console, say
+from masformer.cli.parser import INSTEAD
 from masformer.errors import MasformerError
 from masformer.extras import need
 from masformer.progress import stage_progress
@@ -92,3 +93,14 @@ def _default_model() -> str:
         return str(pretrained_model())
     except MasformerError:
         return HUB
+
+
+def show_schema() -> None:
+    """Prints the JSON schema of a scale."""
+    from masformer.schema import schema_text
+    from masformer.study import Scale
+
+    print(schema_text(Scale), end="")
+
+
+INSTEAD[reproduce] = {"schema": (show_schema, "print the JSON schema of scales, and stop.")}

@@ -107,4 +107,15 @@ def show_settings() -> None:
         console.print(table)
 
 
-INSTEAD[train] = {"settings": (show_settings, "show every setting of a recipe with its default, and stop.")}
+def show_schema() -> None:
+    """Prints the JSON schema of a recipe."""
+    from masformer.schema import schema_text
+    from masformer.training.recipe import Recipe
+
+    print(schema_text(Recipe), end="")
+
+
+INSTEAD[train] = {
+    "settings": (show_settings, "show every setting of a recipe with its default, and stop."),
+    "schema": (show_schema, "print the JSON schema of recipes, by which editors complete and check, and stop."),
+}

@@ -15,6 +15,7 @@ from masformer.data.documents import TEXT, Document, Row, check_files, read_rows
 from masformer.errors import MasformerError, check_int
 from masformer.extras import need
 from masformer.files import content_digest
+from masformer.schema import Named, Settings, Several
 
 PYTHON_TOPICS = "python-topics"
 BUILT_IN = (PYTHON_TOPICS,)
@@ -22,7 +23,7 @@ KINDS = {"texts": "plain texts", "pairs": "prompt/target pairs", "chats": "conve
 
 
 @dataclass(frozen=True)
-class Source:
+class Source(Settings):
     """Texts from one place.
 
     Attributes:
@@ -45,7 +46,7 @@ class Source:
         MasformerError: not exactly one place, an option that would do nothing there, or a number out of range.
     """
 
-    files: list[str] = default(default_factory=list)
+    files: Several[str] = default(default_factory=list)
     hub: str | None = None
     hub_config: str | None = None
     hub_split: str = "train"
@@ -56,7 +57,7 @@ class Source:
     target: str | None = None
     messages: str | None = None
     tools: str | None = None
-    where: dict[str, Any] = default(default_factory=dict)
+    where: Named[Any] = default(default_factory=dict)
     skip: int = 0
     limit: int | None = None
 

@@ -25,7 +25,7 @@ from masformer.journal import append_lines, recover_lines
 from masformer.models.bridge import apply_plan
 from masformer.models.wrappers import bare_model
 from masformer.plan import AttentionPlan
-from masformer.settings import build
+from masformer.schema import Settings, build
 
 METRICS = (*ROUGE, LONGBENCH, "new_tokens", "words", "repetition", "at_limit")
 """What a prediction is measured by: ROUGE in percent (`masformer.evaluation.rouge`), its length in tokens and in words,
@@ -33,7 +33,7 @@ the share of repeated 4-grams in percent, and whether the limit ended it (100) o
 
 
 @dataclass(frozen=True)
-class Generated:
+class Generated(Settings):
     """One line of a file of predictions.
 
     Attributes:
@@ -106,7 +106,7 @@ class Predictions(Generic[Line]):
         if self.path is None:
             return
         beside = Path(f"{path}.settings.json")
-        self._add(recover_lines(self.path, lambda row: build(kind, row, ""), "a prediction"))
+        self._add(recover_lines(self.path, lambda row: build(kind, row), "a prediction"))
         now = json.loads(json.dumps(settings))
         if self._kept:
             try:
