@@ -21,7 +21,7 @@ def report(
     Args:
         folder: the records are all .json files in it and below.
         out: folder for the report (default: FOLDER/report).
-        title: of the report (default: what was recorded in which folder).
+        title: of the report (default: what was measured, on which models).
         into: in place of a report, a Markdown file whose tables of figures are made again; docs/evaluation.md says how
             they are marked.
         check: write nothing, and fail with exit code 1 where the tables of --into differ from the records.
@@ -42,7 +42,7 @@ def report(
     need("plots", "masformer report")
     target = Path(folder) / "report" if out is None else Path(out)
     found, others = records.read_records(folder, without=[target])
-    made = reports.build_report(found, title or f"What masformer recorded in {Path(folder).resolve().name}", others)
+    made = reports.build_report(found, title or reports.title_of(found), others)
     files = made.write(target)
     if others:
         say(f"no records, left out: {', '.join(map(str, others))}")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from html import escape
+from itertools import groupby
 
-from masformer.reports.document import Code, Figure, Listing, Paragraph, Section, Table, sections, slug
+from masformer.reports.document import Code, Figure, Fold, Listing, Paragraph, Section, Table, sections, slug
 
 STYLE = """
 :root { --ink: #22303c; --soft: #5c6b73; --line: #d5dbe1; --shade: #f4f6f8; --mark: #33658a; }
@@ -31,9 +32,13 @@ thead th { border-bottom: 2px solid var(--soft); vertical-align: bottom; }
 tbody tr:nth-child(even) { background: var(--shade); }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 td.number { white-space: nowrap; }
-figure { margin: 1.25rem 0; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); gap: 1rem 2rem; }
+figure { margin: .5rem 0; }
+details { margin: .75rem 0; }
+summary { cursor: pointer; color: var(--soft); font-size: .9rem; }
 img { max-width: 100%; height: auto; }
 figcaption { color: var(--soft); font-size: .85rem; }
+@media (min-width: 75rem) { body { max-width: 72rem; } }
 @media print {
   body { margin: 0; padding: 0; max-width: none; font-size: 10pt; }
   nav { display: none; }
@@ -80,8 +85,21 @@ class _Names:
 
 def _blocks(section: Section, level: int, names: Iterator[str]) -> Iterator[str]:
     """What stands below a heading; `names` are for the headings directly below the report."""
-    for block in section.blocks:
-        if isinstance(block, Section):
+    for drawn, blocks in groupby(section.blocks, lambda block: isinstance(block, Figure)):
+        if drawn:
+            pictures = "".join(_figure(block) for block in blocks if isinstance(block, Figure))
+            yield f'<div class="figures">{pictures}</div>'
+        else:
+            yield from _others(blocks, level, names)
+
+
+def _others(blocks: Iterable[object], level: int, names: Iterator[str]) -> Iterator[str]:
+    for block in blocks:
+        if isinstance(block, Fold):
+            yield f"<details><summary>{escape(block.title)}</summary>"
+            yield from _blocks(block, level, names)
+            yield "</details>"
+        elif isinstance(block, Section):
             name = f' id="{next(names)}"' if level == 2 else ""
             tag = f"h{min(level, 6)}"
             yield f"<section{name}>\n<{tag}>{escape(block.title)}</{tag}>"
@@ -91,14 +109,16 @@ def _blocks(section: Section, level: int, names: Iterator[str]) -> Iterator[str]
             yield f"<p{_small(block.small)}>{''.join(map(_inline, block.parts))}</p>"
         elif isinstance(block, Listing):
             yield f"<pre>{escape(block.text)}</pre>"
-        elif isinstance(block, Figure):
-            source = base64.b64encode(block.png).decode()
-            yield (
-                f'<figure><img src="data:image/png;base64,{source}" alt="{escape(block.caption)}">'
-                f"<figcaption>{escape(block.caption)}</figcaption></figure>"
-            )
-        else:
+        elif isinstance(block, Table):
             yield _table(block)
+
+
+def _figure(figure: Figure) -> str:
+    source = base64.b64encode(figure.png).decode()
+    return (
+        f'<figure><img src="data:image/png;base64,{source}" alt="{escape(figure.caption)}">'
+        f"<figcaption>{escape(figure.caption)}</figcaption></figure>"
+    )
 
 
 def _table(table: Table) -> str:
