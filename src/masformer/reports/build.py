@@ -59,7 +59,8 @@ def _models(records: Sequence[Record]) -> list[str]:
     """The models of records, by the ends of their names."""
     found = (flat(record.figures) for record in records)
     named = (row.get("model") or row.get("recipe.model.source") for row in found)
-    return list(dict.fromkeys(str(name).rstrip("/").rpartition("/")[2] for name in named if name))
+    bare = (str(name).partition(" of the package ")[0].rstrip("/") for name in named if name)
+    return list(dict.fromkeys(name.rpartition("/")[2] for name in bare))
 
 
 def _listed(names: Sequence[str]) -> str:

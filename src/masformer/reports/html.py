@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Iterator
 from html import escape
-from itertools import groupby
+from itertools import groupby, takewhile
 
 from masformer.reports.document import Code, Figure, Fold, Listing, Paragraph, Section, Table, sections, slug
 
@@ -14,6 +14,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 2.5rem auto; padding: 0 1.5rem; max-width: 62rem; color: var(--ink); background: #fff;
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+h1, h2, h3, p { overflow-wrap: anywhere; }
 h1 { font-size: 1.9rem; margin: 0 0 1rem; }
 h2 { font-size: 1.4rem; margin: 2.5rem 0 .75rem; padding-bottom: .25rem; border-bottom: 2px solid var(--line); }
 h3 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
@@ -57,13 +58,16 @@ def page(report: Section) -> str:
     top = [(section.title, names.take(section.title)) for section in sections(report)]
     links = "".join(f'<li><a href="#{name}">{escape(title)}</a></li>' for title, name in top)
     contents = f'<nav aria-label="Contents"><ul>{links}</ul></nav>\n' if len(top) > 1 else ""
-    body = "\n".join(_blocks(report, 2, iter([name for _, name in top])))
+    first = len(list(takewhile(lambda block: isinstance(block, Paragraph), report.blocks)))
+    lead, rest = Section("", report.blocks[:first]), Section("", report.blocks[first:])
+    before = "\n".join(_blocks(lead, 2, iter(())))
+    body = "\n".join(_blocks(rest, 2, iter([name for _, name in top])))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(report.title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>{escape(report.title)}</h1>\n{contents}{body}\n</body>\n</html>\n"
+        f"<h1>{escape(report.title)}</h1>\n{before}\n{contents}{body}\n</body>\n</html>\n"
     )
 
 
