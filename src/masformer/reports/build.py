@@ -100,10 +100,10 @@ def _outcome(record: Record, view: View) -> list[str]:
     for row in rows[:MOST_NAMED]:
         where = "".join(f", {row[key]}" for key in facets if row.get(key) is not None)
         said += ["; " if said else "", name.cell(row), f"{where} ", column.cell(row)]
-    more = f"; {_count(len(rows) - MOST_NAMED, 'more')} below" if len(rows) > MOST_NAMED else ""
-    return (
-        [f"{column.title[0].upper()}{column.title[1:]} at {show(longest)} tokens: ", *said, f"{more}."] if said else []
-    )
+    if not said:
+        return []
+    more = f"; {len(rows) - MOST_NAMED} more below" if len(rows) > MOST_NAMED else ""
+    return [f"{column.title[0].upper()}{column.title[1:]} at {show(longest)} tokens: ", *said, f"{more}."]
 
 
 def add_kind(report: Section, records: Sequence[Record]) -> Section:
