@@ -43,7 +43,9 @@ def ready_python(folder, **variables):
 
 
 def serve(address):
-    import masformer.cli  # noqa: F401
+    import masformer.cli
+    import masformer.demo
+    import masformer.study  # noqa: F401
 
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)

@@ -9,9 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from masformer import AttentionPlan, benchmarks, cli
+from masformer import AttentionPlan, benchmarks, cli, extras
 from masformer.benchmarks import timing
-from masformer.cli import parser
 from masformer.cli.parser import SHELLS
 from masformer.export import check_export
 from masformer.generation import Chat
@@ -443,7 +442,7 @@ def test_demo_on_another_model_and_text(capsys, folder, text, tmp_path):
         ),
         (
             ["search", "MODEL", "--data", "TEXT", "--local", "window:4+sink", *BUDGET, "--for", "sglang"],
-            "drops the biases that hold the sinks' values",
+            "drops the biases that hold the values of constant sinks",
         ),
         (["bench", "attention", "--heads", "3", "--kv-heads", "2"], "3 query heads are no multiple of 2 kv heads"),
         (["bench", "attention", "--span", "block:-1"], "block size must be at least 1, got -1"),
@@ -585,7 +584,7 @@ def test_completion_is_written_for_a_shell(capsys, shell):
 
 
 def test_completion_says_what_it_needs(capsys, monkeypatch):
-    monkeypatch.setattr(parser, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
     for option in ("--print_completion", "--print_shtab"):
         code, _, err = run(capsys, option, "bash")
         assert (code, "pip install 'masformer[completion]'" in err) == (2, True)
@@ -716,7 +715,7 @@ def test_what_a_chat_cannot_do_is_one_line(capsys, chatty, monkeypatch, options,
 
 
 def test_a_model_without_a_template_cannot_chat_and_is_not_loaded(capsys, folder, monkeypatch):
-    monkeypatch.setattr("masformer.cli.options.load_model", None)
+    monkeypatch.setattr("masformer.models.checkpoint.load_model", None)
     code, _, err = run(capsys, "generate", folder, "--chat")
     assert (code, "the tokenizer has no chat template" in err) == (2, True)
 

@@ -35,7 +35,7 @@ from masformer.data.documents import read_documents
 from masformer.evaluation.predictions import Generated
 from masformer.journal import recover_lines
 from masformer.models.checkpoint import load_tokenizer
-from masformer.settings import build
+from masformer.schema import build
 from masformer.study import scale
 from masformer.training.checkpoints import MARKER, newest
 from masformer.training.recipe import Recipe, load_recipe
@@ -539,7 +539,7 @@ def test_a_journal(tmp_path, data):
         content = "".join(json.dumps(row) + "\n" for row in data.draw(changed_values(rows))).encode()
     file = tmp_path / "journal.jsonl"
     file.write_bytes(content)
-    found, wrong = refused(lambda: recover_lines(file, lambda row: build(Generated, row, ""), "a prediction"))
+    found, wrong = refused(lambda: recover_lines(file, lambda row: build(Generated, row), "a prediction"))
     if not wrong:
         *said, last = content.split(b"\n")
         with contextlib.suppress(ValueError):

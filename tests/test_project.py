@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import masformer
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -71,5 +73,16 @@ def test_forms_can_be_read(path):
 
 def test_the_citation_is_of_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert (str(citation["version"]), citation["license"]) == (PROJECT["version"], PROJECT["license"])
+    assert (str(citation["version"]), citation["license"]) == (masformer.__version__, PROJECT["license"])
     assert "arXiv:2310.12442" in citation["preferred-citation"]["identifiers"][0]["value"]
+
+
+def test_the_changelog_has_a_section_for_this_version():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    versions = re.findall(r"^## \[(.+?)\]( - \d{4}-\d\d-\d\d)?$", text, re.M)
+    assert len(versions) == len(re.findall("^## ", text, re.M))
+    assert [name for name, _ in versions][:2] == ["Unreleased", masformer.__version__]
+    assert {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"} >= {
+        *re.findall(r"^### (.*)$", text, re.M)
+    }
+    assert versions[1][1]

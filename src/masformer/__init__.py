@@ -8,26 +8,27 @@ Load a model with a plan (`load_model`, `apply_plan`), keep it (`save_model`, `e
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from masformer.attention import attend
-from masformer.cache import SpanCache
 from masformer.errors import MasformerError
-from masformer.models.bridge import apply_plan
-from masformer.models.checkpoint import load_model, save_model
-from masformer.plan import AttentionPlan
-from masformer.spans import BlockSpan, FullSpan, WindowSpan
+from masformer.registered import when_transformers_is_there
 
 if TYPE_CHECKING:
+    from masformer.attention import attend
+    from masformer.cache import SpanCache
     from masformer.evaluation.perplexity import compare_plans, perplexity, prefix_token, tokenize
     from masformer.evaluation.retrieval import retrieve
     from masformer.evaluation.summarization import summarize
     from masformer.export import check_export, export_model
     from masformer.fitting import fit_sinks
     from masformer.generation import generate, prompt_tokens
+    from masformer.models.bridge import apply_plan
+    from masformer.models.checkpoint import load_model, save_model
     from masformer.placement import search, search_layers
+    from masformer.plan import AttentionPlan
+    from masformer.spans import BlockSpan, FullSpan, WindowSpan
     from masformer.training import load_recipe
     from masformer.training.run import train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AttentionPlan",
     "BlockSpan",
@@ -56,16 +57,25 @@ __all__ = [
     "train",
 ]
 _LATER = {
+    "AttentionPlan": "masformer.plan",
+    "BlockSpan": "masformer.spans",
+    "FullSpan": "masformer.spans",
+    "SpanCache": "masformer.cache",
+    "WindowSpan": "masformer.spans",
+    "apply_plan": "masformer.models.bridge",
+    "attend": "masformer.attention",
     "check_export": "masformer.export",
     "compare_plans": "masformer.evaluation.perplexity",
     "export_model": "masformer.export",
     "fit_sinks": "masformer.fitting",
     "generate": "masformer.generation",
+    "load_model": "masformer.models.checkpoint",
     "load_recipe": "masformer.training",
     "perplexity": "masformer.evaluation.perplexity",
     "prefix_token": "masformer.evaluation.perplexity",
     "prompt_tokens": "masformer.generation",
     "retrieve": "masformer.evaluation.retrieval",
+    "save_model": "masformer.models.checkpoint",
     "search": "masformer.placement",
     "search_layers": "masformer.placement",
     "summarize": "masformer.evaluation.summarization",
@@ -73,6 +83,9 @@ _LATER = {
     "train": "masformer.training.run",
 }
 """Name -> the module that has it, which is imported when somebody asks for the name."""
+
+
+when_transformers_is_there()
 
 
 def __getattr__(name: str) -> Any:

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 
 from masformer.attention import ConstantSinks, attend
 from masformer.data.tokens import opening_tokens
+from masformer.defaults import LOSS_CHUNK
 from masformer.errors import MasformerError, check_int, check_number
 from masformer.evaluation.perplexity import prepared_base
-from masformer.evaluation.room import CHUNK, autocast, autocast_on
+from masformer.evaluation.room import autocast, autocast_on
 from masformer.models.bridge import add_sinks, apply_plan, attending_by
 from masformer.models.positions import position_limit
 from masformer.models.sealing import kv_heads
@@ -242,8 +243,8 @@ def _slope(model: PreTrainedModel, wanted: Any, output: Any, tokens: Tensor, sta
     hidden = output.last_hidden_state.detach().requires_grad_()
     given = type(output)(**{**output, "last_hidden_state": hidden})
     length = tokens.shape[1]
-    for first in range(start, length, CHUNK):
-        positions = slice(first, min(first + CHUNK, length))
+    for first in range(start, length, LOSS_CHUNK):
+        positions = slice(first, min(first + LOSS_CHUNK, length))
         with torch.no_grad():
             target = _log_probabilities(model, wanted, tokens, positions)
         found = _log_probabilities(model, given, tokens, positions)

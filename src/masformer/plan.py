@@ -340,12 +340,14 @@ class AttentionPlan:
         path = Path(source)
         if path.suffix.lower() not in PLAN_SUFFIXES:
             return cls.parse(os.fspath(source), num_layers, kv_heads)
+        from masformer.plan_file import PlanFile  # here, for its library takes a tenth of a second
+        from masformer.schema import build
+
         data = read_yaml(path, "plan file")
         try:
-            if isinstance(data, Mapping):
-                known = {"num_layers": num_layers, "kv_heads": kv_heads}
-                data = known | {key: value for key, value in data.items() if value is not None}
-            return cls.from_dict(data).for_layers(num_layers, kv_heads)
+            found = build(PlanFile, data, "it")
+            layers, heads = found.num_layers or num_layers, found.kv_heads or kv_heads
+            return cls.parse(found.plan, layers, heads).for_layers(num_layers, kv_heads)
         except MasformerError as error:
             raise MasformerError(f"plan file {path}: {error}") from None
 

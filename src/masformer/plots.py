@@ -9,20 +9,20 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 
 from masformer.errors import MasformerError, check_int
+from masformer.extras import need
 from masformer.files import write_whole
 from masformer.plan import AttentionPlan
 from masformer.spans import FullSpan, Span
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".pdf", ".svg", ".jpg", ".webp")
 
@@ -182,7 +182,7 @@ def plot_times(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) 
     """
     checked_figure(path)
     passes = list(dict.fromkeys(row.get("pass") for row in rows))
-    figure = Figure(figsize=(6.2 * len(passes), 4.6), facecolor="white", layout="constrained")
+    figure = new_figure(6.2 * len(passes), 4.6, layout="constrained")
     for axes, pass_ in zip(np.atleast_1d(figure.subplots(1, len(passes))), passes, strict=True):
         for name in dict.fromkeys(row["name"] for row in rows):
             here = sorted(
@@ -195,6 +195,18 @@ def plot_times(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) 
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7, frameon=False)
     write_figure(figure, path)
+
+
+def new_figure(width: float, height: float, **options: Any) -> Figure:
+    """A figure to draw in: white, of so many inches; options are those of matplotlib.
+
+    Raises:
+        MasformerError: matplotlib is not installed.
+    """
+    need("plots", "a drawing")
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), facecolor="white", **options)
 
 
 def write_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
@@ -213,8 +225,9 @@ def checked_figure(path: str | os.PathLike[str]) -> Path:
     """The path, if its suffix says how to draw.
 
     Raises:
-        MasformerError: it does not.
+        MasformerError: it does not, or matplotlib is not installed.
     """
+    need("plots", "a drawing")
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise MasformerError(f"cannot tell the format of figure {path}; allowed: {', '.join(SUFFIXES)}")
@@ -222,6 +235,11 @@ def checked_figure(path: str | os.PathLike[str]) -> Path:
 
 
 def _figure(plan: AttentionPlan, length: int) -> Figure:
+    need("plots", "a drawing")
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
+
     kinds = _kinds(plan)
     local = [span for span in kinds if not isinstance(span, FullSpan)]
     colors = {span: LOCAL_COLORS[rank % len(LOCAL_COLORS)] for rank, span in enumerate(local)}
@@ -241,7 +259,7 @@ def _figure(plan: AttentionPlan, length: int) -> Figure:
     foot = 0.45 + 0.22 * -(-(len(kinds) + 1) // entries)
     height = head + down + foot
 
-    figure = Figure(figsize=(width, height), facecolor="white")
+    figure = new_figure(width, height)
     left = MARGIN / width
     figure.text(left, 1 - 0.18 / height, "\n".join(title), va="top", fontsize=13, color=INK, linespacing=1.3)
     patterns = {span: pattern(span, length, CELLS) for span in kinds}

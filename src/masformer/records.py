@@ -11,15 +11,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-import torch
-import transformers
+from typing import TYPE_CHECKING, Any
 
 from masformer.errors import MasformerError, check_text
 from masformer.files import missing, parse_json, read_text, write_whole
 
-SEED = 0
+if TYPE_CHECKING:
+    import torch
+
 FORMAT = 1
 """Of the records written here; those written before there was a number have none and read the same."""
 GROUPS = ("eval", "bench")
@@ -57,6 +56,8 @@ def code() -> str:
 
 def device_name(device: torch.device) -> str:
     """Of a device, as records hold it."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type.upper()}, {platform.machine()}"
@@ -64,6 +65,9 @@ def device_name(device: torch.device) -> str:
 
 def environment() -> dict[str, Any]:
     """Code, versions, device, threads and seed of this process."""
+    import torch
+    import transformers
+
     return {
         "code": code(),
         "versions": {

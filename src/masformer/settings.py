@@ -1,19 +1,13 @@
-"""Settings in YAML files, read strictly: into dataclasses, by their names and types.
-
-A name that does not exist, one that is there twice, a missing one or a value of the wrong kind is an error.
-"""
+"""YAML files of settings, read strictly as plain values; `schema` makes dataclasses of them."""
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
 
@@ -100,69 +94,6 @@ StrictLoader.add_implicit_resolver(
     re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"),
     list("-+0123456789."),
 )
-
-
-def build(cls: Any, data: Any, path: str, what: str = "the settings") -> Any:
-    """An instance of a dataclass, from plain values.
-
-    Args:
-        cls: the dataclass; fields may be plain values, lists and mappings of them, and other dataclasses.
-        data: a mapping of names to values.
-        path: where it stands, for messages, as in "data.sources"; empty for the whole.
-        what: the whole is, for messages.
-
-    Raises:
-        MasformerError: a name that does not exist or is missing, a value of the wrong kind, or what the class raises.
-    """
-    if not isinstance(data, Mapping):
-        raise MasformerError(f"{path or what} must hold settings, got {shown(data)}")
-    hints = get_type_hints(cls)
-    here = f"{path}." if path else ""
-    for name in data:
-        if name not in hints:
-            near = difflib.get_close_matches(str(name), hints, 1)
-            hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(hints)}"
-            raise MasformerError(f"unknown setting {here}{name if isinstance(name, str) else shown(name)}; {hint}")
-    values = {}
-    for option in fields(cls):
-        if option.name in data:
-            values[option.name] = _value(hints[option.name], data[option.name], here + option.name)
-        elif option.default is MISSING and option.default_factory is MISSING:
-            raise MasformerError(f"setting {here}{option.name} is missing")
-    try:
-        return cls(**values)
-    except MasformerError as error:
-        raise MasformerError(str(error) if str(error).startswith(path) else f"{path}: {error}") from None
-
-
-def _value(kind: Any, data: Any, path: str) -> Any:
-    """A plain value as a setting of one kind."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        if data is None and NoneType in arguments:
-            return None
-        (kind,) = [each for each in arguments if each is not NoneType]
-        return _value(kind, data, path)
-    if is_dataclass(kind):
-        return build(kind, data, path)
-    if origin is list:
-        if data is None or isinstance(data, Mapping):
-            raise MasformerError(f"{path} must be a list, got {shown(data)}")
-        if not isinstance(data, list):
-            return [_value(arguments[0], data, path)]  # one value is a list of one
-        return [_value(arguments[0], each, path) for each in data]
-    if origin is dict:
-        if not isinstance(data, Mapping):
-            raise MasformerError(f"{path} must hold names and values, got {shown(data)}")
-        return {str(name): _value(arguments[1], each, f"{path}.{name}") for name, each in data.items()}
-    if kind is Any:
-        check_plain(path, data)
-        return data
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    if not isinstance(data, (int, float) if kind is float else kind) or (kind is not bool and isinstance(data, bool)):
-        raise MasformerError(f"{path} must be {names[kind]}, got {shown(data)}")
-    check_plain(path, data)
-    return float(data) if kind is float else data
 
 
 def check_plain(name: str, value: Any) -> None:

@@ -343,7 +343,7 @@ def test_the_command_line_says_what_is_wrong_in_a_line(folder, monkeypatch, caps
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: registry.get_model("masformer")(folder, plan="wide"))
     assert cli.main(["lm-eval", "--tasks", "x"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("masformer: error: unknown span 'wide'; allowed: full")
-    monkeypatch.setattr("masformer.evaluation.harness.find_spec", lambda name: None)
+    monkeypatch.setattr("masformer.extras.find_spec", lambda name: None)
     for words in (["--help"], ["ls", "tasks"], []):
         assert cli.main(["lm-eval", *words]) == 2
         assert capsys.readouterr().err == "masformer: error: this needs lm-eval: pip install 'masformer[lm-eval]'\n"

@@ -14,9 +14,10 @@ from small import recipe
 
 from masformer import MasformerError, apply_plan
 from masformer.cli import main
+from masformer.defaults import LOSS_CHUNK
 from masformer.evaluation import room as rooms
 from masformer.evaluation.perplexity import compare_plans, paired_differences, perplexity
-from masformer.evaluation.room import CHUNK, MOST_TOKENS, Room, autocast_dtype, fitting
+from masformer.evaluation.room import MOST_TOKENS, Room, autocast_dtype, fitting
 from masformer.placement import SearchResult
 from masformer.placement.measure import Measurer
 from masformer.placement.texts import Window
@@ -113,7 +114,7 @@ def test_every_window_is_in_one_batch_of_alike_windows(lengths, most, pads, rows
 
 def test_room_grows_with_memory_and_is_one_window_without_a_figure():
     model = tiny("llama")
-    assert fitting(model, None) == Room(1, CHUNK)
+    assert fitting(model, None) == Room(1, LOSS_CHUNK)
     small, large = fitting(model, 10**7), fitting(model, 2 * 10**7)
     assert 1 < small.tokens < large.tokens < MOST_TOKENS
     assert 1 < small.positions < large.positions
@@ -193,11 +194,11 @@ def test_a_window_that_does_not_fit_alone_is_named(monkeypatch):
 
 
 def test_logits_have_less_room_too_where_memory_was_not_enough():
-    room, tried = Room(64, positions=4 * CHUNK), []
+    room, tried = Room(64, positions=4 * LOSS_CHUNK), []
 
     def work(items):
         tried.append((len(items), room.positions))
-        if room.positions > CHUNK or len(items) > 2:
+        if room.positions > LOSS_CHUNK or len(items) > 2:
             raise torch.OutOfMemoryError
         return sum(items)
 

@@ -17,6 +17,7 @@ from masformer.evaluation.prompts import Example, Prompter, Template
 from masformer.evaluation.rouge import longbench_rouge_l, rouge_scores
 from masformer.evaluation.summarization import summarization_tables, summarize
 from masformer.generation import generate_batch
+from masformer.models import checkpoint
 from tiny import PLAN, letter_tokenizer, tiny
 
 WORDS = "the quick brown fox jumps over lazy dogs and runs away from it all while nobody looks"
@@ -311,13 +312,13 @@ def words(folder, data, tmp_path, *more):
 
 def test_the_command_end_to_end(folder, data, tmp_path, capsys, monkeypatch):
     loads = Counter()
-    real = cli.options.load_model
+    real = checkpoint.load_model
 
     def counted(*args, **kwargs):
         loads["n"] += 1
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(cli.options, "load_model", counted)
+    monkeypatch.setattr(checkpoint, "load_model", counted)
     (tmp_path / "template.txt").write_text("{document}\nQ: {query}\nA:\n")
     record = tmp_path / "record.json"
     more = ["--plan", "full", "--plan", str(PLAN), "--template", str(tmp_path / "template.txt"), "--shots", "2"]

@@ -17,7 +17,7 @@ from matplotlib.image import imread
 import masformer
 from masformer import MasformerError, records
 from masformer.placement.result import SearchResult
-from masformer.reports import Code, Report, Table, build_report, document, figures, report
+from masformer.reports import Code, Report, Table, build_report, document, figures, report, title_of
 from masformer.reports.figures import draw, heat_map
 
 RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results"
@@ -334,8 +334,32 @@ def test_intervals_and_general_rows(tmp_path):
     assert table.columns == ("name", "length", "rouge")
     assert table.rows == (("full", "512", "12.3 [11.8, 12.9]"), ("full", "1,024", "12.3 [11.8, 12.9]"))
     text = report.to_markdown()
-    assert "model: m; samples: 3; lengths: 512, 1,024" in text
+    assert "Settings:\n\n```\nmodel: m\nsamples: 3\nlengths: 512, 1,024\n```" in text
     assert [figure.caption for figure in report.figures()] == ["rouge with 95% intervals, by length"]
+
+
+def first_of(names):
+    found = [records.read_record(RESULTS / f"{name}.json") for name in names]
+    report = build_report(found, title_of(found))
+    return report.title, "".join(report.blocks[0].parts)
+
+
+def test_a_report_begins_with_what_was_measured_on_what_and_what_came_out():
+    model = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    title, text = first_of(["perplexity-context-smollm2", "search-smollm2-qmsum"])
+    assert title == f"Perplexity and plans found by search: {model}"
+    assert text.startswith(
+        f"2 records of 2 commands, of {model}, on CPU, x86_64. Perplexity at 4,096 tokens: full 18.5 ["
+    )
+    assert text.endswith(f"Found: {load('search-smollm2-qmsum')['plan']}.")
+    title, text = first_of(["attention-cpu"])
+    assert title == "Times of attention"
+    assert "window:512, forward 7.016; " in text
+    assert text.endswith("more below.")
+    title, text = first_of([file.stem for file in FILES])
+    assert title.endswith(" and more")
+    assert text.startswith(f"{len(FILES)} records of {len(KINDS)} commands, of ")
+    assert " tokens: " not in text
 
 
 def test_a_plan_file_is_shown_as_its_plan(tmp_path):

@@ -416,4 +416,4 @@ def test_a_scale_without_rates_is_timed_here(tmp_path, capsys):
 
 def test_every_scale_is_a_file_of_the_package():
     files = {path.name for path in (resources.files("masformer.study") / "scales").iterdir()}
-    assert files == {f"{name}.yaml" for name in study.SCALES}
+    assert files == {*(f"{name}.yaml" for name in study.SCALES), "scale.schema.json"}

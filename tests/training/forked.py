@@ -21,7 +21,9 @@ from pathlib import Path
 from torch.distributed import TCPStore
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["masformer.cli", "masformer.training.run", "peft", "torch.distributed.fsdp"])
+processes.set_forkserver_preload(
+    ["masformer.cli", "masformer.models.checkpoint", "masformer.training.run", "peft", "torch.distributed.fsdp"]
+)
 
 
 def begin(target, words, variables, outputs):

@@ -9,7 +9,7 @@ from masformer.benchmarks.peers import PEERS
 from masformer.benchmarks.rows import bench_tables, summary_line
 from masformer.benchmarks.timing import DTYPES, Timing, compare_times, default_device, peak_memory
 from masformer.benchmarks.training import bench_train
-from masformer.evaluation.room import CHUNK as LOSS_CHUNK
+from masformer.defaults import LOSS_CHUNK
 
 __all__ = [
     "DTYPES",

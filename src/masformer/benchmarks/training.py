@@ -24,8 +24,8 @@ from masformer.benchmarks.models import (
 )
 from masformer.benchmarks.rows import with_exponents
 from masformer.benchmarks.timing import compare_times, peak_memory, prefixed
+from masformer.defaults import LOSS_CHUNK
 from masformer.errors import MasformerError
-from masformer.evaluation.room import CHUNK
 from masformer.models.compiling import compile_layers
 from masformer.models.wrappers import bare_model
 from masformer.plan import AttentionPlan
@@ -41,7 +41,7 @@ def bench_train(
     batch: int = 1,
     checkpointing: bool = False,
     precision: str = "float32",
-    loss_chunk: int = CHUNK,
+    loss_chunk: int = LOSS_CHUNK,
     repeats: int = 3,
     cap: float | None = None,
     compiled: bool = False,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import jsonargparse
-import torch
-import transformers
 
 import masformer
 from masformer import records
@@ -31,6 +30,7 @@ from masformer.cli import (
 )
 from masformer.cli.options import LINE, say
 from masformer.cli.parser import SHELLS, Command, Complete, Help, add_commands, error_line, grouped, option_name
+from masformer.defaults import SEED
 from masformer.errors import MasformerError, beyond_memory, check_text
 from masformer.settings import check_plain
 from masformer.streams import guarded
@@ -100,10 +100,12 @@ COMMANDS: dict[str, Any] = {
 }
 PASSED_ON: dict[str, Any] = {"lm-eval": harness.lm_eval}
 """Commands of other packages, which read their words themselves."""
+WITHOUT_MODELS = (report.report,)
+"""Commands that need neither torch nor transformers."""
 
 
-def whole_parser() -> jsonargparse.ArgumentParser:
-    """Of all commands."""
+def whole_parser(words: Sequence[str] | None = None) -> jsonargparse.ArgumentParser:
+    """Of all commands; given the words of a command line, with the options of the command alone that they name."""
     parser = jsonargparse.ArgumentParser(
         prog="masformer",
         usage="masformer COMMAND [options]",
@@ -115,8 +117,8 @@ def whole_parser() -> jsonargparse.ArgumentParser:
     parser.add_argument("-V", "--version", action="version", version=version, help="show the version and exit")
     text = f"print a script that completes commands in {', '.join(SHELLS)}, and exit"
     names = "--print_completion", "--print_shtab"
-    parser.add_argument(*names, action=Complete, choices=SHELLS, metavar="SHELL", help=text)
-    add_commands(parser, COMMANDS, PASSED_ON)
+    parser.add_argument(*names, action=Complete, const=whole_parser, choices=SHELLS, metavar="SHELL", help=text)
+    add_commands(parser, COMMANDS, PASSED_ON, words=words)
     return parser
 
 
@@ -127,7 +129,7 @@ def parse(words: Sequence[str]) -> tuple[Command, dict[str, Any]]:
         jsonargparse.ArgumentError: they name none, or an option is wrong.
         MasformerError: a word is no text, or a number beyond what a machine holds.
     """
-    parser = whole_parser()
+    parser = whole_parser(list(words))
     if not words:
         parser.print_help()
         parser.exit()
@@ -151,13 +153,35 @@ def main(words: Sequence[str] | None = None) -> int:
     return guarded(lambda: _run(sys.argv[1:] if words is None else words))
 
 
-def _run(words: Sequence[str]) -> int:
+def _prepare() -> None:
+    """Imports what commands on models need, and sets it up.
+
+    The collector rests meanwhile: it would look through all that is imported again and again, which takes a quarter of
+    the time. In a process that has just begun, it need not look through it later either, least of all at the end.
+    """
+    begun, collecting = "torch" not in sys.modules, gc.isenabled()
+    gc.disable()
+    try:
+        import torch
+        import transformers
+
+        import masformer.models.checkpoint  # noqa: F401
+    finally:
+        if begun:
+            gc.freeze()
+        if collecting:
+            gc.enable()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    torch.manual_seed(records.SEED)
+    torch.manual_seed(SEED)
+
+
+def _run(words: Sequence[str]) -> int:
     try:
         command, options = parse(words)
+        if command not in WITHOUT_MODELS:
+            _prepare()
         json = options.pop("json", None)
         records.check_writable(json)
         figures = command(**options) or {}

@@ -6,9 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
-import torch
-
-from masformer import benchmarks, records
+from masformer import records
 from masformer.cli.options import (
     LINE,
     Backend,
@@ -20,13 +18,9 @@ from masformer.cli.options import (
     say,
     show,
 )
+from masformer.defaults import LOSS_CHUNK, SEED
 from masformer.errors import MasformerError, check_seed
-from masformer.export import gguf_config
-from masformer.models.checkpoint import load_config
-from masformer.models.native import native_plan
-from masformer.plots import checked_figure, plot_times
 from masformer.progress import progress_bar
-from masformer.spans import Span, layer_span
 
 Peers = Literal["all", "none"]
 BASELINE = {"all": "transformers", "none": "all full"}
@@ -46,7 +40,7 @@ def bench_attention(
     peers: str = "all",
     repeats: int = 5,
     cap: float | None = None,
-    seed: int = records.SEED,
+    seed: int = SEED,
     plot: str | None = None,
     quiet: bool = False,
 ) -> Figures:
@@ -70,6 +64,11 @@ def bench_attention(
     Example:
         masformer bench attention --lengths 4096,16384 --span window:512 --span block:1024x2
     """
+    import torch
+
+    from masformer import benchmarks
+    from masformer.spans import Span, layer_span
+
     check_seed(seed)
     torch.manual_seed(seed)
     place = device_of(device)
@@ -111,7 +110,7 @@ def bench_prefill(
     peers: Peers = "all",
     repeats: int = 3,
     cap: float | None = None,
-    seed: int = records.SEED,
+    seed: int = SEED,
     plot: str | None = None,
     quiet: bool = False,
 ) -> Figures:
@@ -130,6 +129,8 @@ def bench_prefill(
     Example:
         masformer bench prefill MODEL --lengths 2048,8192 --plan 'full@11-18; window:512+4'
     """
+    from masformer import benchmarks
+
     measure = partial(benchmarks.bench_prefill, repeats=repeats, cap=cap, backend=backend, peers=peers == "all")
     settings = {"batch": batch}
     title = f"Time to the first token; speed-up over {BASELINE[peers]}"
@@ -148,7 +149,7 @@ def bench_decode(
     peers: Peers = "all",
     repeats: int = 5,
     cap: float | None = None,
-    seed: int = records.SEED,
+    seed: int = SEED,
     plot: str | None = None,
     quiet: bool = False,
 ) -> Figures:
@@ -168,6 +169,8 @@ def bench_decode(
     Example:
         masformer bench decode MODEL --lengths 1024,7680 --new 32 --plan 'full@11-18; window:512+4'
     """
+    from masformer import benchmarks
+
     measure = partial(benchmarks.bench_decode, repeats=repeats, cap=cap, backend=backend, peers=peers == "all")
     settings = {"batch": batch, "new": new}
     title = f"Rounds of {new} new tokens; speed-up over {BASELINE[peers]}"
@@ -181,7 +184,7 @@ def bench_train(
     lengths: str = "2048",
     checkpointing: bool = False,
     precision: Literal["float32", "bfloat16"] = "float32",
-    loss_chunk: int = benchmarks.LOSS_CHUNK,
+    loss_chunk: int = LOSS_CHUNK,
     batch: int = 1,
     backend: Backend = "auto",
     random_weights: bool = False,
@@ -189,7 +192,7 @@ def bench_train(
     repeats: int = 3,
     cap: float | None = None,
     compile: bool = False,
-    seed: int = records.SEED,
+    seed: int = SEED,
     plot: str | None = None,
     quiet: bool = False,
 ) -> Figures:
@@ -212,6 +215,8 @@ def bench_train(
     Example:
         masformer bench train MODEL --lengths 2048,8192 --checkpointing --plan 'full@11-18; window:512+4'
     """
+    from masformer import benchmarks
+
     measure = partial(benchmarks.bench_train, repeats=repeats, cap=cap, backend=backend, peers=peers == "all")
     settings = {"batch": batch, "compiled": compile, "checkpointing": checkpointing, "precision": precision}
     settings |= {"loss_chunk": loss_chunk}
@@ -230,7 +235,7 @@ def bench_eval(
     repeats: int = 3,
     cap: float | None = None,
     compile: bool = False,
-    seed: int = records.SEED,
+    seed: int = SEED,
     plot: str | None = None,
     quiet: bool = False,
 ) -> Figures:
@@ -249,6 +254,8 @@ def bench_eval(
     Example:
         masformer bench eval MODEL --lengths 2048,8192 --plan 'full@11-18; window:512+4'
     """
+    from masformer import benchmarks
+
     measure = partial(benchmarks.bench_eval, repeats=repeats, cap=cap, backend=backend)
     settings = {"compiled": compile, "tokens": tokens}
     title = "Evaluation; speed-up over all full"
@@ -283,6 +290,10 @@ def bench_llama_cpp(
     Example:
         masformer bench llama-cpp model.Q4_K_M.gguf --lengths 2048,8192 --plan 'full@11-18; window:512'
     """
+    from masformer import benchmarks
+    from masformer.export import gguf_config
+    from masformer.models.native import native_plan
+
     sizes = lengths_of("--lengths", lengths)
     config = gguf_config(model)
     plans = options.named(native_plan(config))
@@ -311,6 +322,12 @@ def _bench(
     plot: str | None,
     quiet: bool,
 ) -> Figures:
+    import torch
+
+    from masformer import benchmarks
+    from masformer.models.checkpoint import load_config
+    from masformer.plots import checked_figure
+
     sizes = lengths_of("--lengths", lengths)
     plans = options.named(load_config(model)[1])
     if plot is not None:
@@ -336,6 +353,9 @@ def _measured(
     bench: str, title: str, measure: Callable[[Callable[[str], None]], dict[str, Any]], plot: str | None, quiet: bool
 ) -> dict[str, Any]:
     """Runs a bench and prints its table."""
+    from masformer import benchmarks
+    from masformer.plots import checked_figure, plot_times
+
     if plot is not None:
         checked_figure(plot)
     with progress_bar(quiet=quiet) as progress:

@@ -6,18 +6,7 @@ from collections.abc import Sequence
 
 from masformer import records
 from masformer.cli.options import Backend, Figures, ModelOptions, lengths_of, say, show
-from masformer.data import read_documents
 from masformer.errors import MasformerError
-from masformer.evaluation.perplexity import (
-    compare_plans,
-    difference_table,
-    paired_differences,
-    perplexity_table,
-    prefix_token,
-    tokenize,
-)
-from masformer.models.checkpoint import load_config
-from masformer.models.compiling import compile_layers
 from masformer.progress import plan_progress
 
 
@@ -56,6 +45,18 @@ def eval_perplexity(
         masformer eval perplexity MODEL --data books.jsonl.xz --lengths 1024,4096 \\
             --plan full --plan window:512+4 --plan 'full@11-18; window:512+4'
     """
+    from masformer.data import read_documents
+    from masformer.evaluation.perplexity import (
+        compare_plans,
+        difference_table,
+        paired_differences,
+        perplexity_table,
+        prefix_token,
+        tokenize,
+    )
+    from masformer.models.checkpoint import load_config
+    from masformer.models.compiling import compile_layers
+
     windows = lengths_of("--lengths", lengths)
     plans = options.named(load_config(model)[1])
     if against is not None and len(plans) == 1:

@@ -8,25 +8,8 @@ from typing import Literal
 
 from masformer.cli.options import Figures, StoredModelOptions, console, say
 from masformer.cli.parser import INSTEAD
+from masformer.defaults import TargetName
 from masformer.errors import MasformerError
-from masformer.export import (
-    TargetName,
-    check_export,
-    check_output,
-    check_quantised,
-    export_gguf,
-    export_model,
-    gguf_config,
-    llama_cpp,
-    quality_warning,
-    support_tables,
-)
-from masformer.export.verify import check_installed, verify_export
-from masformer.models.bridge import give_sinks
-from masformer.models.card import weights_text
-from masformer.models.checkpoint import load_config
-from masformer.models.native import native_plan
-from masformer.models.sinks import read_sinks
 
 
 def export(
@@ -59,6 +42,23 @@ def export(
     Example:
         masformer export HuggingFaceTB/SmolLM2-135M OUT --target transformers --plan 'full@11-18; window:512' --verify
     """
+    from masformer.export import (
+        check_export,
+        check_output,
+        check_quantised,
+        export_gguf,
+        export_model,
+        gguf_config,
+        llama_cpp,
+        quality_warning,
+    )
+    from masformer.export.verify import check_installed, verify_export
+    from masformer.models.bridge import give_sinks
+    from masformer.models.card import weights_text
+    from masformer.models.checkpoint import load_config
+    from masformer.models.native import native_plan
+    from masformer.models.sinks import read_sinks
+
     if python is not None and not verify:
         raise MasformerError("--python does nothing without --verify")
     check_output(out, target, model, overwrite=overwrite)
@@ -123,6 +123,8 @@ def export(
 
 def show_targets() -> None:
     """Prints what each tool can run, with reasons and sources."""
+    from masformer.export import support_tables
+
     for table in support_tables():
         console.print(table)
 

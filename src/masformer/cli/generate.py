@@ -7,14 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import chain, count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from masformer import generation, records
+from masformer import records
 from masformer.cli.options import Figures, OneModelOptions
+from masformer.defaults import PREFILL_CHUNK, SEED
 from masformer.errors import MasformerError
 from masformer.files import decode_text, read_text
-from masformer.models.checkpoint import load_config, load_tokenizer
 from masformer.progress import stage_progress
+
+if TYPE_CHECKING:
+    from masformer.generation import Chat
 
 
 def generate(
@@ -31,8 +34,8 @@ def generate(
     top_p: float | None = None,
     top_k: int | None = None,
     beams: int = 1,
-    prefill_chunk: int = generation.CHUNK,
-    seed: int = records.SEED,
+    prefill_chunk: int = PREFILL_CHUNK,
+    seed: int = SEED,
     quiet: bool = False,
 ) -> Figures:
     """Streams a continuation of a prompt, and says what it took; a chat template is used where the tokenizer has one.
@@ -56,6 +59,9 @@ def generate(
     Example:
         masformer generate MODEL --file report.txt --prompt 'What was decided?' --plan 'full@11-18; window:512+4'
     """
+    from masformer import generation
+    from masformer.models.checkpoint import load_config, load_tokenizer
+
     if chat and (raw or beams > 1):
         raise MasformerError(f"{'--raw' if raw else '--beams'} does not go with --chat")
     given = _given(prompt, file)
@@ -102,7 +108,7 @@ def _prompt(given: list[str]) -> str:
     return "\n\n".join(given or [decode_text(sys.stdin.buffer.read(), "standard input")])
 
 
-def _converse(chat: generation.Chat, begun: list[str], whole: bool, quiet: bool) -> list[Figures]:
+def _converse(chat: Chat, begun: list[str], whole: bool, quiet: bool) -> list[Figures]:
     """Answers turn by turn, the first of which has begun, or is whole; gives their figures."""
     turns = []
     for line in chain([""] if whole else [], _lines()):

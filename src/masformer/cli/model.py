@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
-from masformer import benchmarks, records
+from masformer import records
 from masformer.cli.options import Figures, PlanOptions, StoredModelOptions, lengths_of, say, show
-from masformer.cost import ModelShape, communication, communication_table, compare, cost_table
-from masformer.data import read_documents
 from masformer.errors import MasformerError
-from masformer.fitting import fit_sinks, with_first_tokens
-from masformer.models.card import weights_text
-from masformer.models.checkpoint import check_folder, check_plan, load_config, save_model
-from masformer.models.positions import position_limit
-from masformer.plan import AttentionPlan
-from masformer.plots import picture, plot_plan
 from masformer.progress import stage_progress
-from masformer.spans import FullSpan
+
+if TYPE_CHECKING:
+    from masformer.plan import AttentionPlan
 
 
 def show_plan(
@@ -42,7 +34,15 @@ def show_plan(
     Example:
         masformer plan HuggingFaceTB/SmolLM2-135M --full 8 --placement middle --local window:512+4
     """
-    records.check_writable(plot)
+    from masformer.cost import ModelShape, communication, communication_table, compare, cost_table
+    from masformer.models.checkpoint import check_plan, load_config
+    from masformer.models.positions import position_limit
+    from masformer.plan import AttentionPlan
+    from masformer.plots import checked_figure, picture, plot_plan
+    from masformer.spans import FullSpan
+
+    if plot is not None:
+        records.check_writable(checked_figure(plot))
     lengths = lengths_of("--seq", seq)
     config, own = load_config(model)
     plans = options.named(own)
@@ -51,7 +51,7 @@ def show_plan(
     if plot is not None and len(plans) > 1:
         raise MasformerError("--plot draws one plan; give one --plan")
     shape = ModelShape.of(config)
-    width = torch.finfo(benchmarks.DTYPES[cache_dtype]).bits // 8
+    width = 4 if cache_dtype == "float32" else 2
     say(f"{model}: {config.model_type}, {shape.num_layers} layers, {shape.parameters:,} parameters")
     figures: list[dict[str, Any]] = []
     for each in plans.values():
@@ -103,6 +103,10 @@ def convert(
     Example:
         masformer convert EleutherAI/gpt-neo-1.3B OUT --plan 'full@0-7; window:512' --max-positions 8192
     """
+    from masformer.data import read_documents
+    from masformer.models.card import weights_text
+    from masformer.models.checkpoint import check_folder, check_plan, load_config, save_model
+
     given = {"--data": data, "--documents": documents, "--length": length, "--steps": steps}
     if sinks is None and (idle := [name for name, value in given.items() if value is not None]):
         raise MasformerError(f"{idle[0]} does nothing without --sinks fit")
@@ -128,8 +132,11 @@ def _fitted(
     model: str, options: StoredModelOptions, plan: AttentionPlan, texts: list[str], length: int, steps: int
 ) -> tuple[Any, Any]:
     """The model with the plan's constant sinks, fitted in the precision it runs in, and its tokenizer."""
+    from masformer.benchmarks import DTYPES
+    from masformer.fitting import fit_sinks, with_first_tokens
+
     loaded, tokenizer = options.load_both(model, with_first_tokens(plan))
     with stage_progress() as progress:
         fit_sinks(loaded, tokenizer, texts, plan, length=length, steps=steps, progress=progress)
     written = options.to_write(model).dtype
-    return (loaded if written == "auto" else loaded.to(benchmarks.DTYPES[written])), tokenizer
+    return (loaded if written == "auto" else loaded.to(DTYPES[written])), tokenizer

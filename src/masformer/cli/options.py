@@ -5,19 +5,18 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from masformer import benchmarks
 from masformer.errors import MasformerError, read_int, shown
-from masformer.models.checkpoint import load_model
-from masformer.models.gguf_files import written_dtype
-from masformer.models.positions import parse_max_positions
-from masformer.plan import PLAN_SUFFIXES, AttentionPlan, read_plans
 from masformer.tables import show_table
+
+if TYPE_CHECKING:
+    import torch
+
+    from masformer.plan import AttentionPlan
 
 Figures = dict[str, Any]
 """What a command measured, as plain values: such a command takes --json FILE."""
@@ -57,6 +56,8 @@ class RuleOptions(Options):
             return None
         if plan is not None:
             raise MasformerError("give either --plan or --full/--placement/--local")
+        from masformer.plan import AttentionPlan
+
         return AttentionPlan.from_options(len(own), self.full, self.placement, self.local, dashes="--")
 
 
@@ -68,6 +69,8 @@ class PlanOptions(RuleOptions):
 
     def named(self, own: AttentionPlan) -> dict[str, AttentionPlan]:
         """The plans that the options name, by their text; the model's own plan where they name none."""
+        from masformer.plan import PLAN_SUFFIXES, read_plans
+
         ruled = self.ruled(own, self.plan)
         if ruled is not None:
             return {str(ruled): ruled}
@@ -91,6 +94,8 @@ class OnePlanOptions(RuleOptions):
 
     def one(self, own: AttentionPlan) -> AttentionPlan:
         """The plan that the options name, or else the model's own."""
+        from masformer.plan import read_plans
+
         ruled = self.ruled(own, self.plan)
         if ruled is not None:
             return ruled
@@ -111,13 +116,19 @@ class WeightOptions(Options):
     @property
     def place(self) -> torch.device:
         """Where the model is put: nothing runs it."""
+        import torch
+
         return torch.device("cpu")
 
     def load(self, model: str, plan: AttentionPlan) -> tuple[Any, Any]:
         """The model in its place, and its tokenizer or None."""
+        from masformer.benchmarks import DTYPES
+        from masformer.models.checkpoint import load_model
+        from masformer.models.positions import parse_max_positions
+
         extended = None if self.max_positions is None else parse_max_positions(self.max_positions)
         positions, method = extended or (None, None)
-        weights = self.dtype if self.dtype == "auto" else benchmarks.DTYPES[self.dtype]
+        weights = self.dtype if self.dtype == "auto" else DTYPES[self.dtype]
         place = self.place
         loaded, tokenizer = load_model(model, plan, max_positions=positions, position_method=method, dtype=weights)
         return loaded.to(place), tokenizer
@@ -127,6 +138,8 @@ class WeightOptions(Options):
         path = Path(model)
         if self.dtype != "auto" or path.suffix != ".gguf" or not path.is_file():
             return self
+        from masformer.models.gguf_files import written_dtype
+
         return replace(self, dtype=cast(Dtype, str(written_dtype(path)).removeprefix("torch.")))
 
     @property
@@ -175,6 +188,10 @@ def device_of(text: str | None) -> torch.device:
     Raises:
         MasformerError: it is none, or this machine has none such.
     """
+    import torch
+
+    from masformer import benchmarks
+
     if text is None:
         return benchmarks.default_device()
     if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", text):

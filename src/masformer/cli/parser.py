@@ -7,7 +7,6 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
-from importlib.util import find_spec
 from textwrap import fill
 from typing import Any, get_args, get_type_hints
 
@@ -15,7 +14,8 @@ import jsonargparse
 from docstring_parser import parse as parse_docstring
 
 from masformer.cli.options import Figures, Options
-from masformer.errors import MasformerError, shown
+from masformer.errors import shown
+from masformer.extras import need
 from masformer.files import near_names
 
 Command = Callable[..., Any]
@@ -106,13 +106,12 @@ class Show(argparse.Action):
 
 
 class Complete(argparse.Action):
-    """Prints the script that completes the commands of a parser in a shell, and stops."""
+    """Prints the script that completes the commands of the parser that `const` makes in a shell, and stops."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
-        if find_spec("shtab") is None:
-            raise MasformerError(f"{option} needs shtab: pip install 'masformer[completion]'")
-        print(parser.get_completion_script(f"shtab-{values}"))
-        raise SystemExit(0)  # the parser is of no further use
+        need("completion", str(option))
+        print(self.const().get_completion_script(f"shtab-{values}"))
+        parser.exit()
 
 
 def example(command: Command) -> str:
@@ -125,6 +124,11 @@ def example(command: Command) -> str:
             lines.append("")
         lines[-1] = f"{lines[-1]} {part}".lstrip()
     return " \\\n".join(lines)
+
+
+def summary(command: Command) -> str:
+    """The first sentence of a command's help."""
+    return " ".join((command.__doc__ or "").partition("\n\n")[0].split())
 
 
 def option_groups(command: Command) -> dict[str, type[Options]]:
@@ -176,7 +180,7 @@ def command_parser(words: str, command: Command) -> jsonargparse.ArgumentParser:
     shown_example = example(command).replace("\n", "\n      ")
     parser = jsonargparse.ArgumentParser(
         usage=usage(words, command),
-        description=fill(docs.short_description or "", WIDTH - 2, break_on_hyphens=False),
+        description=fill(summary(command), WIDTH - 2, break_on_hyphens=False),
         epilog=f"example:\n  {shown_example}",
         formatter_class=Help,
         exit_on_error=False,
@@ -218,6 +222,13 @@ def is_positional(name: str, parameter: inspect.Parameter) -> bool:
     return parameter.default is parameter.empty and name not in SPECIAL and parameter.kind is not parameter.KEYWORD_ONLY
 
 
+def option_names(command: Command) -> list[str]:
+    """Every option of a command, as it is written."""
+    parameters = option_parameters(command)
+    names = [option_name(each) for each in parameters if not is_positional(each, parameters[each])]
+    return [*names, *(f"--{each}" for each in INSTEAD.get(command, {}))]
+
+
 def option_name(name: str) -> str:
     """`max_positions` -> `--max-positions`; `for_`, which Python has for itself without its end -> `--for`."""
     return f"--{name.removesuffix('_').replace('_', '-')}"
@@ -228,24 +239,34 @@ def add_commands(
     commands: Commands,
     passed_on: Mapping[str, Command] | None = None,
     above: Sequence[str] = (),
+    words: Sequence[str] | None = None,
 ) -> None:
-    """Adds a tree of commands below a parser; those passed on are listed, but read their words themselves."""
+    """Adds a tree of commands below a parser; those passed on are listed, but read their words themselves.
+
+    Args:
+        parser: where.
+        commands: the tree.
+        passed_on: commands that read their words themselves.
+        above: names of the tree.
+        words: what follows them on the command line; commands that it does not name are listed alone, for their options
+            take time. None: all are whole.
+    """
     choices = parser.add_subcommands(dest="command", required=True, title="commands", description="", metavar="COMMAND")
-    for name, command in commands.items():
-        words = [*above, name]
-        if callable(command):
-            below = command_parser(" ".join(words), command)
-            choices.add_subcommand(name, below, help=" ".join(str(below.description).split()))
+    for name, command in {**commands, **(passed_on or {})}.items():
+        here = [*above, name]
+        about = summary(command) if callable(command) else ABOUT[name]
+        if name not in commands or (words is not None and words[:1] != [name]):
+            below = jsonargparse.ArgumentParser(exit_on_error=False)
+            choices.add_subcommand(name, below, help=about)
+        elif callable(command):
+            choices.add_subcommand(name, command_parser(" ".join(here), command), help=about)
         else:
-            line = f"masformer {' '.join(words)} COMMAND [options]"
+            line = f"masformer {' '.join(here)} COMMAND [options]"
             below = jsonargparse.ArgumentParser(
-                usage=line, description=ABOUT[name], formatter_class=Help, exit_on_error=False
+                usage=line, description=about, formatter_class=Help, exit_on_error=False
             )
-            choices.add_subcommand(name, below, help=ABOUT[name])
-            add_commands(below, command, above=words)
-    for name, command in (passed_on or {}).items():
-        about = parse_docstring(command.__doc__ or "").short_description
-        choices.add_subcommand(name, jsonargparse.ArgumentParser(exit_on_error=False), help=about)
+            choices.add_subcommand(name, below, help=about)
+            add_commands(below, command, above=here, words=None if words is None else words[1:])
 
 
 def all_commands(commands: Commands) -> Iterator[Command]:
@@ -299,12 +320,8 @@ def _strange(left: str, words: Sequence[str], commands: Commands) -> str:
         name.append(word)
     option = left.split()[0].partition("=")[0]
     line = f"{' '.join(name)} does not take {shown(left)}"
-    if callable(found):
-        parameters = option_parameters(found)
-        names = [option_name(each) for each in parameters if not is_positional(each, parameters[each])]
-        names += [f"--{each}" for each in INSTEAD.get(found, {})]
-        if near := near_names(option, [*names, "--help"]):
-            return f"{line}; did you mean {near[0]}?"
+    if callable(found) and (near := near_names(option, [*option_names(found), "--help"])):
+        return f"{line}; did you mean {near[0]}?"
     return f"{line}; see {' '.join(name)} --help"
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from masformer import records, reports
 from masformer.cli.options import say
 from masformer.errors import MasformerError
+from masformer.extras import need
 
 
 def report(
@@ -21,7 +21,7 @@ def report(
     Args:
         folder: the records are all .json files in it and below.
         out: folder for the report (default: FOLDER/report).
-        title: of the report (default: what was recorded in which folder).
+        title: of the report (default: what was measured, on which models).
         into: in place of a report, a Markdown file whose tables of figures are made again; docs/evaluation.md says how
             they are marked.
         check: write nothing, and fail with exit code 1 where the tables of --into differ from the records.
@@ -29,6 +29,8 @@ def report(
     Example:
         masformer report benchmarks/results --out report
     """
+    from masformer import records, reports
+
     if check and into is None:
         raise MasformerError("--check needs --into FILE, the file that is checked")
     if into is not None:
@@ -37,9 +39,10 @@ def report(
         changed = reports.update_tables(into, folder, check=check)
         say(f"{into}: tables {'written' if changed else 'are up to date'}")
         return
+    need("plots", "masformer report")
     target = Path(folder) / "report" if out is None else Path(out)
     found, others = records.read_records(folder, without=[target])
-    made = reports.build_report(found, title or f"What masformer recorded in {Path(folder).resolve().name}", others)
+    made = reports.build_report(found, title or reports.title_of(found), others)
     files = made.write(target)
     if others:
         say(f"no records, left out: {', '.join(map(str, others))}")

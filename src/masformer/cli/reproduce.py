@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from masformer import study
 from masformer.cli.options import Figures, console, say
-from masformer.demo import pretrained_model
+from masformer.cli.parser import INSTEAD
 from masformer.errors import MasformerError
+from masformer.extras import need
 from masformer.progress import stage_progress
-from masformer.training.dry_run import matrix_rate
 
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -43,6 +42,9 @@ def reproduce(
     Example:
         masformer reproduce --scale tiny --out study
     """
+    from masformer import study
+    from masformer.training.dry_run import matrix_rate
+
     if dry_run and recipes:
         raise MasformerError("give either --dry-run or --recipes")
     files = study.named_files(data or (), study.data_names(scale))
@@ -62,6 +64,8 @@ def reproduce(
         written = study.write_recipes(units, place.folder / "recipes")
         say(f"{len(written)} recipes: {place.folder / 'recipes'}")
         return {"scale": scale, "recipes": [path.name for path in written]}
+    need("plots", "masformer reproduce")
+    need("rouge", "masformer reproduce")
     with stage_progress(quiet=quiet) as progress:
         study.run_study(chosen, place, progress)
     command = ["masformer", "reproduce", "--scale", Path(scale).name, "--out", Path(out).name]
@@ -83,7 +87,20 @@ def reproduce(
 
 
 def _default_model() -> str:
+    from masformer.demo import pretrained_model
+
     try:
         return str(pretrained_model())
     except MasformerError:
         return HUB
+
+
+def show_schema() -> None:
+    """Prints the JSON schema of a scale."""
+    from masformer.schema import schema_text
+    from masformer.study import Scale
+
+    print(schema_text(Scale), end="")
+
+
+INSTEAD[reproduce] = {"schema": (show_schema, "print the JSON schema of scales, and stop.")}

@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import json
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from masformer import records
 from masformer.cli.options import Figures, ModelOptions, lengths_of, say, show
+from masformer.defaults import BATCH, SEED
 from masformer.errors import MasformerError
-from masformer.evaluation.predictions import BATCH
-from masformer.evaluation.retrieval import (
-    TASKS,
-    Haystack,
-    Prober,
-    parse_depths,
-    read_haystack,
-    retrieval_tables,
-    retrieve,
-    tasks_of,
-    training_pairs,
-)
 from masformer.files import write_whole
-from masformer.models.checkpoint import load_config, load_tokenizer
-from masformer.plots import checked_figure, write_figure
 from masformer.progress import plan_progress, progress_bar
-from masformer.reports.figures import heat_map
+
+if TYPE_CHECKING:
+    from masformer.evaluation.retrieval import Haystack
 
 
 def eval_retrieval(
     model: str,
     options: ModelOptions,
     *,
-    tasks: str = ",".join(TASKS),
+    tasks: str | None = None,
     lengths: str = "1024,2048,4096",
     depths: str = "5",
     examples: int = 10,
@@ -42,7 +31,7 @@ def eval_retrieval(
     max_new_tokens: int | None = None,
     batch: int = BATCH,
     backend: Literal["auto", "tiled", "reference"] = "auto",
-    seed: int = records.SEED,
+    seed: int = SEED,
     out: str | None = None,
     plot: str | None = None,
     quiet: bool = False,
@@ -69,7 +58,13 @@ def eval_retrieval(
         masformer eval retrieval MODEL --tasks passkey,niah_single --lengths 1024,2048 --depths 5 --examples 5 \\
             --plan full --plan 'full@11-18; window:512+4' --out predictions.jsonl --plot heat.png
     """
-    chosen, sizes, places = tasks_of(tasks), lengths_of("--lengths", lengths), parse_depths(depths)
+    from masformer.evaluation.retrieval import TASKS, Prober, parse_depths, retrieval_tables, retrieve, tasks_of
+    from masformer.models.checkpoint import load_config
+    from masformer.plots import checked_figure, write_figure
+    from masformer.reports.figures import heat_map
+
+    chosen = tasks_of(",".join(TASKS) if tasks is None else tasks)
+    sizes, places = lengths_of("--lengths", lengths), parse_depths(depths)
     plans = options.named(load_config(model)[1])
     records.check_writable(out)
     if plot is not None:
@@ -142,7 +137,7 @@ def write_pairs(
     field: str | None = None,
     digits: int | None = None,
     max_new_tokens: int | None = None,
-    seed: int = records.SEED,
+    seed: int = SEED,
     quiet: bool = False,
 ) -> None:
     """Writes prompt/target pairs to train retrieval with, for masformer train; masformer eval retrieval --raw tests it.
@@ -162,6 +157,9 @@ def write_pairs(
     Example:
         masformer pairs MODEL pairs.jsonl --count 10000 --tasks passkey,niah_single --lengths 512,1024,2048
     """
+    from masformer.evaluation.retrieval import tasks_of, training_pairs
+    from masformer.models.checkpoint import load_tokenizer
+
     chosen, sizes = tasks_of(tasks), lengths_of("--lengths", lengths)
     records.check_writable(out)
     haystack = _haystack(data, field)
@@ -180,6 +178,8 @@ def write_pairs(
 
 
 def _haystack(data: list[str] | None, field: str | None) -> Haystack:
+    from masformer.evaluation.retrieval import Haystack, read_haystack
+
     if data is None:
         if field is not None:
             raise MasformerError("--field does nothing without --data")

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from masformer import placement, records
+from masformer import records
 from masformer.cli.options import Dtype, Figures, RunningOptions, say, show
-from masformer.data import read_documents
-from masformer.data.documents import read_rows
+from masformer.defaults import SEED, TargetName
 from masformer.errors import MasformerError
-from masformer.export import TargetName, check_export
-from masformer.models.checkpoint import load_config
-from masformer.plan import PLAN_SUFFIXES, AttentionPlan
 from masformer.progress import stage_progress
-from masformer.spans import Span
+
+if TYPE_CHECKING:
+    from masformer.spans import Span
 
 PAIR = ("prompt", "target")
 """The fields of `masformer pairs`."""
@@ -42,7 +40,7 @@ def search(
     probes: int | None = None,
     pairs: list[str] | None = None,
     random_placements: int | None = None,
-    seed: int = records.SEED,
+    seed: int = SEED,
     batch_size: int | None = None,
     dtype: Dtype = "auto",
     for_: TargetName | None = None,
@@ -86,8 +84,18 @@ def search(
     Example:
         masformer search MODEL --data books.jsonl.xz --budget 8 --local window:256+4 --out plan.yaml
     """
+    from masformer import placement
+    from masformer.data import read_documents
+    from masformer.data.documents import read_rows
+    from masformer.export import check_export
+    from masformer.models.checkpoint import load_config
+    from masformer.plan import PLAN_SUFFIXES
+    from masformer.plots import checked_figure
+    from masformer.spans import Span
+
     records.check_writable(out)
-    records.check_writable(plot)
+    if plot is not None:
+        records.check_writable(checked_figure(plot))
     if Path(out).suffix.lower() not in PLAN_SUFFIXES:
         raise MasformerError(f"cannot tell the format of plan file {out}; allowed: {', '.join(PLAN_SUFFIXES)}")
     rest, choices = Span.parse(local), [Span.parse(text) for text in span or ()]
@@ -155,6 +163,9 @@ def _check_target(config: Any, target: str, by: str, spans: list[Span]) -> None:
         by: what is searched.
         spans: the local one, and those to choose from.
     """
+    from masformer.export import check_export
+    from masformer.plan import AttentionPlan
+
     if by == "heads":
         raise MasformerError(
             f"{target} gives all KV heads of a layer the same span, so it runs no plan by heads; use --by layers"

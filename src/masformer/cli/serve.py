@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
 
 from masformer.cli.options import OneModelOptions, console
-from masformer.errors import MasformerError, check_int
-from masformer.models.checkpoint import load_config
-
-PACKAGES = ("fastapi", "openai", "pydantic", "uvicorn")
+from masformer.errors import check_int
+from masformer.extras import need
 
 
 def serve(
@@ -34,9 +31,9 @@ def serve(
     Example:
         masformer serve MODEL --plan 'full@11-18; window:512+4' --port 8000 --name mixed
     """
-    if missing := [package for package in PACKAGES if find_spec(package) is None]:
-        raise MasformerError(f"masformer serve needs {', '.join(missing)}: pip install 'masformer[serve]'")
-    from masformer import serving  # here, for it needs these packages
+    need("serve", "masformer serve")
+    from masformer import serving
+    from masformer.models.checkpoint import load_config
 
     key = os.environ.get("MASFORMER_API_KEY") if api_key is None else api_key
     check_int("--queue", queue, 0)

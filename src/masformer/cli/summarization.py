@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from masformer import records
 from masformer.cli.options import Figures, ModelOptions, lengths_of, show
+from masformer.defaults import BATCH, SEED, SHOT_TOKENS
 from masformer.errors import MasformerError, check_int
-from masformer.evaluation.predictions import BATCH
-from masformer.evaluation.prompts import (
-    QUERY,
-    SHOT_TOKENS,
-    SUMMARY,
-    Example,
-    Prompter,
-    Template,
-    choose_shots,
-    read_examples,
-)
-from masformer.evaluation.summarization import summarization_tables, summarize
-from masformer.models.checkpoint import load_config
+from masformer.extras import need
 from masformer.progress import plan_progress
+
+if TYPE_CHECKING:
+    from masformer.evaluation.prompts import Example, Template
 
 
 def eval_summarization(
@@ -46,7 +38,7 @@ def eval_summarization(
     beams: int = 1,
     batch: int = BATCH,
     backend: Literal["auto", "tiled", "reference"] = "auto",
-    seed: int = records.SEED,
+    seed: int = SEED,
     quiet: bool = False,
 ) -> Figures:
     """Summaries of long documents, or answers to queries about them: ROUGE by plan and length of the prompt.
@@ -76,6 +68,11 @@ def eval_summarization(
             --query-field queries.query --target-field queries.answer --where split=test --where queries.kind=general \\
             --lengths 2048,4096 --plan full --plan 'full@11-18; window:512+4' --out predictions.jsonl
     """
+    need("rouge", "masformer eval summarization")
+    from masformer.evaluation.prompts import Prompter, read_examples
+    from masformer.evaluation.summarization import summarization_tables, summarize
+    from masformer.models.checkpoint import load_config
+
     sizes = lengths_of("--lengths", lengths)
     plans = options.named(load_config(model)[1])
     records.check_writable(out)
@@ -140,6 +137,8 @@ def eval_summarization(
 
 
 def _template(path: str | None, query_field: str | None) -> Template:
+    from masformer.evaluation.prompts import QUERY, SUMMARY, Template
+
     if path is None:
         return Template(SUMMARY if query_field is None else QUERY)
     template = Template.load(path)
@@ -173,11 +172,13 @@ def _shots(
     check_int("shots", count, 0)
     if not count:
         given = {"--shot-where": selection is not None, "--shot-tokens": tokens != SHOT_TOKENS}
-        given["--seed"] = seed != records.SEED
+        given["--seed"] = seed != SEED
         for option, is_given in given.items():
             if is_given:
                 raise MasformerError(f"{option} does nothing without --shots")
         return []
     if selection is None:
         raise MasformerError("--shots needs --shot-where FIELD=VALUE, the rows that they are drawn from")
+    from masformer.evaluation.prompts import choose_shots
+
     return choose_shots(read(selection, "--shot-where", None), tested, count, seed)

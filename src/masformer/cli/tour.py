@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from masformer import demo
 from masformer.cli.options import Figures, console, device_of
 
 
@@ -23,4 +22,6 @@ def run_demo(
     Example:
         masformer demo --length 1024
     """
+    from masformer import demo
+
     return demo.run_demo(model, data, length, console, device=device_of(device), quiet=quiet)

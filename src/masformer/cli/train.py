@@ -8,16 +8,14 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-import torch.distributed as dist
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from masformer.cli.options import Figures, console
-from masformer.cli.parser import INSTEAD
+from masformer.cli.parser import INSTEAD, option_names
 from masformer.errors import MasformerError
-from masformer.training.recipe import Recipe, load_recipe, recipe_settings
 
 
 def train(
@@ -40,6 +38,8 @@ def train(
     Example:
         masformer train --config recipes/tiny-from-scratch.yaml --training.steps 20 --output runs/tiny
     """
+    from masformer.training.recipe import load_recipe
+
     recipe = load_recipe(config, [f"--{setting}" for setting in set or ()])
     if dry_run and (resume or quiet):
         raise MasformerError(f"{'--resume' if resume else '--quiet'} does nothing in a dry run")
@@ -50,6 +50,8 @@ def train(
     from masformer.training.run import train as run
 
     outcome = run(recipe, resume=resume, console=Console(highlight=False), quiet=quiet)
+    import torch.distributed as dist
+
     if dist.is_available() and dist.is_initialized():
         gc.collect()  # what is sharded holds the group, whose threads must not outlive it
         dist.destroy_process_group()
@@ -63,13 +65,13 @@ def train(
 
 def gather_settings(words: Sequence[str]) -> list[str]:
     """Of the words after `masformer train`: settings, like `--training.steps 60`, become `--set NAME=VALUE`."""
-    names = {option.name for option in fields(Recipe)}
+    own = {*option_names(train), "--help"}
     rest, found = list(words), []
     while rest:
         word = rest.pop(0)
-        name, separator, value = word.removeprefix("--").partition("=")
-        first = name.partition(".")[0]
-        if not word.startswith("--") or ("." not in name and first not in names):
+        option, separator, value = word.partition("=")
+        name = option.removeprefix("--")
+        if name == word or option in own or not ("." in name or _is_setting(name)):
             found.append(word)
             continue
         if not separator and rest:
@@ -79,6 +81,13 @@ def gather_settings(words: Sequence[str]) -> list[str]:
     return found
 
 
+def _is_setting(name: str) -> bool:
+    """Whether a recipe says it, as a whole."""
+    from masformer.training.recipe import Recipe
+
+    return name in {option.name for option in fields(Recipe)}
+
+
 def gathered(words: Sequence[str]) -> list[Any]:
     """The words of any command line, with the settings of `train` gathered."""
     return ["train", *gather_settings(words[1:])] if words[:1] == ["train"] else list(words)
@@ -86,6 +95,8 @@ def gathered(words: Sequence[str]) -> list[Any]:
 
 def show_settings() -> None:
     """Prints the settings of a recipe, with their defaults."""
+    from masformer.training.recipe import recipe_settings
+
     for section, rows in recipe_settings().items():
         table = Table(title=section, title_justify="left", box=SIMPLE_HEAD)
         table.add_column("setting", no_wrap=True)
@@ -96,4 +107,15 @@ def show_settings() -> None:
         console.print(table)
 
 
-INSTEAD[train] = {"settings": (show_settings, "show every setting of a recipe with its default, and stop.")}
+def show_schema() -> None:
+    """Prints the JSON schema of a recipe."""
+    from masformer.schema import schema_text
+    from masformer.training.recipe import Recipe
+
+    print(schema_text(Recipe), end="")
+
+
+INSTEAD[train] = {
+    "settings": (show_settings, "show every setting of a recipe with its default, and stop."),
+    "schema": (show_schema, "print the JSON schema of recipes, by which editors complete and check, and stop."),
+}

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from masformer.errors import MasformerError, check_int
+from masformer.extras import need
 from masformer.files import COMPRESSED, decode_text, missing, open_content, parse_json
 
 JSON_LINES = (".jsonl", ".ndjson")
@@ -179,6 +180,7 @@ def _json_lines(
 def _parquet(
     path: Path, file: BinaryIO, fields: tuple[str, ...], where: Mapping[str, str], lists: bool
 ) -> Iterator[Row]:
+    need("datasets", f"{path}, a Parquet file,", "pyarrow")
     import pyarrow
     import pyarrow.parquet
 

@@ -13,7 +13,9 @@ from typing import Any
 
 from masformer.data.documents import TEXT, Document, Row, check_files, read_rows, selected_rows
 from masformer.errors import MasformerError, check_int
+from masformer.extras import need
 from masformer.files import content_digest
+from masformer.schema import Named, Settings, Several
 
 PYTHON_TOPICS = "python-topics"
 BUILT_IN = (PYTHON_TOPICS,)
@@ -21,7 +23,7 @@ KINDS = {"texts": "plain texts", "pairs": "prompt/target pairs", "chats": "conve
 
 
 @dataclass(frozen=True)
-class Source:
+class Source(Settings):
     """Texts from one place.
 
     Attributes:
@@ -44,7 +46,7 @@ class Source:
         MasformerError: not exactly one place, an option that would do nothing there, or a number out of range.
     """
 
-    files: list[str] = default(default_factory=list)
+    files: Several[str] = default(default_factory=list)
     hub: str | None = None
     hub_config: str | None = None
     hub_split: str = "train"
@@ -55,7 +57,7 @@ class Source:
     target: str | None = None
     messages: str | None = None
     tools: str | None = None
-    where: dict[str, Any] = default(default_factory=dict)
+    where: Named[Any] = default(default_factory=dict)
     skip: int = 0
     limit: int | None = None
 
@@ -174,6 +176,7 @@ class Source:
 
     @cached_property
     def _stream(self) -> Any:
+        need("datasets", f"dataset {self.hub} of the hub")
         import datasets
 
         try:

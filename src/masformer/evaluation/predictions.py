@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 
 from transformers import PreTrainedModel
 
+from masformer.defaults import BATCH
 from masformer.errors import MasformerError, check_int
 from masformer.evaluation.rouge import LONGBENCH, ROUGE, longbench_rouge_l, repetition, rouge_scores
 from masformer.files import parse_json, read_text, write_whole
@@ -24,17 +25,15 @@ from masformer.journal import append_lines, recover_lines
 from masformer.models.bridge import apply_plan
 from masformer.models.wrappers import bare_model
 from masformer.plan import AttentionPlan
-from masformer.settings import build
+from masformer.schema import Settings, build
 
-BATCH = 8
-"""Prompts that are continued together."""
 METRICS = (*ROUGE, LONGBENCH, "new_tokens", "words", "repetition", "at_limit")
 """What a prediction is measured by: ROUGE in percent (`masformer.evaluation.rouge`), its length in tokens and in words,
 the share of repeated 4-grams in percent, and whether the limit ended it (100) or a token that ends texts (0)."""
 
 
 @dataclass(frozen=True)
-class Generated:
+class Generated(Settings):
     """One line of a file of predictions.
 
     Attributes:
@@ -107,7 +106,7 @@ class Predictions(Generic[Line]):
         if self.path is None:
             return
         beside = Path(f"{path}.settings.json")
-        self._add(recover_lines(self.path, lambda row: build(kind, row, ""), "a prediction"))
+        self._add(recover_lines(self.path, lambda row: build(kind, row), "a prediction"))
         now = json.loads(json.dumps(settings))
         if self._kept:
             try:

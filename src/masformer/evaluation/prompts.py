@@ -20,6 +20,7 @@ import numpy as np
 from masformer.data.documents import read_rows
 from masformer.data.pairs import CUTS, cut_tokens
 from masformer.data.tokens import part_tokens, tokenize_around
+from masformer.defaults import SHOT_TOKENS
 from masformer.errors import MasformerError, check_int, check_seed
 from masformer.files import read_text
 from masformer.generation import chat_text, uses_chat
@@ -41,7 +42,6 @@ Question or instruction: {query}
 Answer:"""
 """What is asked unless a template is given: a summary, or an answer to the query."""
 NAMES = ("document", "query")
-SHOT_TOKENS = 256
 MARK = "<<DOCUMENT-OF-THE-PROMPT>>"
 """Stands for the document until the chat template has been applied."""
 

@@ -17,14 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from masformer.defaults import LOSS_CHUNK
 from masformer.errors import MasformerError, check_int
 from masformer.models.rotary import depends_on_length
 from masformer.settings import check_choice
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 """Of matrix products where the weights are float32; `auto`: bfloat16 on CUDA, else float32."""
-CHUNK = 512
-"""Positions whose logits exist at the same time, where memory is not asked for more."""
 MOST_TOKENS = 2**16
 """Of windows that run together: more of them are no faster."""
 MOST_LOGITS = 4 * 2**30
@@ -92,7 +91,7 @@ class Room:
     """
 
     tokens: int = 1
-    positions: int = CHUNK
+    positions: int = LOSS_CHUNK
     rows: int | None = None
     pads: bool = False
 
@@ -138,14 +137,14 @@ class Room:
             try:
                 found = work(part)
             except torch.OutOfMemoryError as error:
-                if len(part) == 1 and self.positions <= CHUNK:
+                if len(part) == 1 and self.positions <= LOSS_CHUNK:
                     raise MasformerError(
                         f"a window of {length} tokens does not fit into the device's memory"
                     ) from error
                 fewer = max(1, len(part) // 2)
                 self.tokens = fewer * length
                 self.rows = None if self.rows is None else fewer
-                self.positions = max(min(CHUNK, self.positions), self.positions // 2)
+                self.positions = max(min(LOSS_CHUNK, self.positions), self.positions // 2)
             else:
                 start += len(part)
                 yield part, found
@@ -157,7 +156,7 @@ def room_of(model: PreTrainedModel, *, rows: int | None = None, positions: int |
     Args:
         model: a causal language model, on its device.
         rows: windows that run together; None: as many as fit, on CUDA, else one.
-        positions: whose logits exist at the same time; None: as many as fit, on CUDA, else `CHUNK`.
+        positions: whose logits exist at the same time; None: as many as fit, on CUDA, else `LOSS_CHUNK`.
         kept: float32 values that the caller keeps of each token beside the pass.
 
     Raises:

@@ -15,6 +15,8 @@ import re
 from functools import cache
 from typing import Any
 
+from masformer.extras import need
+
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 """Scores of rouge-score."""
 LONGBENCH = "longbench_rougeL"
@@ -34,6 +36,7 @@ def split_sentences(text: str) -> str:
 
 @cache
 def _scorer() -> Any:
+    need("rouge", "ROUGE")
     from rouge_score import rouge_scorer
 
     return rouge_scorer.RougeScorer(list(ROUGE[:3]), use_stemmer=True)
@@ -41,6 +44,7 @@ def _scorer() -> Any:
 
 @cache
 def _sentence_scorer() -> Any:
+    need("rouge", "ROUGE")
     from rouge_score import rouge_scorer
 
     return rouge_scorer.RougeScorer(["rougeLsum"], use_stemmer=True)
@@ -64,6 +68,7 @@ def longbench_rouge_l(prediction: str, reference: str) -> float:
     It is `Rouge().get_scores([prediction], [reference], avg=True)["rouge-l"]["f"]` of the package rouge, and 0 where
     that package fails: it refuses texts without a word.
     """
+    need("rouge", "ROUGE")
     from rouge import Rouge
 
     try:

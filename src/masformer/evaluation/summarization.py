@@ -15,10 +15,10 @@ from typing import Any
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from masformer.defaults import BATCH
 from masformer.errors import MasformerError, check_int
 from masformer.evaluation.intervals import Interval, bootstrap
 from masformer.evaluation.predictions import (
-    BATCH,
     METRICS,
     Group,
     Prediction,
@@ -31,6 +31,7 @@ from masformer.evaluation.predictions import (
 )
 from masformer.evaluation.prompts import Example, Prompter
 from masformer.evaluation.rouge import LONGBENCH, ROUGE
+from masformer.extras import need
 from masformer.models.fingerprint import model_fingerprint
 from masformer.models.positions import position_limit
 from masformer.models.sealing import kv_heads
@@ -137,6 +138,7 @@ def summarize(
         MasformerError: a value out of range, nothing to do, a prompt without room for its document, prompt and new
             tokens beyond the model's positions, or predictions in `out` that were made in another way.
     """
+    need("rouge", "summarization")
     model = bare_model(model)
     plans = read_plans(plans, model.config.num_hidden_layers, kv_heads(model.config))
     _check(model, examples, plans, lengths, max_new_tokens, beams, batch)

@@ -25,7 +25,7 @@ from masformer.export.forms import form_weights
 from masformer.export.llama_cpp import export_gguf, gguf_config
 from masformer.export.readme import folder_readme
 from masformer.export.stock import SAMPLE, check_stock
-from masformer.export.targets import TARGETS, TargetName
+from masformer.export.targets import TARGETS
 from masformer.files import write_whole
 from masformer.models.card import origin_of, write_card
 from masformer.models.checkpoint import check_folder, model_folder, whole_weights
@@ -35,7 +35,6 @@ from masformer.models.wrappers import bare_model
 __all__ = [
     "QUANTISED",
     "TARGETS",
-    "TargetName",
     "check_export",
     "check_output",
     "check_quantised",

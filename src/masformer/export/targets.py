@@ -19,7 +19,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
+
+from masformer.defaults import TargetName
 
 KINDS = ("full", "window", "mixed", "constants", "windows", "sinks", "blocks", "heads")
 ANY = ("full", "window", "mixed")
@@ -308,6 +310,5 @@ LLAMA_CPP = Target(
     other="nobody has checked whether llama.cpp reads a window for each of its layers",
 )
 
-TargetName = Literal["transformers", "vllm", "sglang", "mlx-lm", "llama.cpp"]
 TARGETS = {target.name: target for target in (TRANSFORMERS, VLLM, SGLANG, MLX_LM, LLAMA_CPP)}
 assert get_args(TargetName) == tuple(TARGETS)

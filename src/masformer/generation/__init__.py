@@ -1,8 +1,8 @@
 """Generation from long prompts: prefill in chunks, streamed text, and what it cost; conversations and batches."""
 
+from masformer.defaults import PREFILL_CHUNK as CHUNK
 from masformer.generation.chat import Chat
 from masformer.generation.continuing import (
-    CHUNK,
     BatchGeneration,
     CheckNumbers,
     Continuation,

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, Tex
 
 from masformer.cache import SpanCache
 from masformer.cost import ModelShape, bytes_text, cost
+from masformer.defaults import PREFILL_CHUNK
 from masformer.errors import MasformerError, check_int, check_number, check_seed
 from masformer.models import rotary
 from masformer.models.bridge import cache_name
@@ -22,9 +23,6 @@ from masformer.models.positions import position_limit
 from masformer.models.wrappers import bare_model
 from masformer.plan import AttentionPlan
 from masformer.spans import FullSpan
-
-CHUNK = 2048
-"""Prompt tokens in one forward pass: what a pass needs beside the cache does not grow with the prompt."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ def generate(
     top_p: float | None = None,
     top_k: int | None = None,
     beams: int = 1,
-    chunk: int = CHUNK,
+    chunk: int = PREFILL_CHUNK,
     seed: int = 0,
     on_text: Callable[[str], None] = lambda text: None,
     on_prompt: Callable[[int], None] = lambda tokens: None,
@@ -258,7 +256,7 @@ def generate_batch(
     max_new_tokens: int,
     end_tokens: Sequence[int] = (),
     beams: int = 1,
-    chunk: int = CHUNK,
+    chunk: int = PREFILL_CHUNK,
 ) -> BatchGeneration:
     """Continues several prompts at once, greedily or by beam search, through transformers' own `generate`.
 

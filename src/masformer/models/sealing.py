@@ -29,11 +29,12 @@ from transformers import (
 
 from masformer.errors import MasformerError
 from masformer.models.native import native_plan as native_plan  # it stood here, and may be imported from here
+from masformer.models.sealed import SEAL as SEAL
+from masformer.models.sealed import SealedConfig as SealedConfig
 from masformer.models.sinks import is_sink, sink_layers
 from masformer.models.weights import check_weights
 from masformer.plan import AttentionPlan
 
-SEAL = "masformer"
 CODE_FILE = "masformer_checkpoint.py"
 """The module beside a sealed config.json."""
 _SENTENCE = "needs its attention plan: import masformer, then AutoModelForCausalLM or masformer.load_model reads it"
@@ -161,7 +162,7 @@ class _PlannedModel:
     def _build(cls, how: str, *args: Any, **kwargs: Any) -> Any:
         from masformer.models.bridge import apply_plan, class_with_sinks  # here, for the bridge imports this module
 
-        _check_attention(kwargs)
+        check_attention(kwargs)
         asked = kwargs.pop("output_loading_info", False)
         if how == "from_pretrained":
             kwargs["output_loading_info"] = True
@@ -178,41 +179,13 @@ class _PlannedModel:
         return (model, *others) if asked else model
 
 
-def _check_attention(options: Mapping[str, Any]) -> None:
+def check_attention(options: Mapping[str, Any]) -> None:
+    """Raises MasformerError where options of transformers ask for another attention than that of the plan."""
     asked = options.get("attn_implementation")
     if asked not in (None, SEAL):
         raise MasformerError(
             f"a checkpoint with a plan has an attention of its own; attn_implementation={asked!r} must go"
         )
-
-
-class SealedConfig(PretrainedConfig):
-    """What `AutoConfig` knows as `masformer`; reading one gives the model's own config, with the plan."""
-
-    model_type = SEAL
-
-    @classmethod
-    def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
-        """The config of the model, sealed in memory, and what is left of the options if those are asked for.
-
-        Raises:
-            MasformerError: the seal is damaged, or another attention is asked for.
-        """
-        _check_attention(kwargs)
-        data, plan = _unsealed(config_dict)
-        read = CONFIG_MAPPING[data["model_type"]].from_dict(data, **kwargs)
-        config: Any = read[0] if isinstance(read, tuple) else read
-        seal_config(config, plan)
-        config._attn_implementation = SEAL
-        config.architectures = [SEAL]  # other programs choose by it what to run; a model made of the config has its own
-        return read
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
-        """Nothing: a copy of this module beside a checkpoint is not wanted."""
-
-
-AutoConfig.register(SEAL, SealedConfig, exist_ok=True)
 
 
 def unseal(data: Mapping[str, Any]) -> tuple[PretrainedConfig, AttentionPlan]:
@@ -221,11 +194,12 @@ def unseal(data: Mapping[str, Any]) -> tuple[PretrainedConfig, AttentionPlan]:
     Raises:
         MasformerError: the seal is damaged.
     """
-    data, plan = _unsealed(data)
+    data, plan = open_seal(data)
     return AutoConfig.for_model(data.pop("model_type"), **data), plan
 
 
-def _unsealed(data: Mapping[str, Any]) -> tuple[dict[str, Any], AttentionPlan]:
+def open_seal(data: Mapping[str, Any]) -> tuple[dict[str, Any], AttentionPlan]:
+    """The stock config.json and the plan inside a sealed one; raises MasformerError where it is damaged."""
     seal = data[SEAL] if isinstance(data.get(SEAL), Mapping) else {}
     plan = AttentionPlan.from_dict(seal)
     stock = {key.removeprefix(_STOCK): value for key, value in seal.items() if key.startswith(_STOCK)}

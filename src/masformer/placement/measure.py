@@ -28,7 +28,7 @@ from masformer.models.bridge import apply_plan, partial_passes
 from masformer.models.fingerprint import model_fingerprint
 from masformer.placement.texts import Window
 from masformer.plan import AttentionPlan
-from masformer.settings import build
+from masformer.schema import Settings, build
 from masformer.spans import FullSpan
 
 
@@ -128,7 +128,7 @@ def _returned(output: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Score:
+class Score(Settings):
     """How well one plan does on one window.
 
     Attributes:
@@ -160,7 +160,7 @@ Entry = TypeVar("Entry", Score, Slope)
 
 def _measurement(row: dict[str, Any]) -> tuple[tuple[str, str], Score | Slope]:
     if "path" not in row:
-        return (row.pop("window"), row.pop("plan")), build(Score, row, "")
+        return (row.pop("window"), row.pop("plan")), build(Score, row)
     gains = tuple(tuple(tuple(map(float, heads)) for heads in layers) for layers in row["gains"])
     return (row["window"], row["path"]), Slope(float(row["loss"]), gains)
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import textwrap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from rich.table import Table
 
 from masformer.placement.result import FOUND, FULL, RANDOM, SearchResult
-from masformer.plots import FULL_COLOR, INK, write_figure
+from masformer.plots import FULL_COLOR, INK, new_figure, write_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def summary(result: SearchResult) -> str:
@@ -97,7 +99,7 @@ def search_figure(result: SearchResult) -> Figure:
     width = max(7.0, 0.32 * layers + 2.2)
     heat = 0.34 * max(rows, 2)
     height = 1.55 + heat + 1.25 * len(texts)
-    figure = Figure(figsize=(width, height), facecolor="white")
+    figure = new_figure(width, height)
     title = textwrap.shorten(f"{result.plan}", int(11 * width), placeholder=" …")
     figure.text(0.02, 1 - 0.12 / height, title, va="top", fontsize=12, color=INK)
 

@@ -14,7 +14,7 @@ from masformer.placement.report import search_figure
 from masformer.placement.result import SearchResult
 from masformer.records import Record
 from masformer.reports import figures as drawings
-from masformer.reports.document import Section, Table
+from masformer.reports.document import Code, Section, Table
 from masformer.reports.kinds import KINDS, View
 from masformer.reports.report import Report
 from masformer.reports.rows import Column, Row, flat, keys_of, pivoted, row_sets, table, words
@@ -22,6 +22,8 @@ from masformer.reports.values import is_number, show
 
 LONG = 100
 """Characters from which on a text is a paragraph rather than a fact."""
+FEW, MOST_NAMED = 3, 6
+"""Records whose outcomes stand in the first paragraph, and names of one outcome."""
 MOST_ROWS, MOST_COLUMNS = 60, 14
 """Of a table in a report; what is left out is said below it."""
 
@@ -35,13 +37,73 @@ def build_report(records: Sequence[Record], title: str, others: Sequence[Path] =
         others: files that are no records, to be named.
     """
     report = Report(title)
+    report.text(*_about(records))
     kinds = list(dict.fromkeys(record.kind for record in sorted(records, key=lambda record: record.kind)))
-    report.text(f"{_count(len(records), 'record')} of {_count(len(kinds), 'command')}.")
     for kind in kinds:
         add_kind(report, [record for record in records if record.kind == kind])
     if others:
         report.text("Files that are no records, left out: ", ", ".join(path.name for path in others), small=True)
     return report
+
+
+def title_of(records: Sequence[Record]) -> str:
+    """What records measured, on what."""
+    kinds = [kind for kind in KINDS if any(record.kind == kind for record in records)]
+    whats = [KINDS[kind].what for kind in kinds] or ["what was measured"]
+    models = _models(records)
+    named = _listed(whats[:3]) if len(whats) < 4 else f"{', '.join(whats[:2])} and more"
+    return f"{named[0].upper()}{named[1:]}" + (f": {_listed(models[:3])}" if 0 < len(models) < 4 else "")
+
+
+def _models(records: Sequence[Record]) -> list[str]:
+    """The models of records, by the ends of their names."""
+    found = (flat(record.figures) for record in records)
+    named = (row.get("model") or row.get("recipe.model.source") for row in found)
+    bare = (str(name).partition(" of the package ")[0].rstrip("/") for name in named if name)
+    return list(dict.fromkeys(name.rpartition("/")[2] for name in bare))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _about(records: Sequence[Record]) -> list[str]:
+    """What was measured on what, and what came out where records are few enough to say so."""
+    kinds = {record.kind for record in records}
+    models = _models(records)
+    devices = list(dict.fromkeys(str(each) for record in records if (each := record.environment.get("device"))))
+    parts = [f"{_count(len(records), 'record')} of {_count(len(kinds), 'command')}"]
+    parts += [", of ", _listed(models)] if models else []
+    parts += [", on ", _listed(devices)] if devices else []
+    parts.append(".")
+    for record in records if len(records) <= FEW else ():
+        with figures_of([record]):
+            said = _outcome(record, KINDS.get(record.kind, View()))
+        parts += [" ", *said] if said else []
+    return parts
+
+
+def _outcome(record: Record, view: View) -> list[str]:
+    """What came out, in a sentence: the plan that was found, or a figure of every name at the longest length."""
+    if record.kind == "search" and isinstance(plan := record.figures.get("plan"), str):
+        return ["Found: ", Code(plan), "."]
+    if not view.outcome:
+        return []
+    path, text = view.outcome
+    column, name = Column.parse(text), Column.of("name")
+    rows = [row for row in view.rows(record.figures).get(path, ()) if row.get(column.key) is not None]
+    rows = [row for row in rows if row.get("depth") is None and "name" in row and is_number(row.get("length"))]
+    longest = max((row["length"] for row in rows), default=0)
+    facets = [key for key in drawings.FACETS if len({row.get(key) for row in rows}) > 1]
+    rows = [row for row in rows if row["length"] == longest]
+    said: list[str] = []
+    for row in rows[:MOST_NAMED]:
+        where = "".join(f", {row[key]}" for key in facets if row.get(key) is not None)
+        said += ["; " if said else "", name.cell(row), f"{where} ", column.cell(row)]
+    if not said:
+        return []
+    more = f"; {len(rows) - MOST_NAMED} more below" if len(rows) > MOST_NAMED else ""
+    return [f"{column.title[0].upper()}{column.title[1:]} at {show(longest)} tokens: ", *said, f"{more}."]
 
 
 def add_kind(report: Section, records: Sequence[Record]) -> Section:
@@ -65,8 +127,9 @@ def add_record(section: Section, record: Record, view: View | None = None) -> Se
     own = section.section(record.name)
     with figures_of([record]):
         _add_figures(own, record, view)
-    own.code(record.command)
-    own.text(_environment(record.environment), small=True)
+    made = own.fold("How it was made")
+    made.code(record.command)
+    made.text(_environment(record.environment), small=True)
     return own
 
 
@@ -87,10 +150,12 @@ def _add_figures(own: Section, record: Record, view: View) -> None:
     for key, value in flat(record.figures).items():
         if isinstance(value, str) and len(value) > LONG and (view.facts is None or key not in view.facts):
             own.text(value)
-    for path, rows in view.rows(record.figures).items():
-        if view.tables.get(path) == ():
-            continue
+    if said := _outcome(record, view):
+        own.text(*said)
+    sets = {path: rows for path, rows in view.rows(record.figures).items() if view.tables.get(path) != ()}
+    for path, rows in sets.items():
         own.table(_table(path, rows, view))
+    for path, rows in sets.items():
         _draw(own, record, path, rows, view)
     if record.kind == "search" and "evidence" in record.figures:
         result = SearchResult.from_dict(record.figures | {"seed": record.environment.get("seed", 0)})
@@ -102,7 +167,7 @@ def _add_figures(own: Section, record: Record, view: View) -> None:
 
 
 def _facts(section: Section, records: Sequence[Record], view: View) -> None:
-    """What the records are of: what they share in a line, what differs in a table."""
+    """What the records are of: what they share line by line, what differs in a table; folded, unless it is chosen."""
     columns = None if view.facts is None else [Column.parse(text) for text in view.facts]
     rows: list[Row] = []
     for record in records:
@@ -113,15 +178,14 @@ def _facts(section: Section, records: Sequence[Record], view: View) -> None:
     columns = columns or [Column.of(key) for key in keys_of(rows) if _is_fact(key, records)]
     columns = [column for column in columns if any(row.get(column.key) is not None for row in rows)]
     same = [column for column in columns if _constant(rows, column)]
-    if same:
-        parts: list[str] = []
-        for column in same:
-            parts += [f"{'; ' if parts else ''}{column.title}: ", column.cell(rows[0])]
-        section.text(*parts)
     varying = [column for column in columns if column not in same]
+    folded = section.fold("Settings") if same or (varying and view.facts is None) else section
+    if same:
+        folded.code("\n".join(" ".join(f"{column.title}: {column.cell(rows[0])}".split()) for column in same))
     if varying:
         named = [{"record": record.name} | row for record, row in zip(records, rows, strict=True)]
-        section.table(table(named, [Column("record", None, "record"), *varying]))
+        place = folded if view.facts is None else section
+        place.table(table(named, [Column("record", None, "record"), *varying]))
 
 
 def _is_fact(key: str, records: Sequence[Record]) -> bool:

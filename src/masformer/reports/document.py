@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure as Drawing
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Drawing
 
 DPI = 120
 
@@ -101,6 +103,12 @@ class Section:
         drawing.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
         self.blocks.append(Figure(slug(name), buffer.getvalue(), caption))
 
+    def fold(self, title: str) -> Fold:
+        """Adds what is read last, and returns it: a page shows its title alone until it is asked for."""
+        made = Fold(title)
+        self.blocks.append(made)
+        return made
+
     def section(self, title: str) -> Section:
         """Adds a section below this one, and returns it."""
         made = Section(title)
@@ -135,6 +143,10 @@ class Section:
                 yield from block.tables()
 
 
+class Fold(Section):
+    """What is read last: settings, and how something was made."""
+
+
 def slug(text: str) -> str:
     """`eval perplexity, books` -> `eval-perplexity-books`."""
     return "-".join("".join(sign if sign.isascii() and sign.isalnum() else " " for sign in text.lower()).split())
@@ -142,4 +154,4 @@ def slug(text: str) -> str:
 
 def sections(section: Section) -> Sequence[Section]:
     """The sections directly below one."""
-    return [block for block in section.blocks if isinstance(block, Section)]
+    return [block for block in section.blocks if isinstance(block, Section) and not isinstance(block, Fold)]

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from masformer.evaluation.intervals import Interval
-from masformer.plots import FULL_COLOR, INK, LOCAL_COLORS
+from masformer.plots import FULL_COLOR, INK, LOCAL_COLORS, new_figure
 from masformer.reports.rows import Row
 from masformer.reports.values import is_number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 FACETS = ("task", "pass", "text")
 """Keys whose values are drawn apart."""
@@ -67,7 +69,7 @@ def _lines(
     lines = -(-len(facets) // columns)
     legend = 0.17 * len(names) + 0.1
     height = 2.9 * lines + legend
-    figure = Figure(figsize=(max(6.5, 3.6 * columns), height), facecolor="white")
+    figure = new_figure(max(6.5, 3.6 * columns), height)
     grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
     for axes, (title, rows) in zip(grid.flat, facets.items(), strict=False):
         for index, name in enumerate(names):
@@ -107,7 +109,7 @@ def _lines(
 
 def _dots(facets: Mapping[str, Sequence[Row]], metric: str, what: str, names: Sequence[str]) -> Figure:
     height = 0.28 * len(names) + 0.95
-    figure = Figure(figsize=(8, height * len(facets)), facecolor="white")
+    figure = new_figure(8, height * len(facets))
     grid = figure.subplots(len(facets), 1, squeeze=False, sharex=True)
     for axes, (title, rows) in zip(grid.flat, facets.items(), strict=True):
         for row in rows:
@@ -134,11 +136,7 @@ def heat_map(rows: Sequence[Row], metric: str) -> Figure | None:
     values = [value for row in rows if (value := mean(row[metric])) is not None]
     top = next((top for top in (1, 100) if max(values) <= top), max(values))
     width, height = max(1.6, 0.5 * len(lengths)), max(1.0, 0.32 * len(depths))
-    figure = Figure(
-        figsize=(1.4 + (width + 0.3) * len(tasks) + 0.8, 0.2 + (height + 0.9) * len(names)),
-        facecolor="white",
-        layout="constrained",
-    )
+    figure = new_figure(1.4 + (width + 0.3) * len(tasks) + 0.8, 0.2 + (height + 0.9) * len(names), layout="constrained")
     grid = figure.subplots(len(names), len(tasks), squeeze=False)
     image: Any = None
     for line, name in enumerate(names):
@@ -166,7 +164,7 @@ def heat_map(rows: Sequence[Row], metric: str) -> Figure | None:
 
 def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str) -> Figure:
     """Lines of name -> (x, y)."""
-    figure = Figure(figsize=(6.5, 3.2), facecolor="white")
+    figure = new_figure(6.5, 3.2)
     axes = figure.subplots()
     for index, (name, (across, up)) in enumerate(series.items()):
         axes.plot(across, up, label=_short(name), color=COLORS[index % len(COLORS)], linewidth=1.2)

@@ -16,6 +16,8 @@ class View:
 
     Attributes:
         intro: what the figures are, in a sentence or two.
+        what: was measured, in words that can begin a title.
+        outcome: path of rows and the column by which they are summed up in a sentence; empty: they are not.
         facts: settings that are shown, by their path in the record; None: all.
         tables: path of rows -> columns in the text form of `masformer.reports.rows.Column`, without those that no row
             has; rows that are not named are shown with all their columns, and not at all where there is no column here.
@@ -26,6 +28,8 @@ class View:
     """
 
     intro: str = ""
+    what: str = ""
+    outcome: tuple[str, str] | tuple[()] = ()
     facts: tuple[str, ...] | None = None
     tables: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     titles: Mapping[str, str] = field(default_factory=dict)
@@ -72,6 +76,8 @@ _COSTS = (
 
 KINDS: Mapping[str, View] = {
     "eval perplexity": View(
+        what="perplexity",
+        outcome=("results", "perplexity"),
         intro="Perplexity of text under plans; lower is better. Intervals are 95% over documents. Differences are of "
         "the mean loss in nats, paired by document; above 0 is worse than the plan compared with.",
         tables={
@@ -83,6 +89,8 @@ KINDS: Mapping[str, View] = {
         rows=_perplexity_rows,
     ),
     "eval retrieval": View(
+        what="retrieval",
+        outcome=("results", "score=score, percent,"),
         intro="Finding what is hidden in long prompts, in percent of what should be in the generated answer (RULER's "
         "string match). Intervals are 95% over examples. The effective length is the longest up to which the score "
         "is above 85.6; 0: none.",
@@ -92,8 +100,14 @@ KINDS: Mapping[str, View] = {
         },
         metrics={"results": ("score",)},
     ),
-    "eval summarization": View(intro="Summaries of long documents against references; higher is better."),
+    "eval summarization": View(
+        what="summaries",
+        outcome=("results", "rougeL=ROUGE-L"),
+        intro="Summaries of long documents against references; higher is better.",
+    ),
     "demo": View(
+        what="the tour",
+        outcome=("perplexity", "second_half.perplexity=perplexity of the second half"),
         intro="The tour: quality, cost and speed of one model under several plans.",
         facts=("model", "length"),
         tables={"perplexity": _PERPLEXITY, "perplexity.buckets": (), "costs": _COSTS[1:]},
@@ -101,11 +115,14 @@ KINDS: Mapping[str, View] = {
         metrics={"perplexity": ("second_half.perplexity=perplexity of the second half",)},
     ),
     "plan": View(
+        what="the cost of plans",
         intro="What plans cost, against full attention in every layer.",
         facts=("model", "cache_dtype"),
         tables={"plans": (), "plans.costs": _COSTS},
     ),
     "bench attention": View(
+        what="times of attention",
+        outcome=("results", "speedup=times as fast"),
         intro="Times of attention, as ratios to full causal attention in the same run; the ideal is the ratio of "
         "visible pairs, and direct means torch's FlashAttention called directly.",
         tables={"results": ("name=variant", "length", "ideal")},
@@ -118,28 +135,37 @@ KINDS: Mapping[str, View] = {
         metrics={"results": ("speedup=times as fast",)},
     ),
     "bench prefill": View(
+        what="times of prompts",
+        outcome=("results", "speedup=times as fast"),
         intro="Times of a prompt up to its first token, as ratios to transformers' default cache in the same run "
         "(to all full without it).",
         tables={"results": _BENCH},
         metrics={"results": ("speedup=times as fast",)},
     ),
     "bench decode": View(
+        what="times of new tokens",
+        outcome=("results", "speedup=times as fast"),
         intro="Times of new tokens after a prompt, as ratios to transformers' default cache in the same run "
         "(to all full without it).",
         tables={"results": _DECODE},
         metrics={"results": ("speedup=times as fast",)},
     ),
     "bench train": View(
+        what="times of training steps",
+        outcome=("results", "speedup=times as fast"),
         intro="Times of a training step, as ratios to transformers by itself in the same run (to all full without it).",
         tables={"results": _BENCH},
         metrics={"results": ("speedup=times as fast",)},
     ),
     "bench eval": View(
+        what="times of evaluation",
+        outcome=("results", "speedup=times as fast"),
         intro="Times of evaluation by perplexity, as ratios to all full in the same run.",
         tables={"results": _BENCH},
         metrics={"results": ("speedup=times as fast",)},
     ),
     "search": View(
+        what="plans found by search",
         intro="Layers or KV heads that need full attention, and where the plan found stands among other placements of "
         "the same cost on text that nothing was chosen by: perplexity of the second half of the windows.",
         facts=(
@@ -161,6 +187,7 @@ KINDS: Mapping[str, View] = {
         },
     ),
     "train": View(
+        what="training",
         intro="Training by a recipe, with the perplexity of held-out text.",
         facts=(
             "recipe.model.source=model", "recipe.model.plan=plan", "recipe.data.length=length",
@@ -172,6 +199,7 @@ KINDS: Mapping[str, View] = {
         rows=_train_rows,
     ),
     "export": View(
+        what="exports",
         intro="Checkpoints run in the tools that they were written for: the largest difference between logits there "
         "and here, and how far full attention would be from them.",
         facts=(

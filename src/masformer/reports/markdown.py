@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
-from masformer.reports.document import Code, Figure, Listing, Paragraph, Section, Table
+from masformer.reports.document import Code, Figure, Fold, Listing, Paragraph, Section, Table
 
 
 def markdown(report: Section, images: str = "") -> str:
@@ -15,7 +15,10 @@ def markdown(report: Section, images: str = "") -> str:
 
 
 def _blocks(section: Section, level: int, files: Mapping[Figure, str]) -> Iterator[str]:
-    yield f"{'#' * min(level, 6)} {_inline(section.title)}"
+    if isinstance(section, Fold):
+        yield _guarded(f"{_inline(section.title)}:")
+    else:
+        yield f"{'#' * min(level, 6)} {_inline(section.title)}"
     for block in section.blocks:
         if isinstance(block, Section):
             yield from _blocks(block, level + 1, files)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from masformer.evaluation.intervals import Interval
-from masformer.plots import FULL_COLOR, INK, LOCAL_COLORS
+from masformer.plots import FULL_COLOR, INK, LOCAL_COLORS, new_figure
 from masformer.reports.figures import COLORS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def pareto(points: Sequence[tuple[str, float, Interval]]) -> Figure:
@@ -18,7 +20,7 @@ def pareto(points: Sequence[tuple[str, float, Interval]]) -> Figure:
     Args:
         points: (name, share of the attention operations, loss over that of full attention in nats).
     """
-    figure = Figure(figsize=(6.5, 4.0), facecolor="white", layout="constrained")
+    figure = new_figure(6.5, 4.0, layout="constrained")
     axes = figure.subplots()
     best: list[tuple[float, float]] = []
     for name, share, over in sorted(points, key=lambda point: (point[1], point[2].mean)):
@@ -47,7 +49,7 @@ def by_budget(
         lines: name -> (share of the units, loss over that of full attention in nats), joined with bands.
         clouds: the same of what is drawn as single points.
     """
-    figure = Figure(figsize=(6.5, 4.0), facecolor="white", layout="constrained")
+    figure = new_figure(6.5, 4.0, layout="constrained")
     axes = figure.subplots()
     for name, points in clouds.items():
         shares, losses = [100 * share for share, _ in points], [over.mean for _, over in points]

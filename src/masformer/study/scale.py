@@ -13,7 +13,8 @@ from masformer.data.sources import Source
 from masformer.errors import LARGEST, LARGEST_SEED, MasformerError, check_int, shown
 from masformer.evaluation.retrieval import TASKS
 from masformer.placement import METHODS, UNITS
-from masformer.settings import build, check_choice, read_settings
+from masformer.schema import Named, Settings, Several, build
+from masformer.settings import check_choice, read_settings
 from masformer.training.recipe import ModelRecipe
 
 SCALES = ("tiny", "small", "gpu", "paper")
@@ -61,7 +62,7 @@ def check_depths(name: str, depths: Sequence[float]) -> None:
 
 
 @dataclass(frozen=True)
-class RecallStage:
+class RecallStage(Settings):
     """Values that are planted far back and asked for at the end, learnt from nothing.
 
     Attributes:
@@ -78,13 +79,13 @@ class RecallStage:
         examples: prompts for each depth.
     """
 
-    recipe: dict[str, dict[str, Any]]
-    plans: dict[str, str]
-    seeds: list[int]
-    train_lengths: list[int]
+    recipe: Named[Named[Any]]
+    plans: Named[str]
+    seeds: Several[int]
+    train_lengths: Several[int]
     pairs: int
     length: int
-    depths: list[float]
+    depths: Several[float]
     examples: int
     task: str = "passkey"
     digits: int = 2
@@ -103,7 +104,7 @@ class RecallStage:
 
 
 @dataclass(frozen=True)
-class FindPart:
+class FindPart(Settings):
     """What is hidden in text and asked for, under the plans of a stage.
 
     Attributes:
@@ -116,11 +117,11 @@ class FindPart:
         chat: whether the question stands in the tokenizer's chat template; None: where there is one.
     """
 
-    tasks: list[str]
-    depths: list[float]
+    tasks: Several[str]
+    depths: Several[float]
     examples: int
     length: int | None = None
-    searches: list[str] | None = None
+    searches: Several[str] | None = None
     room: int | None = None
     chat: bool | None = None
 
@@ -133,7 +134,7 @@ class FindPart:
 
 
 @dataclass(frozen=True)
-class LanguageStage:
+class LanguageStage(Settings):
     """Language modelling: models that start from the same weights and are trained on under each plan.
 
     Attributes:
@@ -152,17 +153,17 @@ class LanguageStage:
         retrieval: prompts for every trained model; None: none.
     """
 
-    recipe: dict[str, dict[str, Any]]
-    plans: dict[str, str]
-    seeds: list[int]
+    recipe: Named[Named[Any]]
+    plans: Named[str]
+    seeds: Several[int]
     text: Source
-    lengths: list[int]
+    lengths: Several[int]
     max_tokens: int
-    start: dict[str, dict[str, Any]] | None = None
+    start: Named[Named[Any]] | None = None
     vocabulary: int | None = None
     vocabulary_text: Source | None = None
-    long: list[str] = field(default_factory=list)
-    equal: list[list[str]] = field(default_factory=list)
+    long: Several[str] = field(default_factory=list)
+    equal: Several[Several[str]] = field(default_factory=list)
     retrieval: FindPart | None = None
 
     def __post_init__(self) -> None:
@@ -185,7 +186,7 @@ class LanguageStage:
 
 
 @dataclass(frozen=True)
-class SearchPart:
+class SearchPart(Settings):
     """A way to find what is full (`masformer.placement.search_layers`).
 
     Attributes:
@@ -200,7 +201,7 @@ class SearchPart:
     criteria: str | None = None
     method: str = "gradient"
     rounds: int | None = None
-    known: dict[str, dict[str, str]] = field(default_factory=dict)
+    known: Named[Named[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_choice("where.searches.by", self.by, UNITS)
@@ -208,7 +209,7 @@ class SearchPart:
 
 
 @dataclass(frozen=True)
-class WhereStage:
+class WhereStage(Settings):
     """Which layers or KV heads are full: rules, searches, and random controls, of equal cost.
 
     Attributes:
@@ -229,17 +230,17 @@ class WhereStage:
     """
 
     model: ModelRecipe
-    choose: dict[str, Source]
-    texts: dict[str, Source]
-    budgets: list[int]
-    searches: dict[str, SearchPart]
+    choose: Named[Source]
+    texts: Named[Source]
+    budgets: Several[int]
+    searches: Named[SearchPart]
     local: str
     length: int
     windows: int = 4
     random: int = 4
     controls: int | None = None
-    better: list[list[str]] = field(default_factory=list)
-    as_good: list[list[str]] = field(default_factory=list)
+    better: Several[Several[str]] = field(default_factory=list)
+    as_good: Several[Several[str]] = field(default_factory=list)
     retrieval: FindPart | None = None
     seed: int = 0
 
@@ -260,7 +261,7 @@ class WhereStage:
 
 
 @dataclass(frozen=True)
-class SpansStage:
+class SpansStage(Settings):
     """Which local span, in layers that are not full.
 
     Attributes:
@@ -274,8 +275,8 @@ class SpansStage:
 
     model: ModelRecipe
     text: Source
-    groups: dict[str, list[str]]
-    equal: list[list[str]]
+    groups: Named[Several[str]]
+    equal: Several[Several[str]]
     length: int
     full: str = ""
 
@@ -286,7 +287,7 @@ class SpansStage:
 
 
 @dataclass(frozen=True)
-class SummarizationPart:
+class SummarizationPart(Settings):
     """Fine-tuning on pairs, and summaries by length of the prompt.
 
     Attributes:
@@ -299,11 +300,11 @@ class SummarizationPart:
         seed: of the training run.
     """
 
-    recipe: dict[str, dict[str, Any]]
-    plans: dict[str, str]
+    recipe: Named[Named[Any]]
+    plans: Named[str]
     text: Source
     template: str
-    lengths: list[int]
+    lengths: Several[int]
     max_new_tokens: int
     seed: int = 0
 
@@ -317,7 +318,7 @@ class SummarizationPart:
 
 
 @dataclass(frozen=True)
-class RetrievalPart:
+class RetrievalPart(Settings):
     """Retrieval by depth, without training.
 
     Attributes:
@@ -332,9 +333,9 @@ class RetrievalPart:
     """
 
     model: ModelRecipe
-    plans: dict[str, str]
-    lengths: list[int]
-    depths: list[float]
+    plans: Named[str]
+    lengths: Several[int]
+    depths: Several[float]
     examples: int
     task: str = "passkey"
     room: int | None = None
@@ -350,7 +351,7 @@ class RetrievalPart:
 
 
 @dataclass(frozen=True)
-class GenerationStage:
+class GenerationStage(Settings):
     """Summaries and retrieval.
 
     Attributes:
@@ -367,7 +368,7 @@ class GenerationStage:
 
 
 @dataclass(frozen=True)
-class CostStage:
+class CostStage(Settings):
     """What plans cost: counted, and timed.
 
     Attributes:
@@ -379,9 +380,9 @@ class CostStage:
     """
 
     model: ModelRecipe
-    plans: dict[str, str]
-    counted: list[int]
-    benches: dict[str, list[int]] = field(default_factory=dict)
+    plans: Named[str]
+    counted: Several[int]
+    benches: Named[Several[int]] = field(default_factory=dict)
     repeats: int = 3
 
     def __post_init__(self) -> None:
@@ -395,7 +396,7 @@ class CostStage:
 
 
 @dataclass(frozen=True)
-class Scale:
+class Scale(Settings):
     """What a study does.
 
     Attributes:
@@ -413,8 +414,8 @@ class Scale:
     """
 
     about: str
-    data: dict[str, str] = field(default_factory=dict)
-    rates: dict[str, float] = field(default_factory=dict)
+    data: Named[str] = field(default_factory=dict)
+    rates: Named[float] = field(default_factory=dict)
     measured_on: str | None = None
     recall: RecallStage | None = None
     language: LanguageStage | None = None
@@ -496,7 +497,7 @@ def load_scale(
                 )
     filled = _filled(copy.deepcopy(settings), given, model)
     try:
-        scale: Scale = build(Scale, filled, "", "the scale")
+        scale: Scale = build(Scale, filled, "the scale")
     except MasformerError as error:
         raise MasformerError(f"scale {name}: {error}") from None
     return scale

@@ -20,16 +20,16 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from masformer.data.pairs import IGNORED
+from masformer.defaults import LOSS_CHUNK
 from masformer.errors import check_int
 from masformer.evaluation.perplexity import prepared_base
-from masformer.evaluation.room import CHUNK
 from masformer.models.bridge import check_shifted, is_sliced
 from masformer.models.wrappers import bare_model
 
 LINEAR_CROSS_ENTROPY = getattr(nn.functional, "linear_cross_entropy", None)
 
 
-def use_chunked_loss(model: PreTrainedModel, chunk: int = CHUNK) -> PreTrainedModel:
+def use_chunked_loss(model: PreTrainedModel, chunk: int = LOSS_CHUNK) -> PreTrainedModel:
     """Changes, in place, what the model does when it is given `labels` or `shift_labels`; without them nothing changes.
 
     It then returns the loss and no logits:

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
 from masformer.errors import MasformerError, check_int
+from masformer.extras import need
 from masformer.models import adapters
 from masformer.models.bridge import NAME, add_sinks, apply_plan, check_slices
 from masformer.models.checkpoint import (
@@ -248,10 +249,9 @@ def add_adapters(causal: Any, lora: LoraRecipe) -> Any:
     Raises:
         MasformerError: peft is not installed, or a name in the recipe fits no module.
     """
-    try:
-        import peft
-    except ImportError:
-        raise MasformerError("lora needs the package peft: pip install 'masformer[train]'") from None
+    need("train", "lora", "peft")
+    import peft
+
     targets: Any = list(lora.targets) or "all-linear"
     options = peft.LoraConfig(
         r=lora.rank,

@@ -10,31 +10,33 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from docstring_parser import parse as parse_docstring
 
-from masformer.attention import BACKENDS
 from masformer.cost import count_text
-from masformer.data.packing import PACKINGS
-from masformer.data.pairs import CUTS
 from masformer.data.sources import KINDS, Source
 from masformer.data.store import PROMPT
 from masformer.errors import LARGEST_SEED, MasformerError, check_int, check_number
-from masformer.settings import build, check_choice, parse_yaml, read_settings, without_none
+from masformer.schema import Named, Settings, Several, build
+from masformer.settings import parse_yaml, read_settings, without_none
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-PRECISIONS = ("float32", "bfloat16")
-SCHEDULES = ("cosine", "constant", "linear")
-SHARDINGS = ("none", "fsdp")
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Backend = Literal["auto", "reference", "tiled", "flash", "flex"]
+Packing = Literal["across", "separate"]
+Cut = Literal["tail", "head", "middle"]
+Precision = Literal["float32", "bfloat16"]
+Schedule = Literal["cosine", "constant", "linear"]
+Sharding = Literal["none", "fsdp"]
+Tracker = Literal["wandb", "mlflow", "tensorboard"]
 TENSORBOARD = "tensorboard"
-TRACKERS = ("wandb", "mlflow", TENSORBOARD)
+PRECISIONS, TRACKERS = get_args(Precision), get_args(Tracker)
 BYTES = "bytes"
 
 
 @dataclass(frozen=True)
-class ModelRecipe:
+class ModelRecipe(Settings):
     """What is trained.
 
     Attributes:
@@ -53,7 +55,7 @@ class ModelRecipe:
     """
 
     source: str | None = None
-    config: dict[str, Any] | None = None
+    config: Named[Any] | None = None
     tokenizer: str | None = None
     plan: str | None = None
     full: int | None = None
@@ -61,8 +63,8 @@ class ModelRecipe:
     local: str | None = None
     max_positions: int | None = None
     position_method: str | None = None
-    dtype: str = "float32"
-    backend: str = "auto"
+    dtype: Dtype = "float32"
+    backend: Backend = "auto"
 
     def __post_init__(self) -> None:
         if self.source is None and self.config is None:
@@ -71,8 +73,6 @@ class ModelRecipe:
             raise MasformerError("model.config needs a model_type, for example llama")
         if self.source is None and self.tokenizer is None:
             raise MasformerError("model.tokenizer is needed to start from scratch: hub id, folder, or bytes")
-        check_choice("model.dtype", self.dtype, DTYPES)
-        check_choice("model.backend", self.backend, BACKENDS)
         if self.plan is not None and (self.full is not None or self.placement is not None or self.local is not None):
             raise MasformerError("model: give either plan or full, placement and local")
         if self.local is None and (self.full is not None or self.placement is not None):
@@ -86,7 +86,7 @@ class ModelRecipe:
 
 
 @dataclass(frozen=True)
-class DataRecipe:
+class DataRecipe(Settings):
     """What it is trained on.
 
     Attributes:
@@ -101,21 +101,18 @@ class DataRecipe:
         cache: folder for what was tokenized; by default masformer/tokens in the user's cache folder.
     """
 
-    sources: dict[str, Source]
+    sources: Named[Source]
     length: int = 2048
-    packing: str | None = None
+    packing: Packing | None = None
     shuffle: bool = True
     template: str = PROMPT
-    cut: str = "tail"
+    cut: Cut = "tail"
     max_target: int | None = None
     cache: str | None = None
 
     def __post_init__(self) -> None:
         kind = _kind("data.sources", self.sources)
         check_int("data.length", self.length, 2)
-        if self.packing is not None:
-            check_choice("data.packing", self.packing, PACKINGS)
-        check_choice("data.cut", self.cut, CUTS)
         if kind != "texts" and self.packing == "across":
             raise MasformerError(f"data.packing across is for texts; {kind} are always separate")
         for name, usual in (("template", PROMPT), ("cut", "tail"), ("max_target", None)):
@@ -124,7 +121,7 @@ class DataRecipe:
 
 
 @dataclass(frozen=True)
-class EvaluationRecipe:
+class EvaluationRecipe(Settings):
     """Perplexity on held-out texts while training.
 
     Attributes:
@@ -137,12 +134,12 @@ class EvaluationRecipe:
             bfloat16 on CUDA.
     """
 
-    sources: dict[str, Source] = field(default_factory=dict)
-    lengths: list[int] = field(default_factory=list)
+    sources: Named[Source] = field(default_factory=dict)
+    lengths: Several[int] = field(default_factory=list)
     every: int | None = None
     at_start: bool = True
     max_tokens: int | None = None
-    precision: str | None = None
+    precision: Precision | None = None
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -157,8 +154,6 @@ class EvaluationRecipe:
         for name in ("every", "max_tokens"):
             if getattr(self, name) is not None:
                 check_int(f"evaluation.{name}", getattr(self, name), 1)
-        if self.precision is not None:
-            check_choice("evaluation.precision", self.precision, PRECISIONS)
 
     def is_due(self, step: int, steps: int) -> bool:
         """Whether to evaluate after a step of so many; step 0 is before the first."""
@@ -170,7 +165,7 @@ class EvaluationRecipe:
 
 
 @dataclass(frozen=True)
-class TrainingRecipe:
+class TrainingRecipe(Settings):
     """How it is trained. A recipe means the same on any number of devices: `rows` counts all of them together.
 
     Attributes:
@@ -199,18 +194,18 @@ class TrainingRecipe:
     rows: int = 8
     device_rows: int = 1
     learning_rate: float = 1e-4
-    schedule: str = "cosine"
+    schedule: Schedule = "cosine"
     warmup_steps: int = 0
     weight_decay: float = 0.0
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    betas: Several[float] = field(default_factory=lambda: [0.9, 0.95])
     clip: float = 1.0
-    precision: str = "float32"
+    precision: Precision = "float32"
     checkpointing: bool = False
     compile: bool | None = None
     loss_chunk: int = 512
-    sharding: str = "none"
+    sharding: Sharding = "none"
     sequence_devices: int | None = None
-    report_to: list[str] | None = None
+    report_to: Several[Tracker] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -242,11 +237,6 @@ class TrainingRecipe:
             raise MasformerError(
                 "training.compile is not possible with training.sequence_devices; leave one of them out"
             )
-        check_choice("training.schedule", self.schedule, SCHEDULES)
-        check_choice("training.precision", self.precision, PRECISIONS)
-        check_choice("training.sharding", self.sharding, SHARDINGS)
-        for tracker in self.report_to or ():
-            check_choice("training.report_to", tracker, TRACKERS)
 
     @property
     def sharing(self) -> int:
@@ -263,7 +253,7 @@ def warmup_fault(warmup: int, steps: int) -> str:
 
 
 @dataclass(frozen=True)
-class LoraRecipe:
+class LoraRecipe(Settings):
     """Low-rank adapters through peft, in place of training all weights; merged into the weights at the end.
 
     Attributes:
@@ -277,8 +267,8 @@ class LoraRecipe:
     rank: int = 16
     alpha: float = 32
     dropout: float = 0.0
-    targets: list[str] = field(default_factory=list)
-    train: list[str] = field(default_factory=list)
+    targets: Several[str] = field(default_factory=list)
+    train: Several[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_int("lora.rank", self.rank, 1)
@@ -289,7 +279,7 @@ class LoraRecipe:
 
 
 @dataclass(frozen=True)
-class CheckpointRecipe:
+class CheckpointRecipe(Settings):
     """Checkpoints to resume from.
 
     Attributes:
@@ -307,7 +297,7 @@ class CheckpointRecipe:
 
 
 @dataclass(frozen=True)
-class LoggingRecipe:
+class LoggingRecipe(Settings):
     """What is written down while training; metrics.jsonl always is.
 
     Attributes:
@@ -323,7 +313,7 @@ class LoggingRecipe:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Settings):
     """A whole run.
 
     Attributes:
@@ -381,7 +371,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, data: Any) -> Recipe:
         """Raises MasformerError for a name that does not exist, or a value that is not allowed."""
-        recipe: Recipe = build(cls, data, "", "the recipe")
+        recipe: Recipe = build(cls, data, "the recipe")
         return recipe
 
 

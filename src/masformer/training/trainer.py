@@ -21,6 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from masformer.data.packing import Schedule, Slices, collate
 from masformer.errors import MasformerError
+from masformer.extras import need
 from masformer.files import parse_json, write_whole
 from masformer.models.sinks import is_sink
 from masformer.training import state
@@ -380,9 +381,10 @@ def autocast_by_step(path: Path) -> dict[int, str | None]:
 def check_trackers(recipe: Recipe) -> None:
     """Raises MasformerError where the package of a tracker is not installed."""
     for tracker in recipe.trackers:
-        if importlib.util.find_spec(tracker) is None:
-            need = "'masformer[train]'" if tracker == TENSORBOARD else tracker
-            raise MasformerError(f"training.report_to {tracker} needs the package {tracker}: pip install {need}")
+        if tracker == TENSORBOARD:
+            need("train", f"training.report_to {tracker}", tracker)
+        elif importlib.util.find_spec(tracker) is None:
+            raise MasformerError(f"training.report_to {tracker} needs {tracker}: pip install {tracker}")
 
 
 def summary_writer(folder: Path, step: int) -> Any:

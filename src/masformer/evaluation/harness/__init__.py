@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 
-from masformer.errors import MasformerError
+from masformer.extras import need
 
 
 def run_lm_eval(words: Sequence[str]) -> None:
@@ -18,8 +17,7 @@ def run_lm_eval(words: Sequence[str]) -> None:
     Raises:
         MasformerError: lm-eval is not installed, or the model cannot be had.
     """
-    if find_spec("lm_eval") is None:
-        raise MasformerError("this needs lm-eval: pip install 'masformer[lm-eval]'")
+    need("lm-eval", "this")
     from lm_eval.__main__ import cli_evaluate
 
     import masformer.evaluation.harness.model  # noqa: F401  # registers it

@@ -12,10 +12,10 @@ from typing import Any
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from masformer.defaults import BATCH
 from masformer.errors import MasformerError, check_int, read_int, shown
 from masformer.evaluation.intervals import Interval, bootstrap
 from masformer.evaluation.predictions import (
-    BATCH,
     Generated,
     Group,
     Predictions,
