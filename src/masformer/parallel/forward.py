@@ -181,12 +181,13 @@ class SlicedPass:
             sinks = replace(sinks, value=constant).of_heads(heads, share * self.devices)
         out = attend(query, key, value, span, layout=self.layout, sinks=sinks, **options)
         back = out.unflatten(2, (self.devices, -1)).movedim(2, 0).flatten(1)
-        got = self._exchanged(back).view(self.devices, self.batch, -1, self.length, out.shape[3])
-        return got.transpose(0, 1).flatten(1, 2)
+        slices = self._exchanged(back).view(self.devices, self.batch, -1, self.length, out.shape[3])
+        return slices.transpose(0, 1).flatten(1, 2)
 
     def _scattered(self, x: Tensor) -> Tensor:
         """[batch, heads, length, dim] -> [devices, values of the heads of each]."""
-        return x.unflatten(1, (self.devices, -1)).movedim(1, 0).flatten(1)
+        shares: Tensor = x.unflatten(1, (self.devices, -1))
+        return shares.movedim(1, 0).flatten(1)
 
     def _whole(self, part: Tensor, heads: int, dim: int) -> Tensor:
         """[devices, values of some heads of each slice] -> [batch, heads, devices * length, dim]."""
