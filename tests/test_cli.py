@@ -443,7 +443,7 @@ def test_demo_on_another_model_and_text(capsys, folder, text, tmp_path):
         ),
         (
             ["search", "MODEL", "--data", "TEXT", "--local", "window:4+sink", *BUDGET, "--for", "sglang"],
-            "drops the biases that hold the sinks' values",
+            "drops the biases that hold the values of constant sinks",
         ),
         (["bench", "attention", "--heads", "3", "--kv-heads", "2"], "3 query heads are no multiple of 2 kv heads"),
         (["bench", "attention", "--span", "block:-1"], "block size must be at least 1, got -1"),
