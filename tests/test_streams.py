@@ -120,7 +120,7 @@ def test_the_harness_has_the_same_care(monkeypatch):
     words.cli_evaluate = lambda: print("日本")
     monkeypatch.setitem(sys.modules, "lm_eval.__main__", words)
     monkeypatch.setitem(sys.modules, "masformer.evaluation.harness.model", types.ModuleType("model"))
-    monkeypatch.setattr("masformer.evaluation.harness.find_spec", lambda name: words)
+    monkeypatch.setattr("masformer.extras.find_spec", lambda name: words)
     stdout = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr(sys, "stdout", stdout)
     assert cli.main(["lm-eval"]) == 0
