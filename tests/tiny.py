@@ -13,6 +13,7 @@ from masformer.models.bridge import add_sinks
 from masformer.models.sinks import named_sinks
 
 VOCABULARY = 61
+MERGES = [("a", "n"), ("t", "h"), ("an", "d"), ("th", "e")]
 PLAN = AttentionPlan((WindowSpan(5, 2), FullSpan(), BlockSpan(6, 1), WindowSpan(9)))
 GPTS = ["gpt_neox", "gpt2", "gpt_neo"]
 LLAMAS = ["llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "phi3"]
@@ -90,6 +91,22 @@ def letter_tokenizer(letters=None, **options):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
+
+
+def bytes_tokenizer(split, **options):
+    """A byte-level tokenizer with a few merges."""
+    vocabulary = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    for left, right in MERGES:
+        vocabulary[left + right] = len(vocabulary)
+    tokenizer = Tokenizer(models.BPE(vocabulary, MERGES, **options))
+    tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def plain_tokenizer():
+    tokenizer = bytes_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    return tokenizer
 
 
 def write_gguf(path, layers, skipped=(), extra=None, entries=lambda writer: None, stored=None):

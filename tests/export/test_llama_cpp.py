@@ -24,10 +24,9 @@ from masformer.export.llama_cpp.forms import in_pairs
 from masformer.export.llama_cpp.tokens import RULES
 from masformer.export.sinks import NO_SINK
 from masformer.export.verify import check_installed, verify_export
-from tiny import letter_tokenizer, tiny, with_sinks
+from tiny import MERGES, bytes_tokenizer, letter_tokenizer, plain_tokenizer, tiny, with_sinks
 from tiny import write_gguf as write_tiny
 
-MERGES = [("a", "n"), ("t", "h"), ("an", "d"), ("th", "e")]
 TEXT = "Hi and the 東京, 1234 bands!\n"
 LENGTH, NEW, BATCH, ROWS = 100, 4, 32, 264
 TOKENS = torch.randint(3, 250, (LENGTH,), generator=torch.manual_seed(5))
@@ -51,22 +50,6 @@ CASES = {
     "olmo2": ("olmo2", {}),
     "smollm3": ("smollm3", {}),
 }
-
-
-def bytes_tokenizer(split, **options):
-    """A byte-level tokenizer with a few merges."""
-    vocabulary = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    for left, right in MERGES:
-        vocabulary[left + right] = len(vocabulary)
-    tokenizer = Tokenizer(models.BPE(vocabulary, MERGES, **options))
-    tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-
-
-def plain_tokenizer():
-    tokenizer = bytes_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=False))
-    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
-    return tokenizer
 
 
 def lively(case="llama", **more):
