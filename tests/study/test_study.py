@@ -27,6 +27,7 @@ SHAPE = {
     "max_position_embeddings": 64,
 }
 PYTHON = {"builtin": "python-topics", "limit": 3}
+SOME = ["heads by tail", "layers by tail"]
 MINI = {
     "about": "Seconds.",
     "where": {
@@ -47,7 +48,7 @@ MINI = {
         "windows": 2,
         "random": 2,
         "controls": 2,
-        "retrieval": {"tasks": ["passkey"], "depths": [50], "examples": 2, "length": 800},
+        "retrieval": {"tasks": ["passkey"], "depths": [50], "examples": 2, "length": 800, "searches": SOME},
     },
     "spans": {
         "model": {"source": "@model"},
@@ -188,7 +189,9 @@ def test_every_stage_runs_and_reports(language, tmp_path, monkeypatch):
     assert [(row["name"], row["task"], row["length"]) for row in pretrained["retrieval"]] == [
         (name, "passkey", 800) for name in ("all full", "all local", "all block")
     ]
-    assert len(where["retrieval"]) == 2 + 4
+    assert len(where["retrieval"]) == 2 + 2
+    asked = [each["claim"] for each in where["verdicts"] if each["claim"].startswith("Of passkey")]
+    assert [claim.split("what ")[1].split(" finds")[0] for claim in asked] == ["heads by tail", "layers by tail"]
     assert str(tmp_path) not in text
     assert all(str(tmp_path) not in path.read_text() for path in (tmp_path / "study").glob("*.json"))
 

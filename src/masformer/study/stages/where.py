@@ -333,5 +333,6 @@ def _add_retrieval(made: Findings, stage: WhereStage, asked: FindPart, results: 
                     for each in every
                     if each.search == name and each.name in scores
                 }
-                claim = f"Of {task}, what {name} finds comes close to full attention."
-                made.verdicts.append(comes_close(claim, near, "points"))
+                if near:
+                    claim = f"Of {task}, what {name} finds comes close to full attention."
+                    made.verdicts.append(comes_close(claim, near, "points"))
