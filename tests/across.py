@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from masformer import AttentionPlan, MasformerError, apply_plan, attend
 from masformer.attention import ConstantSinks, Layout
 from masformer.cost import ModelShape, communication
-from masformer.models.bridge import across_devices
+from masformer.models.across import across_devices
 from masformer.parallel.forward import SlicedPass, sequence_mesh
 from masformer.spans import BlockSpan, FullSpan, UnitSpans, WindowSpan
 from masformer.training.loss import use_chunked_loss

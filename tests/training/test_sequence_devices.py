@@ -12,7 +12,7 @@ from small import metrics, recipe, recipe_file
 
 from masformer import MasformerError, apply_plan
 from masformer.data.packing import Schedule, Slices, collate
-from masformer.models.bridge import across_devices
+from masformer.models.across import across_devices
 from masformer.training.checkpoints import steps_saved
 from masformer.training.dry_run import forecast
 from masformer.training.loss import use_chunked_loss

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
-from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -64,8 +63,8 @@ IN_GRAPHS = "masformer_in_graphs"
 """Attribute of an attention module whose layer was compiled with it."""
 _INSTEAD = "masformer_attend"
 """The attribute of an attention module that holds what takes the place of `attend`, see `attending_by`."""
-_MESH = "masformer_mesh"
-"""The attribute of the module that runs the layers, see `across_devices`."""
+MESH = "masformer_mesh"
+"""The attribute of the module that runs the layers, see `across.across_devices`."""
 CACHE_NAMES = ("cache", "past_key_values")
 """What transformers calls the cache: the first since 5.2x."""
 
@@ -138,7 +137,7 @@ def apply_plan(
     for layer, module in layers.items():
         module.masformer_span, module.masformer_backend = plan.layers[layer], backend
     if not getattr(model, "_masformer_hooked", False):
-        owner, _ = _layers(model.base_model)
+        owner, _ = running_layers(model.base_model)
         owner.register_forward_pre_hook(_before_forward, with_kwargs=True)
         owner.register_forward_hook(_after_forward, always_call=True)
         model._prepare_cache_for_generation = partial(_prepare_cache_for_generation, model)
@@ -225,10 +224,10 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     Raises:
         MasformerError: the model has no plan.
     """
-    return list(_layers(model)[1])
+    return list(running_layers(model)[1])
 
 
-def _layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+def running_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     """The module whose forward runs the layers, the base or what a head calls in its place (OPT), and the layers."""
     for module in model.modules():
         for child in module.children():
@@ -372,71 +371,6 @@ def _attend_kept(
 
 
 @contextmanager
-def across_devices(model: PreTrainedModel, mesh: DeviceMesh) -> Iterator[None]:
-    """Within it, the model is given a slice of each sequence, and the devices of a mesh see the whole one together.
-
-    All of them make the same passes, with slices of one size; device i has slice i. Positions that are not given count
-    on from slice to slice, so that of packed documents they must be. Labels must be shifted before they are cut
-    (`shift_labels`): the last token of a slice predicts the first one of the next.
-
-    Args:
-        model: a model with a plan.
-        mesh: of one dimension, see `masformer.parallel.forward.sequence_mesh`.
-
-    Raises:
-        MasformerError: the model has no plan, its layers are compiled, or its loss is none of each token alone.
-    """
-    model = bare_model(model)
-    check_slices(model)
-    owner, _ = _layers(model.base_model)
-    before = vars(model).get("_loss_function")
-    loss = model.loss_function
-    setattr(owner, _MESH, mesh)
-    model.loss_function = partial(_loss_of_slice, loss)
-    try:
-        yield
-    finally:
-        delattr(owner, _MESH)
-        if before is None:
-            del model._loss_function
-        else:
-            model.loss_function = before
-
-
-def check_slices(model: PreTrainedModel) -> None:
-    """Raises MasformerError where `across_devices` does."""
-    _, layers = _layers(model.base_model)
-    if any(layer._compiled_call_impl is not None for layer in layers):
-        raise MasformerError("compiled layers cannot share a sequence with other devices; do not compile them")
-    if getattr(model.config, "output_router_logits", False):
-        raise MasformerError(
-            "the loss that balances experts is one of all tokens together, which no device has; set "
-            "output_router_logits to false"
-        )
-
-
-def _loss_of_slice(
-    loss: Callable[..., Tensor], *args: Any, shift_labels: Tensor | None = None, **kwargs: Any
-) -> Tensor:
-    check_shifted(shift_labels)
-    return loss(*args, shift_labels=shift_labels, **kwargs)
-
-
-def check_shifted(shift_labels: Tensor | None) -> None:
-    """Raises MasformerError where labels of a slice are not shifted."""
-    if shift_labels is None:
-        raise MasformerError(
-            "labels of a slice lack that of its last token, which is in the next slice; pass shift_labels, shifted "
-            "before the sequence is cut"
-        )
-
-
-def is_sliced(model: nn.Module) -> bool:
-    """Whether a model is within `across_devices`."""
-    return any(hasattr(module, _MESH) for module in model.modules())
-
-
-@contextmanager
 def attending_by(model: PreTrainedModel, function: Callable[..., Tensor]) -> Iterator[None]:
     """Within it, a function gives the attention of every layer in passes without a cache.
 
@@ -485,7 +419,7 @@ def _before_forward(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     given = given | given.get("kwargs", {})
     cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
     asked = base.config.use_cache if given.get("use_cache") is None else given["use_cache"]
-    mesh = getattr(base, _MESH, None)
+    mesh = getattr(base, MESH, None)
     if mesh is not None:
         if cache is not None or given.get("use_cache"):
             raise MasformerError("there is no cache across devices; pass use_cache=False")
@@ -598,7 +532,7 @@ def _after_forward(base: Any, args: tuple[Any, ...], output: Any) -> None:
     plan = AttentionPlan.from_dict(base.config.masformer)
     calls = [set(spans_of(layer)) for layer in plan.layers]  # of attention: one for each group of units
     count = sum(len(calls[layer]) for layer in current.served) + current.compiled[0]
-    if any(layer._compiled_call_impl for layer in _layers(base)[1]):
+    if any(layer._compiled_call_impl for layer in running_layers(base)[1]):
         # A compiled layer with full attention may be torch's own causal attention, which says nothing.
         count += sum(span == FullSpan() for each in calls for span in each)
     if count < sum(map(len, calls)):

@@ -121,7 +121,7 @@ def evaluate(
         stop: asked between passes: True gives up.
         advance: called with (windows done, windows in all) of this process.
         precision: see `masformer.evaluation.perplexity.perplexity`; None: auto.
-        devices: that share each window, see `masformer.models.bridge.across_devices`.
+        devices: that share each window, see `masformer.models.across.across_devices`.
     """
     rank, world = _processes()
     dtype, room = autocast_on(device, causal_of(model).dtype, precision), evaluation_room(model)

@@ -23,7 +23,7 @@ from masformer.data.pairs import IGNORED
 from masformer.defaults import LOSS_CHUNK
 from masformer.errors import check_int
 from masformer.evaluation.perplexity import prepared_base
-from masformer.models.bridge import check_shifted, is_sliced
+from masformer.models.across import check_shifted, is_sliced
 from masformer.models.wrappers import bare_model
 
 LINEAR_CROSS_ENTROPY = getattr(nn.functional, "linear_cross_entropy", None)

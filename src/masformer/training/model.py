@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from masformer.errors import MasformerError, check_int
 from masformer.extras import need
 from masformer.models import adapters
-from masformer.models.bridge import NAME, add_sinks, apply_plan, check_slices
+from masformer.models.across import check_slices
+from masformer.models.bridge import NAME, add_sinks, apply_plan
 from masformer.models.checkpoint import (
     check_vocabulary,
     fit_tokenizer,

@@ -25,7 +25,7 @@ from masformer.data.store import token_store
 from masformer.errors import LARGEST, MasformerError, check_number
 from masformer.evaluation.room import autocast_on, dtype_name
 from masformer.files import write_whole
-from masformer.models.bridge import across_devices
+from masformer.models.across import across_devices
 from masformer.models.card import write_card
 from masformer.models.checkpoint import load_config, model_folder
 from masformer.models.weights import load_trained
