@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import forked
 import yaml
 
 from masformer.training.recipe import Recipe
@@ -57,6 +58,20 @@ def recipe_file(folder, **changes):
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(settings(folder, **changes)))
     return path
+
+
+def train_words(folder, settings, *words):
+    """The command that trains with some settings in a folder; folders beside it share the cache of data."""
+    folder.mkdir(exist_ok=True)
+    return "train", "--config", recipe_file(folder, **settings, data__cache=str(folder.parent / "cache")), *words
+
+
+def trained(folder, settings, *words, processes=1, start=None):
+    """What it printed, in as many processes, forked or as `start` starts them."""
+    words = train_words(folder, settings, *words)
+    result = start(*words, processes=processes) if start else forked.run(forked.command, *words, count=processes)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
 
 
 def metrics(folder, name="loss"):

@@ -8,7 +8,7 @@ import sys
 import forked
 import pytest
 from safetensors.torch import load_file
-from small import environment, metrics, recipe_file, torchrun
+from small import environment, metrics, recipe_file, torchrun, trained
 
 from masformer import load_model
 from masformer.training.checkpoints import steps_saved
@@ -26,14 +26,6 @@ TIED = {
 }
 
 
-def trained(folder, *words, processes=1, start=None):
-    folder.mkdir(exist_ok=True)
-    words = ("train", "--config", recipe_file(folder, **TIED, data__cache=str(folder.parent / "cache")), *words)
-    result = start(*words, processes=processes) if start else forked.run(forked.command, *words, count=processes)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
@@ -41,7 +33,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def single(place):
-    trained(place / "single")
+    trained(place / "single", TIED)
     return place / "single"
 
 
@@ -61,7 +53,9 @@ def check_follows(folder, single):
 @pytest.mark.parametrize("sharding", ["none", "fsdp"])
 def test_two_processes_follow_the_curve_of_one_and_their_checkpoints_move(place, single, sharding):
     folder = place / sharding
-    out = trained(folder, "--training.sharding", sharding, processes=2, start=torchrun if sharding == "fsdp" else None)
+    out = trained(
+        folder, TIED, "--training.sharding", sharding, processes=2, start=torchrun if sharding == "fsdp" else None
+    )
     check_follows(folder, single)
     assert ("shared by 2 processes (FSDP2)" in out) == (sharding == "fsdp")
     # mid-run from one process to two, and from two shards to one
@@ -73,7 +67,7 @@ def test_two_processes_follow_the_curve_of_one_and_their_checkpoints_move(place,
         for step, path in steps_saved(moved / "out"):
             if step > 8:
                 shutil.rmtree(path)
-        assert "going on from" in trained(moved, "--resume", *words, processes=processes)
+        assert "going on from" in trained(moved, TIED, "--resume", *words, processes=processes)
         check_follows(moved, single)
 
 
@@ -81,7 +75,7 @@ def test_adapters_are_sharded_and_merged_whole(place):
     losses = []
     for name, processes in (("adapters", 1), ("sharded", 2)):
         words = ["--lora.rank", "2", "--lora.train", "[norm]", "--training.steps", "4", "--training.sharding", "fsdp"]
-        trained(place / name, *words, processes=processes)
+        trained(place / name, TIED, *words, processes=processes)
         losses.append(metrics(place / name))
         assert len(load_file(place / name / "out" / "model" / "model.safetensors")) == 38
     for step, loss in losses[0].items():

@@ -8,7 +8,7 @@ import forked
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import metrics, recipe, recipe_file
+from small import metrics, recipe, train_words, trained
 
 from masformer import MasformerError, apply_plan
 from masformer.data.packing import Schedule, Slices, collate
@@ -34,17 +34,6 @@ SETTINGS = {
 }
 
 
-def command(folder, *words):
-    folder.mkdir(exist_ok=True)
-    return "train", "--config", recipe_file(folder, **SETTINGS, data__cache=str(folder.parent / "cache")), *words
-
-
-def trained(folder, *words, processes=1):
-    result = forked.run(forked.command, *command(folder, *words), count=processes)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
@@ -52,7 +41,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def single(place):
-    trained(place / "single")
+    trained(place / "single", SETTINGS)
     return place / "single"
 
 
@@ -71,27 +60,27 @@ def weights(folder):
 
 def test_twenty_steps_follow_one_process_and_a_killed_run_goes_on_with_any_number_of_devices(place, single):
     two = ("--training.sequence_devices", 2)
-    assert "each row is shared by 2 of 2 processes" in trained(place / "two", *two, processes=2)
+    assert "each row is shared by 2 of 2 processes" in trained(place / "two", SETTINGS, *two, processes=2)
     check_follows(place / "two", single)
 
     step = random.randint(6, 14)
-    killed = command(place / "killed", *two)
+    killed = train_words(place / "killed", SETTINGS, *two)
     result = forked.run(forked.interrupted, int(signal.SIGKILL), step, STEPS, *killed, count=2)
     assert result.returncode == -signal.SIGKILL
     assert steps_saved(place / "killed" / "out")[0][0] >= 5
     shutil.copytree(place / "killed", place / "moved")
-    assert "going on from" in trained(place / "killed", "--resume", *two, processes=2)
+    assert "going on from" in trained(place / "killed", SETTINGS, "--resume", *two, processes=2)
     one, again = weights(place / "two"), weights(place / "killed")
     assert all(torch.equal(one[name], again[name]) for name in one)
 
-    said = trained(place / "moved", "--resume", "--training.sequence_devices", 3, processes=3)
+    said = trained(place / "moved", SETTINGS, "--resume", "--training.sequence_devices", 3, processes=3)
     assert "training.sequence_devices was 2 and is 3" in said
     check_follows(place / "moved", single)
 
 
 def test_sequences_and_data_share_a_mesh_beside_fsdp(place, single):
     words = ("--training.sequence_devices", 2, "--training.sharding", "fsdp", "--training.steps", STEPS // 4)
-    trained(place / "four", *words, processes=4)
+    trained(place / "four", SETTINGS, *words, processes=4)
     check_follows(place / "four", single, STEPS // 4)
 
 
