@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from masformer.export.sinks import biases, no_sink
+from masformer.export.sinks import no_sink, output_bias, value_bias
 from masformer.models.sinks import by_layer, check_fit, shapes, sink_layers, without_sink_weights
 from masformer.plan import AttentionPlan
 from masformer.spans import FullSpan, WindowSpan
@@ -221,7 +221,8 @@ def form_weights(
         found[f"{attention}sinks"] = torch.full((config.num_attention_heads,), no_sink(output.dtype))
         if layer in sink_layers(plan):
             found[f"{attention}sinks"] = sinks[layer].logit.detach().float()
-            for part, added in zip(("v_proj", "o_proj"), biases(sinks[layer], output), strict=True):
+            added_to = {"v_proj": value_bias(sinks[layer]), "o_proj": output_bias(sinks[layer], output)}
+            for part, added in added_to.items():
                 bias = found[f"{attention}{part}.bias"]
                 found[f"{attention}{part}.bias"] = (bias.detach().double() + added).float()
     return found

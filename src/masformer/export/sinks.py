@@ -24,15 +24,23 @@ def no_sink(dtype: torch.dtype) -> float:
     return max(NO_SINK, torch.finfo(dtype).min)
 
 
-def biases(sinks: ConstantSinks, output: Tensor) -> tuple[Tensor, Tensor]:
-    """What is added to the biases of the value and of the output projection, in float64.
+def value_bias(sinks: ConstantSinks) -> Tensor:
+    """What is added to the bias of the value projection of a layer whose sinks have values, in float64."""
+    return -_values(sinks).flatten()
+
+
+def output_bias(sinks: ConstantSinks, output: Tensor) -> Tensor:
+    """What is added to that of the output projection, in float64.
 
     Args:
         sinks: of a layer, with values.
-        output: [hidden, query_heads x value_dim], the weight of its output projection.
+        output: [hidden, query_heads x value_dim], the weight of the projection.
     """
-    value = sinks.value
-    assert value is not None
-    value = value.detach().to(output.device, torch.float64)
+    value = _values(sinks).to(output.device)
     every = value.repeat_interleave(len(sinks.logit) // len(value), 0)
-    return -value.flatten(), output.detach().double() @ every.flatten()
+    return output.detach().double() @ every.flatten()
+
+
+def _values(sinks: ConstantSinks) -> Tensor:
+    assert sinks.value is not None
+    return sinks.value.detach().double()

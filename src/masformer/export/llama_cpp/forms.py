@@ -8,8 +8,9 @@ does; `olmo2` reads the list itself. Each stands for full attention no less: lay
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from masformer.attention import ConstantSinks
 from masformer.errors import MasformerError
 from masformer.export.forms import window_of
 from masformer.export.llama_cpp.files import Content, Tensor
-from masformer.export.sinks import NO_SINK, biases
+from masformer.export.sinks import NO_SINK, output_bias, value_bias
 from masformer.models.sinks import check_fit, sink_layers
 from masformer.plan import AttentionPlan
 from masformer.spans import FullSpan
@@ -180,17 +181,19 @@ def floats(values: np.ndarray) -> Tensor:
     return Tensor(values.shape, GGMLQuantizationType.F32, lambda: values)
 
 
-def _biased(content: Content, layer: int, name: str, sinks: ConstantSinks) -> Tensor:
-    """The bias of the value or output projection of a layer with constant sinks, with what was there before."""
-    own, weight = content.tensors.get(f"blk.{layer}.{name}.bias"), content.tensors[f"blk.{layer}.attn_output.weight"]
+def _biased(content: Content, projection: str, rows: int, added: Callable[[], torch.Tensor]) -> Tensor:
+    """The bias of a projection: what was there before, and what is added."""
+    own = content.tensors.get(f"{projection}.bias")
 
     def read() -> np.ndarray:
-        value, output = biases(sinks, torch.from_numpy(_values(weight)))
-        added: np.ndarray = (value if name == "attn_v" else output).numpy()
-        return (added if own is None else added + _values(own)).astype(np.float32)
+        bias: np.ndarray = added().cpu().numpy()
+        return (bias if own is None else bias + _values(own)).astype(np.float32)
 
-    rows = sinks.value.numel() if name == "attn_v" else weight.shape[0]  # type: ignore[union-attr]
     return Tensor((rows,), GGMLQuantizationType.F32, read)
+
+
+def _output_bias(sinks: ConstantSinks, output: Tensor) -> torch.Tensor:
+    return output_bias(sinks, torch.from_numpy(_values(output)))
 
 
 def _values(tensor: Tensor) -> np.ndarray:
@@ -216,8 +219,14 @@ def _granite_swa(content: Content, plan: AttentionPlan, sinks: Mapping[int, Cons
     tensors = {f"blk.{layer}.attn_sinks.weight": floats(none) for layer in range(len(plan))}
     for layer, each in sinks.items():
         tensors[f"blk.{layer}.attn_sinks.weight"] = floats(each.logit.detach().float().cpu().numpy())
-        for name in ("attn_v", "attn_output"):
-            tensors[f"blk.{layer}.{name}.bias"] = _biased(content, layer, name, each)
+        output = content.tensors[f"blk.{layer}.attn_output.weight"]
+        added = {
+            "attn_v": (each.value.numel(), partial(value_bias, each)),  # type: ignore[union-attr]
+            "attn_output": (output.shape[0], partial(_output_bias, each, output)),
+        }
+        for name, (rows, bias) in added.items():
+            projection = f"blk.{layer}.{name}"
+            tensors[f"{projection}.bias"] = _biased(content, projection, rows, bias)
     return keys, tensors
 
 
