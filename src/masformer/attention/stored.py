@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +15,66 @@ from masformer.attention.constant import ConstantSinks
 from masformer.attention.reference import dense_attention
 from masformer.attention.tiled import Kernel
 from masformer.spans import FullSpan
+
+
+@dataclass(frozen=True, eq=False)
+class Slots:
+    """Where one query of each row finds its keys, said by tensors, so that a CUDA graph finds other keys each time.
+
+    Slot s < `sinks` holds position s, any other the newest position p that is stored there: s = p modulo `ring`.
+
+    Attributes:
+        newest: [rows] int64, the position of the query, whose own key is stored.
+        low: [rows] int64, the oldest position, other than a sink, that the query sees.
+        sinks: first positions that stay where they are.
+        ring: slots after them; None: there is a slot for each position.
+    """
+
+    newest: Tensor
+    low: Tensor
+    sinks: int
+    ring: int | None
+
+    def visible(self, slots: int) -> Tensor:
+        """[rows, 1, 1, slots] bool: which of so many slots the query sees."""
+        newest, low = self.newest[:, None], self.low[:, None]
+        slot = torch.arange(slots, device=newest.device)[None]
+        position = slot if self.ring is None else newest - (newest - slot) % self.ring
+        seen = (slot <= newest) & ((position >= low) | (slot < self.sinks))
+        return seen[:, None, None]
+
+
+def attend_slots(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: Slots,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: ConstantSinks | None = None,
+) -> Tensor:
+    """Softmax attention over the keys that `slots` say; on CUDA without a look at them by the host.
+
+    Args:
+        query: [batch, query_heads, 1, head_dim].
+        key: [batch, kv_heads, slots, head_dim], the storage of a cache.
+        value: [batch, kv_heads, slots, value_dim].
+        slots: which of them hold what.
+        scale: factor on the scores.
+        softcap: see `masformer.attend`.
+        sinks: those that join; None: there are none.
+
+    Returns:
+        [batch, query_heads, 1, value_dim].
+    """
+    if sinks is not None:
+        sinks = sinks.like(query, value)
+    if query.is_cuda:
+        from masformer.attention import stored_triton
+
+        return stored_triton.attend(query, key, value, slots, scale, softcap, sinks)
+    return dense_attention(query, key, value, slots.visible(key.shape[2]), scale, 0.0, softcap, sinks)
 
 
 def attend_stored(

@@ -27,6 +27,7 @@ from masformer.benchmarks.rows import Row, with_exponents
 from masformer.benchmarks.timing import compare_times, peak_memory, prefixed
 from masformer.cache import SpanCache
 from masformer.errors import check_int
+from masformer.models.graphs import graph_tokens_if_possible
 from masformer.models.wrappers import bare_model
 from masformer.plan import AttentionPlan
 
@@ -127,6 +128,8 @@ def bench_decode(
 ) -> dict[str, Any]:
     """Times greedy decoding after a prompt: `repeats` rounds of `new` tokens, each round going on where the last ended.
 
+    On an NVIDIA GPU the tokens of masformer's variants are CUDA graphs (`graph_tokens`), as in `generate`.
+
     The prompt is not run: the caches are filled with random keys and values, on which no time depends.
 
     Args:
@@ -144,7 +147,7 @@ def bench_decode(
     Returns:
         As `bench_prefill`; `cache_bytes` at the end. Decoding is bound by the bytes that it must read, the weights once
         a token and the visible cache: `over_full` is the speed-up over all full under masformer, `ideal_bytes` what the
-        bytes predict, `share_bytes` their ratio.
+        bytes predict, `share_bytes` their ratio. `graphs`: whether the tokens of masformer's variants are CUDA graphs.
 
     Raises:
         MasformerError: a value out of range, or a length beyond the model's positions.
@@ -152,6 +155,7 @@ def bench_decode(
     model = bare_model(model)
     check_int("new tokens", new, 1)
     check_sizes(model, plans, lengths, repeats, batch, cap, new * (repeats + 1))
+    graphs = graph_tokens_if_possible(model)
     found: list[Row] = []
     rates, measured = [], variants(model, plans, peers=peers)
     probe, base = Probe(model.dtype, model.device), baseline(measured)
@@ -184,4 +188,4 @@ def bench_decode(
             row |= {"over_full": over, "ideal_bytes": by_bytes, "share_bytes": over / by_bytes}
             peak = peak_memory(partial(variant.run, last[0], cache), model.device)
             found.append(row | {"cache_bytes": cache_bytes(cache), "peak_bytes": peak})
-    return {"results": with_exponents(found, ["name"]), "limits": rates}
+    return {"results": with_exponents(found, ["name"]), "limits": rates, "graphs": graphs}

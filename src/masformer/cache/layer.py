@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from masformer.attention import Layout
 from masformer.attention.layout import Segment
+from masformer.attention.stored import Slots
 from masformer.cost import stored_keys
 from masformer.errors import MasformerError
 from masformer.spans import Span
@@ -30,12 +31,14 @@ class View:
         layout: see `masformer.attention.Layout`; None: one document a row, without padding.
         visible: [batch or 1, 1, 1, key_len] bool, the stored keys that the query sees; None: all of them.
         dead: [batch, 1, 1, 1] bool, the queries that are padding themselves; None: there are none.
+        slots: which stored keys the query sees, in place of `visible`.
     """
 
     stored: bool = False
     layout: Layout | None = None
     visible: Tensor | None = None
     dead: Tensor | None = None
+    slots: Slots | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class SpanLayer(CacheLayerMixin):  # type: ignore[misc]
         if not _alike(self.keys, key_states):
             raise MasformerError("the cache holds keys of another batch size, dtype or device; call its reset() first")
         self.start = min(step.starts)
-        self._make_room(step.seen + step.new)
+        self.make_room(step.seen + step.new)
         if step.seen == 0:
             out = key_states, value_states
         elif self.ring is not None and step.new > 1:
@@ -131,12 +134,17 @@ class SpanLayer(CacheLayerMixin):  # type: ignore[misc]
             out = None
         for storage, new in ((self.keys, key_states), (self.values, value_states)):
             self._store(storage, new.detach(), step)
-        self.length += step.new
-        self.high = max(self.high, self.length)
+        self.count(step)
         if out is not None:
             return out
         first, stop = self._slice(step)
         return self.keys[:, :, first:stop], self.values[:, :, first:stop]
+
+    def count(self, step: Step) -> None:
+        """The keys and values of this pass are in their places."""
+        self.start = min(step.starts)
+        self.length += step.new
+        self.high = max(self.high, self.length)
 
     def view(self, step: Step) -> View:
         """What `update` returned in this step."""
@@ -172,7 +180,8 @@ class SpanLayer(CacheLayerMixin):  # type: ignore[misc]
         low = _first_visible(self.span, position)
         return min(self.span.sinks, low), low
 
-    def _make_room(self, length: int) -> None:
+    def make_room(self, length: int) -> None:
+        """Grows the storage, which has begun, to hold so many tokens of each row."""
         assert self.keys is not None
         assert self.values is not None
         slots = stored_keys(self.span, length, self.reserve, self.past)
@@ -189,6 +198,13 @@ class SpanLayer(CacheLayerMixin):  # type: ignore[misc]
             grown = storage.new_zeros(*storage.shape[:2], slots, storage.shape[3])
         grown[:, :, : storage.shape[2]] = storage
         return grown
+
+    def next_place(self, seen: int, starts: tuple[int, ...]) -> list[list[int]]:
+        """Of the token after `seen` others of each row: `Slots.newest`, `Slots.low`, and the slot that it takes."""
+        if self.ring is None:
+            return [[seen] * len(starts), list(starts), [seen] * len(starts)]
+        newest = [seen - start for start in starts]
+        return [newest, [_first_visible(self.span, p) for p in newest], [self._slot(p) for p in newest]]
 
     def _store(self, storage: Tensor, new: Tensor, step: Step) -> None:
         if self.ring is None:

@@ -112,6 +112,22 @@ class SpanCache(Cache):  # type: ignore[misc]
         self._starts = starts
         self._step = Step(seen, new, starts, self._real, holes, layout)
 
+    def count(self) -> None:
+        """Ends the announced pass over one token: others have put its keys and values where `TokenCache` says."""
+        assert self._step is not None
+        for store in stores(self.layers):
+            store.count(self._step)
+
+    def row_starts(self, rows: int) -> tuple[int, ...]:
+        """Index in each row of the first token of its document."""
+        return self._starts or (0,) * rows
+
+    @property
+    def is_even(self) -> bool:
+        """Whether the documents that are in the cache have begun and hold no padding."""
+        known, length = self._starts, self.get_seq_length()
+        return known is not None and not self._step.holes and all(start < length for start in known)  # type: ignore[union-attr]
+
     def _extend(self, real: Tensor | None, seen: int, new: int) -> None:
         """Adds the new tokens to what is known of padding."""
         if real is not None and self._real is None:

@@ -19,6 +19,7 @@ from masformer.defaults import PREFILL_CHUNK
 from masformer.errors import MasformerError, check_int, check_number, check_seed
 from masformer.models import rotary
 from masformer.models.bridge import cache_name
+from masformer.models.graphs import graph_tokens_if_possible
 from masformer.models.positions import position_limit
 from masformer.models.wrappers import bare_model
 from masformer.plan import AttentionPlan
@@ -166,6 +167,7 @@ def generate(
         check_int("top_k", top_k, 1)
     if not temperature and (top_p is not None or top_k is not None):
         raise MasformerError("top_p and top_k do nothing without a temperature above 0")
+    graph_tokens_if_possible(model)
     limit = position_limit(model.config)
     if not prompt:
         raise MasformerError("the prompt holds no token")
@@ -287,6 +289,7 @@ def generate_batch(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones are beyond the {limit} positions of the "
             f"model; shorten one, or extend the model with --max-positions"
         )
+    graph_tokens_if_possible(model)
     settings = _settings(model, max_new_tokens, beams)
     ends = _ends(model, end_tokens)
     settings.update(

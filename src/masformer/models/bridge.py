@@ -31,7 +31,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from masformer.attention import BACKENDS, ConstantSinks, Layout, attend, operator
-from masformer.attention.stored import attend_stored
+from masformer.attention.stored import attend_slots, attend_stored
 from masformer.attention.units import join, split, split_sinks
 from masformer.cache import SpanCache
 from masformer.cache.layer import View
@@ -366,6 +366,9 @@ def _attend_kept(
     """Attention to what a cache keeps."""
     if not view.stored:
         return attend(query, key, value, span, layout=view.layout, sinks=constant, **options)
+    if view.slots is not None:
+        of_slots = {name: options[name] for name in ("scale", "softcap")}
+        return attend_slots(query, key, value, view.slots, sinks=constant, **of_slots)
     out = attend_stored(query, key, value, view.visible, sinks=constant, **options)
     return out if view.dead is None else out.masked_fill(view.dead, 0)
 
@@ -428,7 +431,7 @@ def _before_forward(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if cache is None and not base.training and asked:
         cache = SpanCache(AttentionPlan.from_dict(base.config.masformer))
         kwargs = {key: value for key, value in kwargs.items() if key not in CACHE_NAMES} | {cache_name(base): cache}
-    _check_cache(cache, base.config)
+    check_cache(cache, base.config)
     tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
     real = given.get("attention_mask")
     real = real if isinstance(real, Tensor) and real.ndim == 2 else None
@@ -555,11 +558,11 @@ def partial_passes() -> Iterator[None]:
         _whole.reset(token)
 
 
-def _check_cache(cache: Any, config: PretrainedConfig) -> None:
+def check_cache(cache: Any, config: PretrainedConfig) -> None:
     """Our cache must be of the same plan; an empty DynamicCache is made to keep every key in every layer."""
     if cache is None:
         return
-    if type(cache) is SpanCache:
+    if isinstance(cache, SpanCache):
         if cache.text != config.masformer["plan"]:
             raise MasformerError(f"the cache is of the plan {cache.text}, the model of {config.masformer['plan']}")
         if len(cache.plan) != config.num_hidden_layers:
@@ -592,7 +595,7 @@ def _prepare_cache_for_generation(
     name = next((name for name in CACHE_NAMES if type(model_kwargs.get(name)) is DynamicCache), None)
     if given is not None or name is None:
         return
-    _check_cache(model_kwargs[name], model.config)
+    check_cache(model_kwargs[name], model.config)
     longest = generation_config.max_length or 0
     reserve = longest if longest <= 2 * prompt else prompt  # all there can be, unless that is far more than there is
     model_kwargs[name] = SpanCache(AttentionPlan.from_dict(model.config.masformer), reserve=reserve, prompt=length)
