@@ -50,9 +50,9 @@ def test_the_slots_of_a_cache_show_what_the_span_shows(span, recording):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_kernels_of_slots_against_float64(dtype):
     chosen = random.Random(0)
-    for _ in range(40):
+    for _ in range(14):
         rows, kv_heads, group = chosen.choice([1, 2, 3]), chosen.choice([1, 2, 8]), chosen.choice([1, 3, 4])
-        dim, value_dim = chosen.choice([(16, 16), (24, 24), (64, 64), (80, 32), (128, 128), (256, 256)])
+        dim, value_dim = chosen.choice([(24, 24), (64, 64), (80, 32), (256, 256)])
         length, full = chosen.choice([3, 60, 300, 1500, 9000]), chosen.random() < 0.5
         count, ring = (0, None) if full else (chosen.choice([0, 4]), chosen.choice([5, 70, 1024]))
         slots = length + 9 if full else min(length + 5, count + ring)

@@ -27,30 +27,30 @@ NARROWEST = 16
 """Triton multiplies matrices at least so wide: queries of a key head are filled up to it."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sinks", "ring", "group"])
 def _part(
     Q, K, V, NEWEST, LOW, PARTS, SUMS, scale, softcap,
-    q_row, q_head, k_row, k_head, k_slot, v_row, v_head, v_slot,
-    SINKS: tl.constexpr, RING: tl.constexpr, CAPPED: tl.constexpr, GROUP: tl.constexpr, PLACES: tl.constexpr,
+    q_row, q_head, k_row, k_head, k_slot, v_row, v_head, v_slot, sinks, ring, group,
+    IS_RING: tl.constexpr, CAPPED: tl.constexpr, PLACES: tl.constexpr,
     WIDTH: tl.constexpr, WIDE: tl.constexpr, V_WIDTH: tl.constexpr, V_WIDE: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     row, head, piece = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
     newest = tl.load(NEWEST + row).to(tl.int32)
     low = tl.load(LOW + row).to(tl.int32)
-    if RING == 0:
+    if IS_RING:
+        first = low * 0
+        stop = tl.minimum(newest + 1, sinks + ring)
+    else:
         first = low
         stop = newest + 1
-    else:
-        first = low * 0
-        stop = tl.minimum(newest + 1, SINKS + RING)
     pieces = tl.num_programs(2)
     length = tl.cdiv(tl.cdiv(stop - first, pieces), KEYS) * KEYS
     begin = first + piece * length
     end = tl.minimum(begin + length, stop)
     member, place = tl.arange(0, PLACES), tl.arange(0, KEYS)
     column, v_column = tl.arange(0, WIDE), tl.arange(0, V_WIDE)
-    mine = member < GROUP
-    own = head * GROUP + member
+    mine = member < group
+    own = head * group + member
     q = tl.load(
         Q + row * q_row + own[:, None] * q_head + column[None, :], mine[:, None] & (column < WIDTH)[None, :], 0.0
     )
@@ -61,9 +61,9 @@ def _part(
         slot = at + place
         there = slot < end
         seen = there
-        if RING > 0:
-            position = newest - (newest - slot) % RING
-            seen = there & ((position >= low) | (slot < SINKS))
+        if IS_RING:
+            position = newest - (newest - slot) % ring
+            seen = there & ((position >= low) | (slot < sinks))
         k = tl.load(
             K + row * k_row + head * k_head + slot[:, None] * k_slot + column[None, :],
             there[:, None] & (column < WIDTH)[None, :],
@@ -85,7 +85,7 @@ def _part(
         whole = whole * kept + tl.sum(weights, 1)
         out = out * kept[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         top = higher
-    part = ((row * tl.num_programs(1) + head) * GROUP + member) * pieces + piece
+    part = ((row * tl.num_programs(1) + head) * group + member) * pieces + piece
     tl.store(PARTS + part[:, None] * V_WIDTH + v_column[None, :], out, mine[:, None] & (v_column < V_WIDTH)[None, :])
     tl.store(SUMS + part * 2, top, mine)
     tl.store(SUMS + part * 2 + 1, whole, mine)
@@ -144,10 +144,9 @@ def attend(
     _part[rows, kv_heads, pieces](
         *(query, key, value, slots.newest, slots.low, parts, sums, scale, softcap or 1.0),
         *(stride for each in strides for stride in each),
-        SINKS=slots.sinks,
-        RING=slots.ring or 0,
+        *(slots.sinks, slots.ring or 0, group),
+        IS_RING=slots.ring is not None,
         CAPPED=softcap is not None,
-        GROUP=group,
         PLACES=max(NARROWEST, triton.next_power_of_2(group)),
         WIDTH=width,
         WIDE=wide,

@@ -27,7 +27,7 @@ from masformer.benchmarks.rows import Row, with_exponents
 from masformer.benchmarks.timing import compare_times, peak_memory, prefixed
 from masformer.cache import SpanCache
 from masformer.errors import check_int
-from masformer.models.graphs import graph_tokens_if_possible
+from masformer.models.graphs import compile_tokens, graph_tokens_if_possible
 from masformer.models.wrappers import bare_model
 from masformer.plan import AttentionPlan
 
@@ -122,6 +122,7 @@ def bench_decode(
     batch: int = 1,
     repeats: int = 5,
     cap: float | None = None,
+    compiled: bool = False,
     backend: str = "auto",
     peers: bool = True,
     progress: Callable[[str], None] = lambda name: None,
@@ -140,6 +141,7 @@ def bench_decode(
         batch: prompts that are continued together.
         repeats: timed rounds, after one for warming up.
         cap: seconds after which a variant takes no part in further rounds.
+        compiled: compile the parts of layers beside attention, in the graphs of masformer's tokens.
         backend: see `masformer.attend`.
         peers: measure transformers' own caches as well; without them the baseline is full attention under masformer.
         progress: called with a line before each call.
@@ -155,9 +157,12 @@ def bench_decode(
     model = bare_model(model)
     check_int("new tokens", new, 1)
     check_sizes(model, plans, lengths, repeats, batch, cap, new * (repeats + 1))
-    graphs = graph_tokens_if_possible(model)
     found: list[Row] = []
     rates, measured = [], variants(model, plans, peers=peers)
+    measured[0].apply(backend)
+    graphs = graph_tokens_if_possible(model)
+    if compiled:
+        compile_tokens(model)
     probe, base = Probe(model.dtype, model.device), baseline(measured)
     prepare = {variant.name: partial(variant.apply, backend) for variant in measured}
     for length in lengths:

@@ -149,6 +149,7 @@ def bench_decode(
     peers: Peers = "all",
     repeats: int = 5,
     cap: float | None = None,
+    compile: bool = False,
     seed: int = SEED,
     plot: str | None = None,
     quiet: bool = False,
@@ -163,6 +164,7 @@ def bench_decode(
         peers: transformers by itself, all its ways or none; its sliding layers need a mask of all pairs.
         repeats: timed rounds, after one for warming up.
         cap: seconds after which a variant is not timed again.
+        compile: on an NVIDIA GPU, compile the parts of layers beside attention; transformers by itself runs as it is.
         seed: of the random tokens.
         plot: file for a picture of time against length.
 
@@ -172,7 +174,7 @@ def bench_decode(
     from masformer import benchmarks
 
     measure = partial(benchmarks.bench_decode, repeats=repeats, cap=cap, backend=backend, peers=peers == "all")
-    settings = {"batch": batch, "new": new}
+    settings = {"batch": batch, "new": new, "compiled": compile}
     title = f"Rounds of {new} new tokens; speed-up over {BASELINE[peers]}"
     return _bench("decode", title, measure, settings, model, options, lengths, random_weights, seed, plot, quiet)
 

@@ -7,6 +7,8 @@ seconds whatever the depth, and checkpointing, FSDP and the model's own hooks wo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,7 +26,8 @@ GRAPHS = 64
 def compile_layers(model: PreTrainedModel) -> PreTrainedModel:
     """Compiles the decoder layers of a model with a plan, in place; done twice it changes nothing.
 
-    A pass with a cache, as in generation, runs as before: there the keys of a layer lie where its cache keeps them.
+    A pass with a cache, as in generation, runs as before: there the keys of a layer lie where its cache keeps them. But
+    in graphs of tokens (`masformer.models.graphs`) the parts of a layer beside its attention are compiled.
     A copy of the model is not compiled.
 
     Args:
@@ -56,6 +59,27 @@ def compile_layers(model: PreTrainedModel) -> PreTrainedModel:
 def is_compiled(model: nn.Module) -> bool:
     """Whether `compile_layers` was called on the model."""
     return any(isinstance(module._compiled_call_impl, _Compiled) for module in model.modules())
+
+
+@contextmanager
+def parts_compiled(model: nn.Module) -> Iterator[None]:
+    """Within it, the norms and feed-forward parts of compiled layers are compiled in passes with a cache too."""
+    layers = decoder_layers(model) if is_compiled(model) else []
+    parts = [part for layer in layers for part in layer.children() if _is_apart(part)]
+    try:
+        for part in parts:
+            part._compiled_call_impl = torch.compile(part._call_impl, fullgraph=True)
+        with torch._dynamo.config.patch(recompile_limit=GRAPHS, accumulated_recompile_limit=GRAPHS):
+            yield
+    finally:
+        for part in parts:
+            part._compiled_call_impl = None
+
+
+def _is_apart(part: nn.Module) -> bool:
+    """Whether it has weights and holds no attention."""
+    attends = any(hasattr(module, "masformer_span") for module in part.modules())
+    return not attends and part._compiled_call_impl is None and any(True for _ in part.parameters())
 
 
 class _Compiled:
