@@ -154,10 +154,10 @@ whole 80 decode-llama-1b decode llama-1b "${llama[@]}" --lengths $short,$middle,
 whole 60 decode-llama-1b-rows decode llama-1b "${llama[@]}" --lengths $middle,$long --new $new --batch $many --peers none
 whole 60 decode-llama-1b-compiled decode llama-1b "${llama[@]}" --lengths $middle,$long --new $new --peers none ${compile[@]+"${compile[@]}"}
 whole 60 train-smollm2-rows train smollm2-135m "${training[@]}" --batch $many --peers none ${compile[@]+"${compile[@]}"}
+# What a second run is for
 attention 45 attention-llama-1b "${llama_heads[@]}" "${llama_spans[@]}" --lengths $short,$middle --peers torch-flash
 whole 60 eval-smollm2 eval smollm2-135m --dtype float32 --lengths $eval_lengths --tokens $eval_tokens --plan "$smollm2_plan"
 whole 60 prefill-llama-1b prefill llama-1b "${llama[@]}" --lengths $short,$middle
-# What a second run is for
 attention 80 attention-smollm2-flex "${smollm2_heads[@]}" "${flex_spans[@]}" --lengths $short --peers flex-attention,torch-flash
 whole 60 train-smollm2-eager train smollm2-135m "${training[@]}" --batch $rows --plan "$smollm2_local"
 attention 45 attention-gpt-neo-1.3b "${neo_heads[@]}" "${neo_spans[@]}" --lengths $short,$middle --peers torch-flash
