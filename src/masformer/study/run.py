@@ -22,7 +22,7 @@ from masformer.study.findings import Findings, Results
 from masformer.study.scale import Scale
 from masformer.study.stages import cost, generation, language, recall, spans, where
 from masformer.study.units import Place, Unit, in_order
-from masformer.study.works import Perplexity, Train
+from masformer.study.works import Perplexity, Search, Train
 from masformer.training.dry_run import Rate
 
 
@@ -43,6 +43,8 @@ class Stage:
     findings: Callable[[Any, Place, Results], Findings]
 
 
+WAIT = 1.0
+"""Seconds between looks at what other processes have done."""
 STAGES = ("recall", "where", "spans", "pretrained", "cost", "language", "training", "generation")
 """In the order in which they are run."""
 
@@ -116,7 +118,7 @@ def run_study(
     place: Place,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> None:
-    """Does the units that are not done yet.
+    """Does the units that are not done yet, but for those that another process is doing; ends when all are done.
 
     Args:
         stages: of `stages_of`.
@@ -131,23 +133,40 @@ def run_study(
             "a study runs in one process; on several GPUs write its recipes with --recipes, train them with torchrun "
             "and masformer train, and go on from there"
         )
-    place.make()
     units = units_of(stages, place)
-    by_name = {unit.name: unit for unit in units}
-    there = {unit.name: kept["result"] for unit in units if (kept := place.kept(unit, by_name)) is not None}
+    if place.precision != "auto" and not any(isinstance(unit.work, (Perplexity, Search)) for unit in units):
+        raise MasformerError("--precision does nothing: these stages neither measure perplexity nor search for plans")
+    place.make()
+    by_name, there = {unit.name: unit for unit in units}, dict[str, Any]()
+
+    def is_done(unit: Unit) -> bool:
+        """By this process, or in the meantime by another."""
+        if unit.name not in there and (kept := place.kept(unit, by_name)) is not None:
+            there[unit.name] = kept["result"]
+        return unit.name in there
+
+    todo = [unit for unit in units if not is_done(unit)]
     check_precision(units, there, place)
-    todo = [unit for unit in units if unit.name not in there]
-    for done, unit in enumerate(todo, len(units) - len(todo)):
-        if place.kept(unit, by_name) is not None:
-            continue  # another process has done it in the meantime
-        progress(unit.name, done, len(units))
-        began = time.monotonic()
-        result = unit.work.run(place, unit.name)
-        check_precision(units, there | {unit.name: result}, place)
-        place.keep(unit, by_name, result, time.monotonic() - began)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    while todo:
+        before = len(todo)
+        for unit in todo:
+            if is_done(unit) or not all(is_done(by_name[name]) for name in unit.needs):
+                continue
+            with place.claim(unit) as mine:
+                if not mine or is_done(unit):
+                    continue
+                progress(unit.name, len(there), len(units))
+                began = time.monotonic()
+                result = unit.work.run(place, unit.name)
+                check_precision(units, there | {unit.name: result}, place)
+                place.keep(unit, by_name, result, time.monotonic() - began)
+                there[unit.name] = result
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        todo = [unit for unit in todo if not is_done(unit)]
+        if len(todo) == before:
+            time.sleep(WAIT)  # other processes are at work on all that is left
     progress("", len(units), len(units))
 
 
@@ -173,7 +192,8 @@ def done_of(stages: Sequence[Stage], place: Place) -> tuple[dict[str, dict[str, 
 def check_precision(units: Sequence[Unit], results: Results, place: Place) -> None:
     """Raises MasformerError where perplexities of the same text were measured in unequal precision.
 
-    The precision is the device's (`masformer.evaluation.room`), so units that were done on several may differ in it.
+    Where none is asked for it is the device's (`masformer.evaluation.room`), so units that were done on several may
+    differ in it.
     """
     first: dict[Any, tuple[Unit, str | None]] = {}
     for unit in units:
@@ -183,8 +203,8 @@ def check_precision(units: Sequence[Unit], results: Results, place: Place) -> No
             if mine != theirs:
                 raise MasformerError(
                     f"{unit.name} was measured in {mine or 'the precision of the weights'}, {other.name} in "
-                    f"{theirs or 'the precision of the weights'}: they cannot be compared; measure both on one kind of "
-                    f"device, with another --out or without {place.file(other)}"
+                    f"{theirs or 'the precision of the weights'}: they cannot be compared; measure both in one "
+                    f"precision (--precision float32), with another --out or without {place.file(other)}"
                 )
 
 

@@ -10,10 +10,13 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from masformer.data.sources import Source
 from masformer.errors import MasformerError
@@ -66,6 +69,10 @@ class Work(ABC):
     def _values(self) -> list[Any]:
         return [getattr(self, each.name) for each in fields(self)]
 
+    def writes(self) -> str | None:
+        """Name of a file that other units write to as well, so that one of them is done at a time."""
+        return None
+
     @abstractmethod
     def run(self, place: Place, name: str) -> dict[str, Any]:
         """Does it; the result as plain values."""
@@ -104,10 +111,12 @@ class Place:
 
     Args:
         folder: made where it is missing.
+        precision: of matrix products where perplexity is measured and plans are searched for, on this machine, see
+            `masformer.evaluation.perplexity.perplexity`.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, precision: str = "auto") -> None:
+        self.folder, self.precision = folder, precision
         self._content: dict[str, str] = {}
         self._prints: dict[str, str] = {}
 
@@ -130,6 +139,25 @@ class Place:
     def beside(self, name: str, suffix: str) -> Path:
         """A file for what a unit keeps while it is at work."""
         return self.folder / UNITS / f"{slug(name)}.{suffix}"
+
+    @contextmanager
+    def claim(self, unit: Unit) -> Iterator[bool]:
+        """Whether this process alone is to do a unit, as long as the context lasts; a process that ends claims nothing.
+
+        The file of a claim goes with the last unit that it stands for: who was about to claim it finds that unit done.
+        """
+        path = self.beside(unit.work.writes() or unit.name, "lock")
+        lock = FileLock(path)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            path.unlink(missing_ok=True)
+            lock.release()
 
     def kept(self, unit: Unit, units: Mapping[str, Unit]) -> dict[str, Any] | None:
         """What `keep` wrote of a unit; None where it has not been done.

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -194,6 +195,16 @@ class UnderPlan(Work):
         return plan, *load(self.model, plan)
 
 
+def backend_of(model: Any, precision: str = "float32") -> str:
+    """The backend of passes in a precision: on CUDA in float32 the tiles, else that of `auto`.
+
+    `auto` takes FlexAttention there, which compiles a kernel for each span and number of heads: that takes longer than
+    to measure each plan once.
+    """
+    exact = model.device.type == "cuda" and model.dtype == torch.float32 and precision == "float32"
+    return "tiled" if exact else "auto"
+
+
 @dataclass(frozen=True)
 class Perplexity(UnderPlan):
     """Perplexity under one plan, by length, position and document.
@@ -222,6 +233,8 @@ class Perplexity(UnderPlan):
             {str(plan): plan},
             self.lengths,
             prefix=prefix_token(tokenizer),
+            precision=place.precision,
+            backend=backend_of(loaded, place.precision),
         )
         return {"plan": str(plan), "results": [result.to_dict() for result in results]}
 
@@ -264,6 +277,9 @@ class Search(Work):
             return forward_estimate(self.model, None, [self.length], 4 * kinds * self.windows * passes)
         return forward_estimate(self.model, None, [self.length], self.windows * (layers_of(self.model) + 1))
 
+    def writes(self) -> str | None:
+        return self.journal
+
     def run(self, place: Place, name: str) -> dict[str, Any]:
         loaded, tokenizer = load(self.model)
         tokens, _ = tokenize(tokenizer, self.text.documents())
@@ -282,6 +298,8 @@ class Search(Work):
             held_out_windows=0,
             tokenizer=tokenizer,
             journal=place.beside(self.journal, "journal"),
+            precision=place.precision,
+            backend=backend_of(loaded, place.precision),
         )
         return found.to_dict()
 
@@ -319,7 +337,16 @@ class Retrieval(UnderPlan):
         tasks, plans = [TASKS[self.task]], {str(plan): plan}
         kept = place.beside(name, "predictions.jsonl")
         results, reach = retrieve(
-            loaded, prober, tasks, plans, self.lengths, self.depths, self.examples, kept, batch=BATCH
+            loaded,
+            prober,
+            tasks,
+            plans,
+            self.lengths,
+            self.depths,
+            self.examples,
+            kept,
+            batch=BATCH,
+            backend=backend_of(loaded),
         )
         return {
             "plan": str(plan),
@@ -360,7 +387,14 @@ class Summaries(Work):
         prompter = Prompter(tokenizer, Template(self.template), chat=False)
         kept, plans = place.beside(name, "predictions.jsonl"), {str(plan): plan}
         results, _ = summarize(
-            loaded, prompter, examples, plans, self.lengths, kept, max_new_tokens=self.max_new_tokens
+            loaded,
+            prompter,
+            examples,
+            plans,
+            self.lengths,
+            kept,
+            max_new_tokens=self.max_new_tokens,
+            backend=backend_of(loaded),
         )
         return {"plan": str(plan), "results": [result.to_dict() for result in results]}
 
