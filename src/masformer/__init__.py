@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from masformer.generation import generate, prompt_tokens
     from masformer.models.bridge import apply_plan
     from masformer.models.checkpoint import load_model, save_model
+    from masformer.models.graphs import compile_tokens, graph_tokens
     from masformer.placement import search, search_layers
     from masformer.plan import AttentionPlan
     from masformer.spans import BlockSpan, FullSpan, WindowSpan
@@ -40,9 +41,11 @@ __all__ = [
     "attend",
     "check_export",
     "compare_plans",
+    "compile_tokens",
     "export_model",
     "fit_sinks",
     "generate",
+    "graph_tokens",
     "load_model",
     "load_recipe",
     "perplexity",
@@ -66,9 +69,11 @@ _LATER = {
     "attend": "masformer.attention",
     "check_export": "masformer.export",
     "compare_plans": "masformer.evaluation.perplexity",
+    "compile_tokens": "masformer.models.graphs",
     "export_model": "masformer.export",
     "fit_sinks": "masformer.fitting",
     "generate": "masformer.generation",
+    "graph_tokens": "masformer.models.graphs",
     "load_model": "masformer.models.checkpoint",
     "load_recipe": "masformer.training",
     "perplexity": "masformer.evaluation.perplexity",
