@@ -6,7 +6,15 @@ import pytest
 from rouge import Rouge
 from rouge_score import rouge_scorer
 
-from masformer.evaluation.rouge import LONGBENCH, ROUGE, longbench_rouge_l, repetition, rouge_scores, split_sentences
+from masformer.evaluation.rouge import (
+    LONGBENCH,
+    ROUGE,
+    exact_spans,
+    longbench_rouge_l,
+    repetition,
+    rouge_scores,
+    split_sentences,
+)
 
 PAIRS = [
     ("The cats were sitting on the mats. They slept!", "A cat sat on the mat. It was asleep."),
@@ -69,3 +77,17 @@ def test_sentences_are_put_on_lines(text, sentences):
 )
 def test_repetition_is_the_share_of_repeated_four_grams(text, share):
     assert repetition(text) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "share"),
+    [
+        ("So: the next step was, he said.", "The next step was clear.", 200 / 3),
+        ("next step the was clear", "The next step was clear.", 0),
+        ("It was Grad E, and others.", "Grad E", 100),
+        ("", "Grad E", 0),
+        ("anything", "...", 0),
+    ],
+)
+def test_exact_spans_are_runs_of_words_that_are_held_word_for_word(prediction, reference, share):
+    assert exact_spans(prediction, reference) == pytest.approx(share)

@@ -5,7 +5,7 @@ import shutil
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from types import SimpleNamespace
 from typing import ClassVar
@@ -18,6 +18,7 @@ from rich.console import Console
 from masformer import MasformerError, cli, study
 from masformer.data.sources import Source
 from masformer.study import works
+from masformer.study.models import unpacked
 from masformer.study.run import Stage, run_study
 from masformer.study.units import Estimate, Place, Unit, in_order
 from masformer.training.dry_run import matrix_rate
@@ -93,14 +94,50 @@ MINI = {
             "evaluation": {"sources": {"python": PYTHON}, "lengths": [48], "every": 1, "max_tokens": 96},
         },
         "plans": {"all full": "full", "all local": "window:4", "all block": "block:8"},
+        "curves": {
+            "heads": {"50%": "full@0:0,1:1; window:4", "80%": "full@0:0,1,2:1; window:4"},
+            "layers": {"50%": "full@1; window:4", "80%": "full@0-1; window:4"},
+            "windows": {"80%": "window:24"},
+        },
+        "better": [["heads", "layers"], ["heads", "windows"]],
+        "as_good": [["layers", "heads"]],
+        "untrained": True,
+        "untouched": ["windows", "heads, 80%"],
+        "models_stay": False,
         "equal": [["all block", "all local"]],
-        "seeds": [0],
+        "seeds": [0, 1],
         "text": PYTHON,
         "lengths": [48],
         "max_tokens": 96,
-        "retrieval": {"tasks": ["passkey"], "depths": [50], "examples": 2, "length": 800},
+        "retrieval": {
+            "tasks": ["passkey"],
+            "depths": [50],
+            "examples": 2,
+            "length": 800,
+            "plans": ["all full", "all local", "layers, 50%"],
+        },
     },
     "generation": {
+        "beside": {
+            "model": {"source": "@model"},
+            "plans": {"all full": "full", "all local": "window:8", "1 head": "full@1:0; window:8"},
+            "text": {"files": ["@papers"], "field": "document", "limit": 3},
+            "length": 32,
+            "retrieval": {
+                "tasks": ["passkey", "niah_multiquery"],
+                "depths": [50],
+                "examples": 2,
+                "length": 1000,
+                "room": 8,
+            },
+            "answers": {
+                "text": {"files": ["@papers"], "prompt": "document", "target": "queries.answer"},
+                "query": "queries.query",
+                "template": "{document} ? {query}",
+                "length": 64,
+                "max_new_tokens": 4,
+            },
+        },
         "retrieval": {
             "model": {"source": "@model"},
             "plans": {"all full": "full", "all local": "window:8"},
@@ -164,7 +201,8 @@ def language(tmp_path_factory):
 def test_every_stage_runs_and_reports(language, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     documents = [f"{word} and {word} again, and so on without an end to it. " * 4 for word in ("one", "two", "three")]
-    rows = [{"document": text, "summary": f"about {text[:5]}"} for text in documents]
+    queries = [{"query": "what?", "answer": "one and two"}, {"query": "who?", "answer": "three"}]
+    rows = [{"document": text, "summary": f"about {text[:5]}", "queries": queries} for text in documents]
     (tmp_path / "papers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shutil.copytree(language, tmp_path / "start")
     model = tmp_path / "start/models/language-train-1-full-seed-0/model"
@@ -192,10 +230,47 @@ def test_every_stage_runs_and_reports(language, tmp_path, monkeypatch):
     assert {row["full_bytes"] for row in found} == {0, 1 / 3, 1}
     pretrained = json.loads((tmp_path / "study/pretrained.json").read_text())
     assert {row["step"] for row in pretrained["curves"]} >= {1, 2}
-    assert pretrained["verdicts"][1]["why"].startswith("all block less all local (")
+    claims = {verdict["claim"]: verdict["why"] for verdict in pretrained["verdicts"]}
+    assert next(why for claim, why in claims.items() if claim.startswith("Blocks")).startswith(
+        "all block less all local ("
+    )
     assert [(row["name"], row["task"], row["length"]) for row in pretrained["retrieval"]] == [
-        (name, "passkey", 800) for name in ("all full", "all local", "all block")
+        (name, "passkey", 800) for name in ("all full", "all local", "layers, 50%")
     ]
+    names = {key: {row["name"] for row in pretrained[key]} for key in ("results", "before training")}
+    assert names["before training"] - names["results"] == {"windows, 80%", "heads, 80%"}, "these are not trained on"
+    assert [row["share"] for row in pretrained["lost by cost"]] == ["50%", "80%"]
+    cells = {
+        row["share"]: [" \u2192 " in row.get(line, "") for line in ("heads", "layers", "windows")]
+        for row in pretrained["lost by cost"]
+    }
+    assert cells == {"50%": [True, True, False], "80%": [True, True, True]}
+    assert pretrained["lost by cost"][1]["windows"].endswith("\u2192 -"), "of what is not trained on there is no figure"
+    compared = {claim: why for claim, why in claims.items() if claim.startswith("At equal cost")}
+    assert [claim.split("cost, ")[1] for claim in compared] == [
+        "heads lose less than layers (before training).",
+        "heads lose less than layers (after training).",
+        "heads lose less than windows (before training).",
+        "layers lose no more than heads (before training).",
+        "layers lose no more than heads (after training).",
+    ]
+    before, after, *_ = compared.values()
+    assert ("at 80%" in before, "at 80%" in after) == (True, False)
+    first = text.split("## Verdicts")[0]
+    assert "## In short" in first
+    assert "](lost-by-cost.png)" in first
+    assert text.count("**lost by cost**") == 1
+    left = {path.name for path in (tmp_path / "study/models").iterdir()}
+    assert not any(name.startswith("pretrained") for name in left), "models are removed once they were measured"
+    generation = json.loads((tmp_path / "study/generation.json").read_text())
+    asked = [verdict["claim"] for verdict in generation["verdicts"] if verdict["claim"].startswith("What comes close")]
+    assert [claim.split(": ")[1] for claim in asked] == [
+        "passkey.",
+        "niah_multiquery.",
+        "ROUGE-L of answers.",
+        "exact spans of answers.",
+    ]
+    assert {row["answers"] for row in generation["answers"]} == {6}, "two queries about each of three documents"
     assert len(where["retrieval"]) == 2 + 2
     asked = [each["claim"] for each in where["verdicts"] if each["claim"].startswith("Of passkey")]
     assert [claim.split("what ")[1].split(" finds")[0] for claim in asked] == ["heads by tail", "layers by tail"]
@@ -363,6 +438,24 @@ def test_another_model_of_the_same_name_is_refused(tmp_path):
         Place(place.folder).kept(unit, {"u": unit})
 
 
+def test_the_weights_of_a_gguf_file_are_unpacked_once_and_those_of_another_of_its_name_anew(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr("masformer.study.models.load_model", lambda path, **options: (path, "tokenizer"))
+    monkeypatch.setattr(
+        "masformer.study.models.save_model", lambda model, folder, tokenizer: (made.append(folder), folder.mkdir())
+    )
+    place, file = Place(tmp_path / "study"), tmp_path / "Some.Q4.gguf"
+    place.make()
+    file.write_bytes(b"one")
+    recipe = ModelRecipe(source=str(file), dtype="bfloat16")
+    first = unpacked(recipe, place)
+    assert unpacked(recipe, Place(place.folder)) == first == replace(recipe, source=str(made[0]))
+    file.write_bytes(b"two")
+    assert unpacked(recipe, place) != first
+    assert len(made) == 2
+    assert unpacked(first, place) == first
+
+
 def test_a_stage_alone_needs_its_own_texts_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     scale = study.load_scale("small", data={"meetings": ["m.jsonl"]}, model="m", parts=study.parts_of(["spans"]))
@@ -431,6 +524,10 @@ def test_what_cannot_be_done_is_named_in_one_line(words, message, tmp_path, monk
         ({"start": None}, "language.long is held against training that starts short"),
         ({"equal": [["all local", "2 full"]]}, "language.equal must hold pairs of plans, got ['all local', '2 full']"),
         ({"vocabulary": 300}, "vocabulary and vocabulary_text are given together"),
+        ({"untouched": ["1 full"]}, "language.untouched plans are measured before training; set language.untrained"),
+        ({"untrained": True}, "language.untrained is of a pretrained model; leave out language.start"),
+        ({"untouched": ["2 full"]}, "language.untouched '2 full' is not allowed; allowed: all full"),
+        ({"better": [["heads", "layers"]]}, "language.better must hold pairs of lines, got ['heads', 'layers']"),
     ],
 )
 def test_wrong_scales_are_named_in_one_line(change, message, tmp_path):

@@ -39,8 +39,8 @@ def eval_retrieval(
     """Finding what is hidden in long prompts, pass keys and RULER's tasks, by length and depth; plans share one load.
 
     Args:
-        tasks: passkey, niah_single, niah_multikey, niah_multivalue, variable_tracking; separated by commas
-            (default: all).
+        tasks: passkey, niah_single, niah_multikey, niah_multivalue, niah_multiquery, variable_tracking; separated by
+            commas (default: all).
         lengths: tokens of prompt and answer together, separated by commas.
         depths: how many depths from 0 to 100%, or the depths themselves as in 0,10,50.
         examples: prompts for each task, length and depth.

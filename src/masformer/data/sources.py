@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as default
 from functools import cached_property
@@ -125,15 +125,18 @@ class Source(Settings):
     def _where(self) -> dict[str, str]:
         return {name: str(value) for name, value in self.where.items()}
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self, more: Sequence[str] = ()) -> Iterator[Row]:
         """The selected rows, in order, read as they are asked for.
+
+        Args:
+            more: fields that are read beside `fields`.
 
         Raises:
             MasformerError: something cannot be read, or nothing is selected.
         """
         stop = None if self.limit is None else self.skip + self.limit
         found = False
-        for row in islice(self._all_rows(), self.skip, stop):
+        for row in islice(self._all_rows((*self.fields, *more)), self.skip, stop):
             found = True
             yield row
         if not found:
@@ -151,24 +154,24 @@ class Source(Settings):
             raise MasformerError(f"{self.place} is read as {KINDS[self.kind]}; plain texts are needed here, by field")
         return [Document(row.name, text) for row in self.rows() if (text := row.texts[self.field]).strip()]
 
-    def _all_rows(self) -> Iterator[Row]:
+    def _all_rows(self, fields: Sequence[str]) -> Iterator[Row]:
         if self.files:
-            yield from read_rows(self.files, self.fields, self._where, lists=self.messages is not None)
+            yield from read_rows(self.files, fields, self._where, lists=self.messages is not None)
         elif self.builtin:
             from pydoc_data.topics import topics
 
             for name, text in sorted(topics.items()):
                 yield Row(f"{PYTHON_TOPICS}: {name}", {TEXT: text})
         else:
-            yield from self._hub_rows()
+            yield from self._hub_rows(fields)
 
-    def _hub_rows(self) -> Iterator[Row]:
+    def _hub_rows(self, fields: Sequence[str]) -> Iterator[Row]:
         stream = self._stream
         try:
             for number, row in enumerate(stream, start=1):
                 place = f"{self.hub}, row {number}"
                 name = f"{self.hub}:{number}"
-                yield from selected_rows(row, self.fields, self._where, name, place, self.messages is not None)
+                yield from selected_rows(row, fields, self._where, name, place, self.messages is not None)
         except MasformerError:
             raise
         except Exception as error:  # whatever the dataset's own files and the network raise

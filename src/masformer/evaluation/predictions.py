@@ -18,7 +18,15 @@ from transformers import PreTrainedModel
 
 from masformer.defaults import BATCH
 from masformer.errors import MasformerError, check_int
-from masformer.evaluation.rouge import LONGBENCH, ROUGE, longbench_rouge_l, repetition, rouge_scores
+from masformer.evaluation.rouge import (
+    LONGBENCH,
+    ROUGE,
+    SPANS,
+    exact_spans,
+    longbench_rouge_l,
+    repetition,
+    rouge_scores,
+)
 from masformer.files import parse_json, read_text, write_whole
 from masformer.generation import generate_batch
 from masformer.journal import append_lines, recover_lines
@@ -27,9 +35,10 @@ from masformer.models.wrappers import bare_model
 from masformer.plan import AttentionPlan
 from masformer.schema import Settings, build
 
-METRICS = (*ROUGE, LONGBENCH, "new_tokens", "words", "repetition", "at_limit")
-"""What a prediction is measured by: ROUGE in percent (`masformer.evaluation.rouge`), its length in tokens and in words,
-the share of repeated 4-grams in percent, and whether the limit ended it (100) or a token that ends texts (0)."""
+METRICS = (*ROUGE, LONGBENCH, SPANS, "new_tokens", "words", "repetition", "at_limit")
+"""What a prediction is measured by: ROUGE and exact spans in percent (`masformer.evaluation.rouge`), its length in
+tokens and in words, the share of repeated 4-grams in percent, and whether the limit ended it (100) or a token that ends
+texts (0)."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,7 @@ class Prediction(Generated):
         """`METRICS` of this prediction."""
         return rouge_scores(self.prediction, self.reference) | {
             LONGBENCH: longbench_rouge_l(self.prediction, self.reference),
+            SPANS: exact_spans(self.prediction, self.reference),
             "new_tokens": float(self.new_tokens),
             "words": float(len(self.prediction.split())),
             "repetition": repetition(self.prediction),

@@ -5,6 +5,8 @@
 | `rouge1`, `rouge2`, `rougeL`, `rougeLsum` | F1 of the package rouge-score with Porter stemming, as papers print it |
 | `longbench_rougeL` | F of ROUGE-L of the package rouge, which LongBench prints: no stemming, words as they stand |
 
+| `spans` | of the reference's runs of three words, those that the generated text holds word for word |
+
 All in percent. `rougeLsum` compares sentences, which rouge-score expects on lines of their own: `split_sentences` puts
 them there by a regular expression; papers mostly use NLTK's Punkt model, which has to be downloaded.
 """
@@ -21,6 +23,10 @@ ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 """Scores of rouge-score."""
 LONGBENCH = "longbench_rougeL"
 """ROUGE-L of the package rouge."""
+SPANS = "spans"
+"""What the text holds of the reference word for word."""
+SPAN = 3
+"""Words of a span."""
 NGRAM = 4
 
 
@@ -75,6 +81,26 @@ def longbench_rouge_l(prediction: str, reference: str) -> float:
         return 100 * float(Rouge().get_scores([prediction], [reference], avg=True)["rouge-l"]["f"])
     except (ValueError, RecursionError):
         return 0.0
+
+
+def exact_spans(prediction: str, reference: str) -> float:
+    """Of the reference's runs of `SPAN` words, those that the prediction holds word for word, in percent.
+
+    Whatever the case, without signs between the words: a recall, so that an answer may say more. A reference of fewer
+    words is one span.
+
+    Args:
+        prediction: the generated text; an empty one scores 0.
+        reference: the text to compare with.
+    """
+    said, wanted = (re.findall(r"\w+", text.lower()) for text in (prediction, reference))
+    size = max(1, min(SPAN, len(wanted)))
+    held, asked = _runs(said, size), _runs(wanted, size)
+    return 100 * len(asked & held) / len(asked) if asked else 0.0
+
+
+def _runs(words: list[str], size: int) -> set[tuple[str, ...]]:
+    return {tuple(words[start : start + size]) for start in range(len(words) - size + 1)}
 
 
 def repetition(text: str) -> float:

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING
 
 from masformer.evaluation.intervals import Interval
 from masformer.plots import FULL_COLOR, INK, LOCAL_COLORS, new_figure
-from masformer.reports.figures import COLORS
+from masformer.reports.figures import COLORS, MARKERS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+Point = tuple[float, Interval]
+"""(share of the attention operations, or of what is full; loss over that of full attention in nats)."""
 
 
 def pareto(points: Sequence[tuple[str, float, Interval]]) -> Figure:
@@ -40,9 +43,7 @@ def pareto(points: Sequence[tuple[str, float, Interval]]) -> Figure:
     return figure
 
 
-def by_budget(
-    lines: Mapping[str, Sequence[tuple[float, Interval]]], clouds: Mapping[str, Sequence[tuple[float, Interval]]]
-) -> Figure:
+def by_budget(lines: Mapping[str, Sequence[Point]], clouds: Mapping[str, Sequence[Point]]) -> Figure:
     """What plans lose against how much of them is full.
 
     Args:
@@ -62,6 +63,35 @@ def by_budget(
         axes.fill_between(shares, lows, highs, color=color, alpha=0.12, linewidth=0)
     axes.axhline(0, color=INK, linewidth=0.6, linestyle=":")
     axes.set_xlabel("full units, percent", fontsize=9, color=INK)
+    axes.set_ylabel("loss over all full, nats (second half)", fontsize=9, color=INK)
+    axes.legend(fontsize=8, frameon=False, labelcolor=INK)
+    axes.tick_params(labelsize=8)
+    axes.spines[["right", "top"]].set_visible(False)
+    return figure
+
+
+def by_cost(before: Mapping[str, Sequence[Point]], after: Mapping[str, Sequence[Point]]) -> Figure:
+    """What lines of plans lose against what they cost, before training (dashed) and after it.
+
+    Args:
+        before: name of a line -> its points.
+        after: the same after training.
+    """
+    figure = new_figure(6.5, 4.2, layout="constrained")
+    axes = figure.subplots()
+    for index, name in enumerate(dict.fromkeys([*before, *after])):
+        color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
+        for lines, style, label in ((before, "--", None if after.get(name) else name), (after, "-", name)):
+            points = sorted(lines.get(name, ()), key=lambda point: point[0])
+            shares = [100 * share for share, _ in points]
+            means = [over.mean for _, over in points]
+            axes.plot(shares, means, style, color=color, marker=marker, markersize=4, linewidth=1.3, label=label)
+            axes.vlines(
+                shares, [over.low for _, over in points], [over.high for _, over in points], color=color, lw=0.8
+            )
+    axes.axhline(0, color=INK, linewidth=0.6, linestyle=":")
+    axes.set_xlim(left=0)
+    axes.set_xlabel("attention operations, percent of all full", fontsize=9, color=INK)
     axes.set_ylabel("loss over all full, nats (second half)", fontsize=9, color=INK)
     axes.legend(fontsize=8, frameon=False, labelcolor=INK)
     axes.tick_params(labelsize=8)

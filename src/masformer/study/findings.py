@@ -27,6 +27,8 @@ class Findings:
         rows: title -> rows of a table; values are numbers, text or `Interval`.
         verdicts: on the claims.
         drawings: (name, drawing, caption).
+        short: sentences for the first page.
+        opening: title of the rows and name of the drawing that the first page shows; empty: none.
     """
 
     title: str
@@ -34,6 +36,8 @@ class Findings:
     rows: dict[str, list[Row]] = field(default_factory=dict)
     verdicts: list[Verdict] = field(default_factory=list)
     drawings: list[tuple[str, Figure, str]] = field(default_factory=list)
+    short: list[str] = field(default_factory=list)
+    opening: tuple[str, str] = ("", "")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a record."""

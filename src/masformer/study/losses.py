@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from masformer.evaluation.intervals import Interval
@@ -98,6 +99,15 @@ def prompt_scores(result: dict[str, Any], length: int, metric: str) -> Values:
     row = next(row for row in result["results"] if row["length"] == length and row.get("depth") is None)
     each = row["by_example"]
     return [[-score for _, score in sorted(zip(each["id"], each[metric], strict=True))]]
+
+
+def document_scores(result: dict[str, Any], metric: str) -> tuple[Values, list[int]]:
+    """([1][documents] the mean over the queries about each, the sign turned; how many queries), of the only length."""
+    (row,) = result["results"]
+    found: dict[str, list[float]] = {}
+    for name, score in zip(row["by_example"]["id"], row["by_example"][metric], strict=True):
+        found.setdefault(name.partition("#")[0], []).append(-score)
+    return [[fmean(scores) for scores in found.values()]], [len(scores) for scores in found.values()]
 
 
 def turned(values: Values) -> Values:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+from filelock import FileLock
 from transformers import PretrainedConfig
 
 from masformer import benchmarks
 from masformer.cost import ModelShape, cost, prefill_bytes
 from masformer.errors import MasformerError
+from masformer.files import content_digest
 from masformer.models.bridge import apply_plan
-from masformer.models.checkpoint import fit_tokenizer, load_config, load_model
+from masformer.models.checkpoint import fit_tokenizer, load_config, load_model, save_model
 from masformer.models.sealing import kv_heads
 from masformer.plan import AttentionPlan
 from masformer.reports.document import slug
@@ -24,7 +28,7 @@ from masformer.training.model import dtype_of, new_model, recipe_config, recipe_
 from masformer.training.recipe import ModelRecipe, Recipe
 
 
-def load(model: ModelRecipe, plan: AttentionPlan | None = None) -> tuple[Any, Any]:
+def load(model: ModelRecipe, place: Place, plan: AttentionPlan | None = None) -> tuple[Any, Any]:
     """The model on the default device, in evaluation mode, and its tokenizer.
 
     Where the recipe names no source, its weights are random.
@@ -32,6 +36,7 @@ def load(model: ModelRecipe, plan: AttentionPlan | None = None) -> tuple[Any, An
     Raises:
         MasformerError: it cannot be read, or has no tokenizer.
     """
+    model = unpacked(model, place)
     if model.source is None:
         tokenizer = recipe_tokenizer(model)
         config, own = recipe_config(model, tokenizer)
@@ -47,6 +52,24 @@ def load(model: ModelRecipe, plan: AttentionPlan | None = None) -> tuple[Any, An
     loaded, tokenizer = _KEPT[key]
     apply_plan(loaded, plan, model.backend)
     return loaded, tokenizer
+
+
+def unpacked(model: ModelRecipe, place: Place) -> ModelRecipe:
+    """The same model, that of a .gguf file from a folder of the study: its weights are unpacked once, not each time.
+
+    Raises:
+        MasformerError: it cannot be read, or the folder not be written.
+    """
+    if model.source is None or not model.source.endswith(".gguf"):
+        return model
+    file = Path(model.source)
+    name = f"{slug(file.stem)}-{content_digest(file).hex()[:8]}"
+    folder = place.folder / DATA / name
+    with FileLock(place.folder / DATA / f"{name}.lock"):
+        if not folder.exists():
+            loaded, tokenizer = load_model(file, dtype=torch.float32)
+            save_model(loaded, folder, tokenizer)
+    return replace(model, source=str(folder))
 
 
 _KEPT: dict[Any, tuple[Any, Any]] = {}

@@ -14,7 +14,7 @@ from masformer.study.findings import Findings, Row
 from masformer.study.run import Stage, done_of
 from masformer.study.scale import Scale
 from masformer.study.units import Place
-from masformer.study.verdicts import Verdict
+from masformer.study.verdicts import FAILS, Verdict
 
 SPECS = {"attention": ":.1%", "full_bytes": ":.0%", "forward": ":.1%", "cache": ":.1%"}
 ACROSS = ("position", "step")
@@ -26,6 +26,8 @@ TITLES = {
     "over_full": "over all full",
     "full_bytes": "full bytes",
     "less_full": "less all full",
+    "share": "attention operations",
+    "spans": "exact spans",
     "over_first": "over the first",
     "training_flops": "training",
     "rougeL": "ROUGE-L",
@@ -68,6 +70,7 @@ def write_report(
             found.append((stage, stage.findings(stage.settings, place, results), left))
     report = Report(title)
     report.text(scale.about)
+    _open(report, [findings for _, findings, _ in found])
     verdicts = [verdict for _, findings, _ in found for verdict in findings.verdicts]
     if verdicts:
         report.section("Verdicts").table(_verdicts(verdicts))
@@ -93,16 +96,39 @@ def write_report(
     return verdicts
 
 
+def _open(report: Report, found: Sequence[Findings]) -> None:
+    """The first page: sentences, a figure and a table, where a stage has some to show; and what did not hold."""
+    short = [line for findings in found for line in findings.short]
+    if not short:
+        return
+    section = report.section("In short")
+    failed = [
+        verdict.claim.rstrip(".") for findings in found for verdict in findings.verdicts if verdict.answer == FAILS
+    ]
+    if failed:
+        short.append(f"What did not hold: {'; '.join(failed)}.")
+    for line in short:
+        section.text(line)
+    for findings in found:
+        rows, drawing = findings.opening
+        for name, figure, caption in findings.drawings:
+            if name == drawing:
+                section.figure(name, figure, caption)
+        if findings.rows.get(rows):
+            section.table(_table(rows, findings.rows[rows]))
+
+
 def _add(report: Report, findings: Findings, left: Sequence[str]) -> Section:
     section = report.section(findings.title)
     section.text(findings.intro)
     for verdict in findings.verdicts:
         section.text(f"{verdict.claim} {verdict.answer[0].upper()}{verdict.answer[1:]}: {verdict.why}.")
     for title, rows in findings.rows.items():
-        if rows:
+        if rows and title != findings.opening[0]:
             section.table(_table(title, rows))
     for name, figure, caption in findings.drawings:
-        section.figure(name, figure, caption)
+        if name != findings.opening[1]:
+            section.figure(name, figure, caption)
     if left:
         section.text("Missing, not run yet: ", ", ".join(left), small=True)
     return section

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -161,6 +162,7 @@ def run_study(
                 check_precision(units, there | {unit.name: result}, place)
                 place.keep(unit, by_name, result, time.monotonic() - began)
                 there[unit.name] = result
+                _clear(unit, units, place)
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -168,6 +170,15 @@ def run_study(
         if len(todo) == before:
             time.sleep(WAIT)  # other processes are at work on all that is left
     progress("", len(units), len(units))
+
+
+def _clear(unit: Unit, units: Sequence[Unit], place: Place) -> None:
+    """Removes trained models that are not to stay, once everything was measured of them that this unit was part of."""
+    for made in units:
+        if made.name in unit.needs and isinstance(made.work, Train) and not made.work.stays:
+            after = [each for each in units if made.name in each.needs]
+            if all(place.file(each).exists() for each in after):
+                shutil.rmtree(made.work.recipe.output, ignore_errors=True)
 
 
 def done_of(stages: Sequence[Stage], place: Place) -> tuple[dict[str, dict[str, Any]], list[Unit]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from masformer.data.sources import Source
 from masformer.errors import LARGEST, LARGEST_SEED, MasformerError, check_int, shown
+from masformer.evaluation.prompts import Template
 from masformer.evaluation.retrieval import TASKS
 from masformer.placement import METHODS, UNITS
 from masformer.schema import Named, Settings, Several, build
@@ -113,6 +114,7 @@ class FindPart(Settings):
         examples: prompts for each task and depth.
         length: of prompt and answer; None: that of the stage's windows.
         searches: of the stage `where`, names of those whose plans are asked; None: all.
+        plans: of a stage that trains, names of those whose models are asked; None: all.
         room: tokens of an answer; None: the task's.
         chat: whether the question stands in the tokenizer's chat template; None: where there is one.
     """
@@ -122,6 +124,7 @@ class FindPart(Settings):
     examples: int
     length: int | None = None
     searches: Several[str] | None = None
+    plans: Several[str] | None = None
     room: int | None = None
     chat: bool | None = None
 
@@ -151,6 +154,13 @@ class LanguageStage(Settings):
         long: names of plans that are also trained from scratch at the long length, with as many tokens.
         equal: pairs of names of plans of equal cost, the first with blocks and the second with windows.
         retrieval: prompts for every trained model; None: none.
+        curves: name of a line -> share of the attention operations, in words -> plan; plans beside `plans`, which are
+            called by both names (`heads, 25%`). What lines have under one share costs the same.
+        better: pairs of lines, the first of which should lose less at every share that both have.
+        as_good: pairs of lines, the first of which should lose no more.
+        untrained: whether every plan is measured before training, too.
+        untouched: names of plans and lines that are not trained on, and measured before training alone.
+        models_stay: whether trained models stay once everything was measured of them.
     """
 
     recipe: Named[Named[Any]]
@@ -165,10 +175,41 @@ class LanguageStage(Settings):
     long: Several[str] = field(default_factory=list)
     equal: Several[Several[str]] = field(default_factory=list)
     retrieval: FindPart | None = None
+    curves: Named[Named[str]] = field(default_factory=dict)
+    better: Several[Several[str]] = field(default_factory=list)
+    as_good: Several[Several[str]] = field(default_factory=list)
+    untrained: bool = False
+    untouched: Several[str] = field(default_factory=list)
+    models_stay: bool = True
+
+    @property
+    def every(self) -> dict[str, str]:
+        """All plans by their names, those of the lines too."""
+        lines = ((f"{line}, {share}", plan) for line, points in self.curves.items() for share, plan in points.items())
+        return self.plans | dict(lines)
+
+    @property
+    def trained(self) -> list[str]:
+        """Names of the plans that are trained on."""
+        left = {
+            *self.untouched,
+            *(f"{line}, {share}" for line in self.untouched for share in self.curves.get(line, ())),
+        }
+        return [name for name in self.every if name not in left]
 
     def __post_init__(self) -> None:
         if self.retrieval is not None and self.retrieval.searches is not None:
-            raise MasformerError("language.retrieval.searches is of the stage where; every trained model is asked")
+            raise MasformerError("language.retrieval.searches is of the stage where; name trained plans in plans")
+        for name in (self.retrieval.plans if self.retrieval is not None else None) or ():
+            check_choice("language.retrieval.plans", name, self.trained)
+        for name in self.untouched:
+            check_choice("language.untouched", name, [*self.every, *self.curves])
+        if self.untouched and not self.untrained:
+            raise MasformerError("language.untouched plans are measured before training; set language.untrained")
+        if self.untrained and self.start is not None:
+            raise MasformerError("language.untrained is of a pretrained model; leave out language.start")
+        for pairs in ("better", "as_good"):
+            check_pairs(f"language.{pairs}", getattr(self, pairs), "lines", set(self.curves))
         check_plans("language", self.plans)
         check_seeds("language", self.seeds)
         check_int("language.max_tokens", self.max_tokens, max(self.lengths, default=1))
@@ -179,10 +220,10 @@ class LanguageStage(Settings):
         if (self.vocabulary is None) != (self.vocabulary_text is None):
             raise MasformerError("language.vocabulary and vocabulary_text are given together or not at all")
         for name in self.long:
-            check_choice("language.long", name, self.plans)
+            check_choice("language.long", name, self.trained)
         if self.long and self.start is None:
             raise MasformerError("language.long is held against training that starts short; give language.start")
-        check_pairs("language.equal", self.equal, "plans", set(self.plans))
+        check_pairs("language.equal", self.equal, "plans", set(self.trained))
 
 
 @dataclass(frozen=True)
@@ -256,6 +297,8 @@ class WhereStage(Settings):
                 raise MasformerError(f"where.{name} must hold something")
         for name in (self.retrieval.searches if self.retrieval else None) or ():
             check_choice("where.retrieval.searches", name, self.searches)
+        if self.retrieval is not None and self.retrieval.plans is not None:
+            raise MasformerError("where.retrieval.plans is of stages that train; name searches in searches")
         for name in ("better", "as_good"):
             check_pairs(f"where.{name}", getattr(self, name), "searches", set(self.searches))
 
@@ -351,20 +394,76 @@ class RetrievalPart(Settings):
 
 
 @dataclass(frozen=True)
+class AnswersPart(Settings):
+    """Queries about documents whose answers are scored.
+
+    Attributes:
+        text: documents (`prompt`) and references (`target`).
+        query: the field of the query.
+        template: the words around document and query.
+        length: the most tokens of a prompt.
+        max_new_tokens: of an answer.
+    """
+
+    text: Source
+    query: str
+    template: str
+    length: int
+    max_new_tokens: int
+
+    def __post_init__(self) -> None:
+        check_each("generation.beside.answers", [self.length, self.max_new_tokens])
+        if not self.text.is_pairs:
+            raise MasformerError("generation.beside.answers.text needs prompt and target, the fields of its pairs")
+        if not Template(self.template).has_query:
+            raise MasformerError("generation.beside.answers.template has no {query}")
+
+
+@dataclass(frozen=True)
+class BesidePart(Settings):
+    """What is written beside what is likely: plans by the loss of text and by what they find and answer, untrained.
+
+    Attributes:
+        model: the model.
+        plans: name -> plan.
+        text: documents.
+        length: of the windows of text, and of prompts to find something in.
+        retrieval: what is hidden and asked for.
+        answers: queries about documents; None: none.
+    """
+
+    model: ModelRecipe
+    plans: Named[str]
+    text: Source
+    length: int
+    retrieval: FindPart
+    answers: AnswersPart | None = None
+
+    def __post_init__(self) -> None:
+        check_plans("generation.beside", self.plans)
+        check_int("generation.beside.length", self.length, 2)
+        for name in ("searches", "plans"):
+            if getattr(self.retrieval, name) is not None:
+                raise MasformerError(f"generation.beside.retrieval.{name} is of other stages; every plan is asked")
+
+
+@dataclass(frozen=True)
 class GenerationStage(Settings):
-    """Summaries and retrieval.
+    """Summaries, retrieval and answers.
 
     Attributes:
         summarization: fine-tuned summaries.
         retrieval: retrieval by depth.
+        beside: retrieval and answers beside the loss of text.
     """
 
     summarization: SummarizationPart | None = None
     retrieval: RetrievalPart | None = None
+    beside: BesidePart | None = None
 
     def __post_init__(self) -> None:
-        if self.summarization is None and self.retrieval is None:
-            raise MasformerError("generation needs summarization or retrieval")
+        if self.summarization is None and self.retrieval is None and self.beside is None:
+            raise MasformerError("generation needs summarization, retrieval or beside")
 
 
 @dataclass(frozen=True)
@@ -377,6 +476,7 @@ class CostStage(Settings):
         counted: lengths at which operations and caches are counted.
         benches: `prefill`, `decode` or `train` -> lengths that are timed.
         repeats: timed rounds.
+        others: name -> plan, of plans that are counted and not timed.
     """
 
     model: ModelRecipe
@@ -384,6 +484,7 @@ class CostStage(Settings):
     counted: Several[int]
     benches: Named[Several[int]] = field(default_factory=dict)
     repeats: int = 3
+    others: Named[str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_int("cost.repeats", self.repeats, 1)

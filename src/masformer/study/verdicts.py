@@ -5,13 +5,14 @@ Values are losses, or scores with the sign turned: higher is worse. Plans are co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from masformer.evaluation.intervals import Interval, bootstrap
+from masformer.study.scale import FULL, LOCAL
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decidable at this scale"
 CLOSE = 0.25
@@ -100,6 +101,19 @@ class Nearness:
         return f"{name} loses {self.left} {unit} where all local loses {self.gap}"
 
 
+def nearness(values: Mapping[str, Values], weights: Sequence[float] | None = None) -> dict[str, Nearness]:
+    """How near every plan comes to full attention, but for the ends themselves; none where an end is missing.
+
+    Args:
+        values: by the plans' names.
+        weights: of the documents.
+    """
+    if FULL not in values or LOCAL not in values:
+        return {}
+    mixes = {name: each for name, each in values.items() if name not in (FULL, LOCAL)}
+    return {name: Nearness.of(values[FULL], values[LOCAL], each, weights) for name, each in mixes.items()}
+
+
 def comes_close(claim: str, plans: dict[str, Nearness], unit: str) -> Verdict:
     """Whether any of the plans comes close to full attention; not, where none does for certain.
 
@@ -114,6 +128,25 @@ def comes_close(claim: str, plans: dict[str, Nearness], unit: str) -> Verdict:
     shown = good or list(plans)
     lines = dict.fromkeys(plans[name].text(name, unit) for name in shown)
     return Verdict(claim, answer, "; ".join(lines) or "nothing was measured")
+
+
+def writes_as_well(claim: str, likely: dict[str, Nearness], written: dict[str, Nearness], unit: str) -> Verdict:
+    """Whether the plans that come close to full attention by the loss of text do so in what they write as well.
+
+    Not, where one of them does not for certain.
+
+    Args:
+        claim: in a sentence.
+        likely: name -> how near by the loss of text.
+        written: name -> how near by what is written.
+        unit: of what is written.
+    """
+    chosen = [name for name, near in likely.items() if near.answer == HOLDS and name in written]
+    if not chosen:
+        return Verdict(claim, OPEN, "no plan comes close by the loss of text" if likely else "nothing was measured")
+    answers = {written[name].answer for name in chosen}
+    answer = FAILS if FAILS in answers else HOLDS if answers == {HOLDS} else OPEN
+    return Verdict(claim, answer, "; ".join(dict.fromkeys(written[name].text(name, unit) for name in chosen)))
 
 
 def is_better(claim: str, found: Interval, what: str, unit: str = "nats") -> Verdict:

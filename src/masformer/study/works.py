@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from masformer import benchmarks
 from masformer.data.sources import Source
+from masformer.defaults import BATCH as FEW
 from masformer.errors import MasformerError
 from masformer.evaluation.perplexity import compare_plans, prefix_token, tokenize
 from masformer.evaluation.prompts import Example, Prompter, Template
@@ -26,7 +27,7 @@ from masformer.placement import parse_criteria, search_layers
 from masformer.placement.finding import POINTS, ROUNDS
 from masformer.plan import AttentionPlan
 from masformer.spans import Span
-from masformer.study.models import forget, forward_estimate, layers_of, load, plan_of
+from masformer.study.models import forget, forward_estimate, layers_of, load, plan_of, unpacked
 from masformer.study.units import Estimate, Place, Work
 from masformer.training.dry_run import forecast
 from masformer.training.model import END
@@ -35,7 +36,7 @@ from masformer.training.run import train
 from masformer.training.trainer import METRICS, read_metrics
 
 BATCH = 32
-"""Prompts of retrieval that are continued together."""
+"""Prompts of retrieval that are continued together; on CUDA of all that is written."""
 BENCHES: Mapping[str, Callable[..., dict[str, Any]]] = {
     "prefill": benchmarks.bench_prefill,
     "decode": benchmarks.bench_decode,
@@ -131,9 +132,11 @@ class Train(Work):
 
     Attributes:
         recipe: the run.
+        stays: whether the model stays once everything was measured of it.
     """
 
     recipe: Recipe
+    stays: bool = True
 
     def settings(self) -> dict[str, Any]:
         found = self.recipe.to_dict()
@@ -154,7 +157,8 @@ class Train(Work):
     def run(self, place: Place, name: str) -> dict[str, Any]:
         began = time.monotonic()
         forget()
-        outcome = train(self.recipe, resume=True, console=Console(quiet=True))
+        recipe = replace(self.recipe, model=unpacked(self.recipe.model, place))
+        outcome = train(recipe, resume=True, console=Console(quiet=True))
         if outcome.signal is not None:
             raise StoppedError(name, outcome.signal)
         rows = list(read_metrics(Path(self.recipe.output) / METRICS))
@@ -192,7 +196,7 @@ class UnderPlan(Work):
             found = place.beside(self.found_by, "json")
             text = parse_json(read_text(found), str(found))["result"]["plan"]
         plan = plan_of(self.model, text)
-        return plan, *load(self.model, plan)
+        return plan, *load(self.model, place, plan)
 
 
 def backend_of(model: Any, precision: str = "float32") -> str:
@@ -281,7 +285,7 @@ class Search(Work):
         return self.journal
 
     def run(self, place: Place, name: str) -> dict[str, Any]:
-        loaded, tokenizer = load(self.model)
+        loaded, tokenizer = load(self.model, place)
         tokens, _ = tokenize(tokenizer, self.text.documents())
         found = search_layers(
             loaded,
@@ -357,7 +361,7 @@ class Retrieval(UnderPlan):
 
 @dataclass(frozen=True)
 class Summaries(Work):
-    """Summarizes documents under one plan at several lengths of the prompt.
+    """Summarizes documents, or answers queries about them, under one plan at several lengths of the prompt.
 
     Attributes:
         model: the model.
@@ -366,6 +370,7 @@ class Summaries(Work):
         template: the words around a document, see `masformer.evaluation.prompts.Template`.
         lengths: the most tokens of a prompt.
         max_new_tokens: the most tokens of a summary.
+        query: the field of a query about the document, for the template's `{query}`; None: there is none.
     """
 
     model: ModelRecipe
@@ -374,6 +379,7 @@ class Summaries(Work):
     template: str
     lengths: tuple[int, ...]
     max_new_tokens: int
+    query: str | None = None
 
     def estimate(self) -> Estimate:
         plan = plan_of(self.model, self.plan)
@@ -383,7 +389,7 @@ class Summaries(Work):
     def run(self, place: Place, name: str) -> dict[str, Any]:
         plan = plan_of(self.model, self.plan)
         examples = self._examples()
-        loaded, tokenizer = load(self.model, plan)
+        loaded, tokenizer = load(self.model, place, plan)
         prompter = Prompter(tokenizer, Template(self.template), chat=False)
         kept, plans = place.beside(name, "predictions.jsonl"), {str(plan): plan}
         results, _ = summarize(
@@ -394,16 +400,20 @@ class Summaries(Work):
             self.lengths,
             kept,
             max_new_tokens=self.max_new_tokens,
+            batch=BATCH if loaded.device.type == "cuda" else FEW,
             backend=backend_of(loaded),
         )
         return {"plan": str(plan), "results": [result.to_dict() for result in results]}
 
     def _examples(self) -> list[Example]:
-        prompt, target = self.text.fields
+        (prompt, target), query = self.text.fields, self.query
+        rows = list(self.text.rows(() if query is None else (query,)))
         return [
-            Example(f"{self.text.place}:{number}", row.texts[prompt], row.texts[target])
-            for number, row in enumerate(self.text.rows(), start=1)
-            if row.texts[prompt].strip() and row.texts[target].strip()
+            Example(
+                Path(row.name).name, row.texts[prompt], row.texts[target], None if query is None else row.texts[query]
+            )
+            for row in rows
+            if all(text.strip() for text in row.texts.values())
         ]
 
 
@@ -431,5 +441,5 @@ class Bench(Work):
 
     def run(self, place: Place, name: str) -> dict[str, Any]:
         plans = {title: plan_of(self.model, text) for title, text in self.plans.items()}
-        loaded, _ = load(self.model, next(iter(plans.values())))
+        loaded, _ = load(self.model, place, next(iter(plans.values())))
         return BENCHES[self.bench](loaded, plans, self.lengths, repeats=self.repeats)

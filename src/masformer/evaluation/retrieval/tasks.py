@@ -1,4 +1,4 @@
-"""What is hidden and asked for: the pass key of Mohtashami & Jaggi (arXiv 2305.16300), and four tasks of RULER (Hsieh
+"""What is hidden and asked for: the pass key of Mohtashami & Jaggi (arXiv 2305.16300), and five tasks of RULER (Hsieh
 et al., arXiv 2404.06654) in RULER's own words.
 
 | task | hidden | asked for |
@@ -7,6 +7,7 @@ et al., arXiv 2404.06654) in RULER's own words.
 | `niah_single` | the number of one key | it |
 | `niah_multikey` | the numbers of 4 keys, one each | that of one key |
 | `niah_multivalue` | 4 numbers of one key | all 4 |
+| `niah_multiquery` | the numbers of 4 keys, one each | all 4 |
 | `variable_tracking` | a number given to a variable, this one to another, 4 times | all 5 variables |
 """
 
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from masformer.errors import MasformerError, check_int
 
 KEYS = VALUES = 4
-"""Of the tasks with several: RULER's numbers (`niah_multikey_1`, `niah_multivalue`)."""
+"""Of the tasks with several: RULER's numbers (`niah_multikey_1`, `niah_multivalue`, `niah_multiquery`)."""
 HOPS = 4
 """Of variable tracking: assignments of one variable to the next, as in RULER."""
 MOST_DIGITS = 100
@@ -131,6 +132,12 @@ def _multivalue(choose: random.Random, digits: int) -> Hidden:
     return Hidden(tuple(_needle(key, value) for value in values), (), key, tuple(values))
 
 
+def _multiquery(choose: random.Random, digits: int) -> Hidden:
+    keys, values = _keys(choose, KEYS), numbers(choose, digits, KEYS)
+    query = f"{', '.join(keys[:-1])}, and {keys[-1]}"
+    return Hidden(tuple(map(_needle, keys, values)), (), query, tuple(values))
+
+
 def chain(choose: random.Random, digits: int, letters: int = LETTERS) -> Hidden:
     """A chain of assignments with variables of so many letters."""
     names: list[str] = []
@@ -175,6 +182,7 @@ TASKS = {
         Task("niah_single", _ONE, _ONE_BEGUN, 128, 7, _single),
         Task("niah_multikey", _ONE, _ONE_BEGUN, 128, 7, _multikey),
         Task("niah_multivalue", _ALL, _ALL_BEGUN, 128, 7, _multivalue),
+        Task("niah_multiquery", _ALL, _ALL_BEGUN, 128, 7, _multiquery),
         Task("variable_tracking", _TRACK, _TRACK_BEGUN, 30, 5, chain, separator=" ", worked=True),
     )
 }

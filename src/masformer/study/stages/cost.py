@@ -5,9 +5,8 @@ from __future__ import annotations
 from masformer.benchmarks.models import FULL as MEASURED_FULL
 from masformer.cost import ModelShape, compare
 from masformer.evaluation.intervals import bootstrap
-from masformer.plan import AttentionPlan
 from masformer.study.findings import Findings, Results
-from masformer.study.models import config_of, layers_of
+from masformer.study.models import config_of, plan_of
 from masformer.study.scale import CostStage
 from masformer.study.units import Place, Unit
 from masformer.study.verdicts import is_faster
@@ -32,8 +31,8 @@ def _name(bench: str) -> str:
 
 def findings(stage: CostStage, place: Place, results: Results) -> Findings:
     """What is counted, what was measured, and whether what is saved is saved in time as well."""
-    shape, layers = ModelShape.of(config_of(stage.model)), layers_of(stage.model)
-    plans = {name: AttentionPlan.load(text, layers) for name, text in stage.plans.items()}
+    shape = ModelShape.of(config_of(stage.model))
+    plans = {name: plan_of(stage.model, text) for name, text in (stage.plans | stage.others).items()}
     counted = [
         {
             "name": name,
@@ -54,6 +53,7 @@ def findings(stage: CostStage, place: Place, results: Results) -> Findings:
         "faster than transformers by itself. Intervals in the verdicts are 95% over rounds.",
         {"counted": counted},
     )
+    times: list[str] = []
     for bench in stage.benches:
         if _name(bench) not in results:
             continue
@@ -71,4 +71,9 @@ def findings(stage: CostStage, place: Place, results: Results) -> Findings:
             if name in seconds and not plan.is_full
         }
         made.verdicts.append(is_faster(f"What a mix saves, it saves in time: {WORDS[bench]}.", ratios))
+        if ratios:
+            parts = [f"{what} {found.mean:.2f}" for what, found in ratios.items()]
+            times.append("; ".join(parts))
+    if times:
+        made.short.append(f"Measured, times as fast as full attention: {'; '.join(times)}.")
     return made

@@ -1,28 +1,35 @@
-"""Generation: fine-tuned summaries by length of the prompt, and retrieval by depth."""
+"""Generation: what is found and answered beside the loss of text, retrieval by depth, and fine-tuned summaries."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from masformer.evaluation.intervals import Interval
+from masformer.evaluation.rouge import SPANS
 from masformer.reports.figures import draw, heat_map
+from masformer.study.asked import add_answers, asking
 from masformer.study.findings import Findings, Results, Row
-from masformer.study.losses import prompt_scores, turned
+from masformer.study.losses import Losses, document_scores, prompt_scores, turned
 from masformer.study.models import attention_share, model_of, recipe_of
-from masformer.study.scale import FULL, LOCAL, GenerationStage, RetrievalPart, SummarizationPart
+from masformer.study.scale import FULL, LOCAL, BesidePart, GenerationStage, RetrievalPart, SummarizationPart
 from masformer.study.units import Place, Unit
-from masformer.study.verdicts import Nearness, Values, Verdict, comes_close, difference
-from masformer.study.works import Retrieval, Summaries, Train
+from masformer.study.verdicts import HOLDS, Nearness, comes_close, difference, nearness, writes_as_well
+from masformer.study.works import Perplexity, Retrieval, Summaries, Train
 from masformer.training.recipe import Recipe
 
 STAGE = "generation"
 METRIC = "rougeL"
+LOSS, ANSWERED = "perplexity", "answers"
 SHOWN = ("rouge1", "rouge2", METRIC, "words", "repetition")
+ANSWERS = ("rouge1", METRIC, SPANS, "words")
+SCORED = {METRIC: "ROUGE-L of answers", SPANS: "exact spans of answers"}
+"""What verdicts on answers are about."""
 
 
 def units(stage: GenerationStage, place: Place) -> list[Unit]:
-    """Retrieval of each plan, then a fine-tuned model and its summaries."""
-    found = []
+    """Each plan by the loss of text, by what it finds and answers, then a fine-tuned model and its summaries."""
+    found = [] if stage.beside is None else _beside_units(stage.beside)
     if (asked := stage.retrieval) is not None:
         for name, plan in asked.plans.items():
             work = Retrieval(
@@ -47,6 +54,26 @@ def units(stage: GenerationStage, place: Place) -> list[Unit]:
     return found
 
 
+def _beside_units(part: BesidePart) -> list[Unit]:
+    found = []
+    for name, plan in part.plans.items():
+        loss = Perplexity(part.model, plan, part.text, (part.length,), part.length)
+        found.append(Unit(_beside(name, LOSS), STAGE, loss))
+        for task in part.retrieval.tasks:
+            found.append(Unit(_beside(name, task), STAGE, asking(part.retrieval, part.model, plan, task, part.length)))
+        if (asked := part.answers) is not None:
+            lengths = (asked.length,)
+            answers = Summaries(
+                part.model, plan, asked.text, asked.template, lengths, asked.max_new_tokens, asked.query
+            )
+            found.append(Unit(_beside(name, ANSWERED), STAGE, answers))
+    return found
+
+
+def _beside(plan: str, what: str) -> str:
+    return f"{STAGE}/beside/{plan}/{what}"
+
+
 def _retrieval(plan: str) -> str:
     return f"{STAGE}/retrieval/{plan}"
 
@@ -61,17 +88,88 @@ def _recipe(part: SummarizationPart, place: Place, name: str) -> Recipe:
 
 
 def findings(stage: GenerationStage, place: Place, results: Results) -> Findings:
-    """ROUGE by plan and length, retrieval by plan, length and depth, and whether mixes come close to full attention."""
-    made = Findings(
-        "Generation",
-        "Summaries by models fine-tuned under each plan, ROUGE by the length of the prompt; and retrieval by depth, as "
-        "the model is. Intervals are 95% over documents or prompts.",
-    )
+    """What plans find, answer and summarize, and whether mixes come close to full attention in that as well."""
+    parts = {
+        "beside the loss of text, what each plan finds and answers, as the model is": stage.beside,
+        "retrieval by depth, as the model is": stage.retrieval,
+        "summaries by models fine-tuned under each plan, ROUGE by the length of the prompt": stage.summarization,
+    }
+    what = "; ".join(text for text, part in parts.items() if part is not None)
+    made = Findings("Generation", f"{what[0].upper()}{what[1:]}. Intervals are 95% over documents or prompts.")
+    if stage.beside is not None:
+        _add_beside(made, stage.beside, results)
     if stage.summarization is not None:
         _add_summaries(made, stage.summarization, place, results)
     if stage.retrieval is not None:
         _add_retrieval(made, stage.retrieval, results)
     return made
+
+
+def _add_beside(made: Findings, part: BesidePart, results: Results) -> None:
+    """What is lost by the loss of text and by what is written, and whether the second follows the first."""
+    losses = {name: Losses([results[_beside(name, LOSS)]]) for name in part.plans if _beside(name, LOSS) in results}
+    length = part.length
+    rows: list[Row] = []
+    for name, each in losses.items():
+        row: Row = {"name": name, "plan": part.plans[name], "length": length}
+        row |= each.row(length, over_full=losses.get(FULL))
+        rows.append(row | {"attention": attention_share(part.model, part.plans[name], length)})
+    made.rows["loss of text"] = rows
+    likely: dict[str, Nearness] = {}
+    if FULL in losses and LOCAL in losses:
+        weights = losses[FULL].weights(length)
+        likely = nearness({name: each.late(length) for name, each in losses.items()}, weights)
+    here = {
+        task: {name: [results[_beside(name, task)]] for name in part.plans if _beside(name, task) in results}
+        for task in part.retrieval.tasks
+    }
+    written: dict[str, dict[str, Nearness]] = {}
+    for task, scores in add_answers(made, "retrieval beside loss", here, part.retrieval.length or length).items():
+        written[task] = nearness(scores)
+    answered = {name: results[_beside(name, ANSWERED)] for name in part.plans if _beside(name, ANSWERED) in results}
+    made.rows["answers"] = _answer_rows(answered)
+    for metric, what in SCORED.items():
+        each = {name: document_scores(result, metric) for name, result in answered.items()}
+        if each:
+            weights = next(iter(each.values()))[1]
+            written[what] = nearness({name: scores for name, (scores, _) in each.items()}, weights)
+    for what, near in written.items():
+        if near:
+            made.verdicts.append(
+                comes_close(f"Untrained, a mix comes close to full attention: {what}.", near, "points")
+            )
+            claim = f"What comes close by the loss of text does so by what it writes: {what}."
+            made.verdicts.append(writes_as_well(claim, likely, near, "points"))
+    made.short += _in_short(likely, written)
+
+
+def _answer_rows(answered: Mapping[str, dict[str, Any]]) -> list[Row]:
+    rows: list[Row] = []
+    for name, result in answered.items():
+        (found,) = result["results"]
+        row: Row = {"name": name, "length": found["length"], "answers": found["examples"]}
+        row |= {metric: Interval(**found[metric]) for metric in ANSWERS}
+        if name != FULL and FULL in answered:
+            mine, counts = document_scores(result, METRIC)
+            row["less_full"] = difference(turned(mine), turned(document_scores(answered[FULL], METRIC)[0]), counts)
+        rows.append(row)
+    return rows
+
+
+def _in_short(likely: Mapping[str, Nearness], written: Mapping[str, Mapping[str, Nearness]]) -> list[str]:
+    good = [name for name, near in likely.items() if near.answer == HOLDS]
+    if not good or not written:
+        return []
+    decided = {what: near for what, near in written.items() if any(each.gap.low > 0 for each in near.values())}
+    kept = {
+        what: [name for name in good if name in near and near[name].answer == HOLDS] for what, near in decided.items()
+    }
+    parts = [f"{what} {len(names)}" for what, names in kept.items()]
+    nothing = [what for what in written if what not in decided]
+    said = (
+        f"Of {len(good)} plans that come close by the loss of text, so many do by what they write: {', '.join(parts)}"
+    )
+    return [said + (f"; at {', '.join(nothing)} local attention loses nothing for certain." if nothing else ".")]
 
 
 def _add_summaries(made: Findings, part: SummarizationPart, place: Place, results: Results) -> None:
@@ -103,7 +201,9 @@ def _add_summaries(made: Findings, part: SummarizationPart, place: Place, result
         ]
     longest = max(part.lengths)
     claim = "Fine-tuned summaries under a mix come close to those under full attention."
-    made.verdicts.append(_near(claim, {name: each[longest] for name, each in scores.items()}, "points of ROUGE-L"))
+    made.verdicts.append(
+        comes_close(claim, nearness({name: each[longest] for name, each in scores.items()}), "points of ROUGE-L")
+    )
 
 
 def _add_retrieval(made: Findings, part: RetrievalPart, results: Results) -> None:
@@ -123,16 +223,4 @@ def _add_retrieval(made: Findings, part: RetrievalPart, results: Results) -> Non
     longest = max(part.lengths)
     scores = {name: prompt_scores(result, longest, "score") for name, result in here.items()}
     claim = "Retrieval under a mix comes close to that under full attention, without training for it."
-    made.verdicts.append(_near(claim, scores, "points"))
-
-
-def _near(claim: str, scores: Mapping[str, Values], unit: str) -> Verdict:
-    """Of scores with the sign turned."""
-    near = {}
-    if FULL in scores and LOCAL in scores:
-        near = {
-            name: Nearness.of(scores[FULL], scores[LOCAL], each)
-            for name, each in scores.items()
-            if name not in (FULL, LOCAL)
-        }
-    return comes_close(claim, near, unit)
+    made.verdicts.append(comes_close(claim, nearness(scores), "points"))

@@ -17,25 +17,41 @@ from masformer.evaluation.intervals import Interval
 from masformer.evaluation.perplexity.measure import exp_interval
 from masformer.reports.figures import curves, draw
 from masformer.study.asked import add_answers, asking
-from masformer.study.figures import pareto
+from masformer.study.figures import by_cost, pareto
 from masformer.study.findings import Findings, Results, Row, done
 from masformer.study.losses import Losses, over_each_other
 from masformer.study.models import attention_share, config_of, model_of, plan_of, recipe_of
 from masformer.study.scale import FULL, LOCAL, FindPart, LanguageStage
 from masformer.study.units import DATA, Place, Unit
-from masformer.study.verdicts import OPEN, Nearness, Verdict, comes_close, interval, is_no_worse
+from masformer.study.verdicts import (
+    HOLDS,
+    OPEN,
+    Nearness,
+    Verdict,
+    are_better,
+    comes_close,
+    interval,
+    is_no_worse,
+    nearness,
+    writes_as_well,
+)
 from masformer.study.works import Perplexity, Train, Vocabulary
-from masformer.training.recipe import Recipe
+from masformer.training.recipe import ModelRecipe, Recipe
 
 LANGUAGE, TRAINING, PRETRAINED = "language", "training", "pretrained"
 TITLES = {LANGUAGE: "Language modelling", PRETRAINED: "Language modelling, from a pretrained model"}
 CLAIM = "A few full layers come close to full attention at a quarter of the attention cost"
 CHEAP = 0.3
 """Share of the attention operations up to which a mix counts as one at a quarter of the cost."""
+QUARTER = 0.25
+"""Of the attention operations: what the paper's claim is about."""
+BEFORE, AFTER = "before", "after"
+BY_COST = "lost by cost"
 
 
 def units(stage: LanguageStage, place: Place, group: str = LANGUAGE) -> list[Unit]:
-    """For each seed a start and, for each plan, a model that goes on from it and its perplexity; then long runs.
+    """What is measured before training; for each seed a start and, for each plan, a model that goes on from it and what
+    is measured of it; then long runs.
 
     Args:
         stage: its settings.
@@ -51,27 +67,39 @@ def units(stage: LanguageStage, place: Place, group: str = LANGUAGE) -> list[Uni
         )
         found.append(vocabulary)
         needs = (vocabulary.name,)
+    if stage.untrained:
+        model = replace(_recipe(stage, place, FULL, stage.seeds[0], group).model, plan=None)
+        found += [Unit(_untrained(group, name), group, _measured(stage, model, name), needs) for name in stage.every]
     for turn, seed in enumerate(stage.seeds):
         before = needs
         if stage.start is not None:
             start = Unit(_start(seed), LANGUAGE, Train(_start_recipe(stage, place, seed)), needs, turn)
             found.append(start)
             before = (start.name,)
-        runs = [(group, "train", name) for name in stage.plans] + [(TRAINING, "long", name) for name in stage.long]
+        runs = [(group, "train", name) for name in stage.trained] + [(TRAINING, "long", name) for name in stage.long]
         for belongs, kind, name in runs:
             made = _name(belongs, kind, name, seed)
             recipe = (
                 _recipe(stage, place, name, seed, group) if kind == "train" else _long_recipe(stage, place, name, seed)
             )
-            work = Perplexity(model_of(recipe), stage.plans[name], stage.text, tuple(stage.lengths), stage.max_tokens)
+            work = _measured(stage, model_of(recipe), name)
             when = turn if kind == "train" else turn + len(stage.seeds)  # long runs take longest, and come last
-            found.append(Unit(made, belongs, Train(recipe), before if kind == "train" else needs, when))
+            trains = Train(recipe, stage.models_stay)
+            found.append(Unit(made, belongs, trains, before if kind == "train" else needs, when))
             found.append(Unit(f"{made}/perplexity", belongs, work, (made,), when))
-            if stage.retrieval is not None:
-                for task in stage.retrieval.tasks:
-                    asks = asking(stage.retrieval, model_of(recipe), stage.plans[name], task, max(stage.lengths))
+            if (asked := stage.retrieval) is not None and (asked.plans is None or name in asked.plans):
+                for task in asked.tasks:
+                    asks = asking(asked, model_of(recipe), stage.every[name], task, max(stage.lengths))
                     found.append(Unit(f"{made}/{task}", belongs, asks, (made,), when))
     return found
+
+
+def _measured(stage: LanguageStage, model: ModelRecipe, name: str) -> Perplexity:
+    return Perplexity(model, stage.every[name], stage.text, tuple(stage.lengths), stage.max_tokens)
+
+
+def _untrained(group: str, plan: str) -> str:
+    return f"{group}/untrained/{plan}/perplexity"
 
 
 def _name(group: str, kind: str, plan: str, seed: int) -> str:
@@ -93,7 +121,7 @@ def _start_recipe(stage: LanguageStage, place: Place, seed: int) -> Recipe:
 
 
 def _recipe(stage: LanguageStage, place: Place, name: str, seed: int, group: str = LANGUAGE) -> Recipe:
-    model: dict[str, Any] = {"plan": stage.plans[name], **_tokenizer(stage, place)}
+    model: dict[str, Any] = {"plan": stage.every[name], **_tokenizer(stage, place)}
     if stage.start is not None:
         start = _start_recipe(stage, place, seed)
         model |= {"source": f"{start.output}/model", "config": start.model.config}
@@ -110,7 +138,7 @@ def _long_recipe(stage: LanguageStage, place: Place, name: str, seed: int) -> Re
     model = {
         **(stage.start or {}).get("model", {}),
         "config": config,
-        "plan": stage.plans[name],
+        "plan": stage.every[name],
         **_tokenizer(stage, place),
     }
     parts = {key: value for key, value in stage.recipe.items() if key != "model"}
@@ -125,69 +153,175 @@ def language_findings(stage: LanguageStage, place: Place, results: Results, grou
     """Perplexity by plan, length and position, against attention operations; and whether the cheap mixes come close."""
     length = max(stage.lengths)
     model = _recipe(stage, place, FULL, stage.seeds[0], group).model
-    losses = _losses(stage, results, group, "train", stage.plans)
-    rows: list[Row] = []
-    positions: list[Row] = []
-
-    def share(name: str) -> float:
-        return attention_share(model, stage.plans[name], length)
-
-    for name, each in losses.items():
-        for size in stage.lengths:
-            row = {"name": name, "plan": stage.plans[name], "length": size}
-            rows.append(row | each.row(size, over_full=losses.get(FULL)) | {"attention": share(name)})
-        positions += [{"name": name, "length": length, **row} for row in each.positions(length)]
+    losses = _losses(stage, results, group, "train", stage.trained)
+    before = {
+        name: Losses([results[_untrained(group, name)]]) for name in stage.every if _untrained(group, name) in results
+    }
+    shares = {name: attention_share(model, plan, length) for name, plan in stage.every.items()}
     made = Findings(
         TITLES[group],
         f"Perplexity of held-out text after {_what(stage)}, by context length and position; attention is the share of "
         f"the attention operations of all full at {length:,} tokens. Intervals are 95% over documents, and wide enough "
         "to hold every seed; what a plan is over all full is the difference of the loss in the second half of the "
-        "context, in nats, paired by seed and document.",
-        {"results": rows, "positions": positions},
+        "context, in nats, paired by seed and document."
+        + (" Before training every plan is measured with the weights as they are." if stage.untrained else ""),
+        {"results": _rows(stage, losses, shares), "before training": _rows(stage, before, shares)},
     )
-    if FULL in losses and LOCAL in losses:
-        cheap = {
-            name: Nearness.of(
-                losses[FULL].late(length), losses[LOCAL].late(length), each.late(length), each.weights(length)
-            )
-            for name, each in losses.items()
-            if name not in (FULL, LOCAL) and share(name) <= CHEAP
-        }
-        claim = f"{CLAIM}{' (a pretrained model)' if group == PRETRAINED else ''}."
-        made.verdicts.append(_known(comes_close(claim, cheap, "nats"), stage))
+    made.rows["positions"] = [
+        {"name": name, "length": length, **row} for name, each in losses.items() for row in each.positions(length)
+    ]
+    cheap = [name for name, share in shares.items() if name not in (FULL, LOCAL) and share <= CHEAP]
+    of = " (a pretrained model)" if group == PRETRAINED else ""
+    for here, when in ((losses, of), (before, " (a pretrained model, before training)")):
+        if FULL in here and LOCAL in here:
+            near = {name: each for name, each in _near(here, length).items() if name in cheap}
+            made.verdicts.append(_known(comes_close(f"{CLAIM}{when}.", near, "nats"), stage, here is losses))
     if stage.equal:
         claim = "Blocks, which the paper takes, are as good as windows of equal cost (trained under each)."
-        found = over_each_other(losses, stage.equal, length, share)
+        found = over_each_other(losses, stage.equal, length, lambda name: shares[name])
         made.verdicts.append(_known(is_no_worse(claim, found), stage))
+    if stage.curves:
+        _add_curves_by_cost(made, stage, before, losses, shares)
     if (asked := stage.retrieval) is not None:
-        _add_retrieval(made, stage, asked, results, group)
+        _add_retrieval(made, stage, asked, results, group, _near(losses, length))
     ratios = [
-        (str(row["name"]), float(row["attention"]), row.get("over_full") or Interval(0, 0, 0, 1))
-        for row in rows
-        if row["length"] == length and FULL in losses
+        (name, shares[name], each.over(losses[FULL], length))
+        for name, each in losses.items()
+        if FULL in losses and name in stage.plans
     ]
     if len(ratios) > 1:
         caption = "what plans lose against all full, by attention operations"
         made.draw("pareto" if group == LANGUAGE else f"pareto {group}", (pareto(ratios), caption))
     if len(stage.lengths) > 1:
-        made.draw(group, draw(rows, "perplexity", "perplexity"))
+        made.draw(group, draw(made.rows["results"], "perplexity", "perplexity"))
     return made
 
 
-def _add_retrieval(made: Findings, stage: LanguageStage, asked: FindPart, results: Results, group: str) -> None:
-    """What the trained models find, where all seeds of a plan were asked; and whether the mixes come close."""
+def _rows(stage: LanguageStage, losses: Mapping[str, Losses], shares: Mapping[str, float]) -> list[Row]:
+    return [
+        {"name": name, "plan": stage.every[name], "length": size}
+        | each.row(size, over_full=losses.get(FULL))
+        | {"attention": shares[name]}
+        for name, each in losses.items()
+        for size in stage.lengths
+    ]
+
+
+def _near(losses: Mapping[str, Losses], length: int) -> dict[str, Nearness]:
+    values = {name: each.late(length) for name, each in losses.items()}
+    return nearness(values, losses[FULL].weights(length)) if FULL in losses else {}
+
+
+def _add_curves_by_cost(
+    made: Findings,
+    stage: LanguageStage,
+    before: Mapping[str, Losses],
+    after: Mapping[str, Losses],
+    shares: Mapping[str, float],
+) -> None:
+    """What lines of plans lose by their cost, and which of them loses less; a table and a drawing open the report."""
+    length = max(stage.lengths)
+    over = {
+        when: {name: each.over(here[FULL], length) for name, each in here.items() if FULL in here}
+        for when, here in ((BEFORE, before), (AFTER, after))
+    }
+    every = list(dict.fromkeys(share for points in stage.curves.values() for share in points))
+    rows: list[Row] = []
+    for share in every:
+        row: Row = {"share": share}
+        for line, points in stage.curves.items():
+            found = [over[when].get(f"{line}, {share}") for when in (BEFORE, AFTER)]
+            if share in points and any(found):
+                row[line] = " \u2192 ".join("-" if each is None else f"{each.mean:.3f}" for each in found)
+        rows.append(row)
+    made.rows[BY_COST] = [row for row in rows if len(row) > 1]
+    lines = {
+        when: {
+            line: [(shares[name], here[name]) for share in points if (name := f"{line}, {share}") in here]
+            for line, points in stage.curves.items()
+        }
+        for when, here in over.items()
+    }
+    if any(points for here in lines.values() for points in here.values()):
+        caption = "what is lost against all full, by attention operations: before training (dashed) and after it"
+        made.draw(BY_COST, (by_cost(lines[BEFORE], lines[AFTER]), caption))
+        made.opening = (BY_COST, BY_COST)
+    for pairs, claim, judge in (
+        (stage.better, "lose less than", are_better),
+        (stage.as_good, "lose no more than", is_no_worse),
+    ):
+        for one, other in pairs:
+            for when, here in ((BEFORE, before), (AFTER, after)):
+                found = {
+                    f"at {share}": here[f"{one}, {share}"].over(here[f"{other}, {share}"], length)
+                    for share in stage.curves[one]
+                    if f"{one}, {share}" in here and f"{other}, {share}" in here
+                }
+                if found:
+                    verdict = judge(f"At equal cost, {one} {claim} {other} ({when} training).", found)
+                    made.verdicts.append(_known(verdict, stage, when == AFTER))
+    made.short += _in_short(stage, before, after, over, shares)
+
+
+def _in_short(
+    stage: LanguageStage,
+    before: Mapping[str, Losses],
+    after: Mapping[str, Losses],
+    over: Mapping[str, Mapping[str, Interval]],
+    shares: Mapping[str, float],
+) -> list[str]:
+    """How cheap a plan may be that comes close to full attention; and what each line loses at a quarter."""
+    length, said = max(stage.lengths), []
+    for when, here in ((BEFORE, before), (AFTER, after)):
+        good = sorted((shares[name], name) for name, near in _near(here, length).items() if near.answer == HOLDS)
+        if good:
+            share, name = good[0]
+            loss, gap = over[when][name].mean, over[when][LOCAL].mean
+            said.append(
+                f"{when.capitalize()} training the cheapest plan that leaves at most a quarter of what local attention "
+                f"everywhere loses ({gap:.2f} nats) is {name}: {share:.0%} of the attention operations, "
+                f"{loss:.3f} nats lost."
+            )
+        elif here:
+            said.append(f"{when.capitalize()} training no plan leaves at most a quarter of what local attention loses.")
+    points = {share: f"{line}, {share}" for line, points in stage.curves.items() for share in points}
+    quarter = min(points, key=lambda share: abs(shares[points[share]] - QUARTER))
+    named = {line: f"{line}, {quarter}" for line, points in stage.curves.items() if quarter in points}
+    parts = [
+        f"{line} {' and '.join(f'{over[when][name].mean:.3f}' for when in (BEFORE, AFTER) if name in over[when])}"
+        for line, name in named.items()
+        if any(name in here for here in over.values())
+    ]
+    if parts:
+        said.append(
+            f"At {quarter} of the attention operations, nats lost before and after training: {'; '.join(parts)}."
+        )
+    return said
+
+
+def _add_retrieval(
+    made: Findings,
+    stage: LanguageStage,
+    asked: FindPart,
+    results: Results,
+    group: str,
+    likely: dict[str, Nearness],
+) -> None:
+    """What the trained models find, where all seeds of a plan were asked; and whether the mixes come close, above all
+    those that do by the loss of text."""
     here: dict[str, dict[str, list[dict[str, Any]]]] = {task: {} for task in asked.tasks}
     for task, by_plan in here.items():
-        for name in stage.plans:
+        for name in stage.trained:
             parts = done(results, [f"{_name(group, 'train', name, seed)}/{task}" for seed in stage.seeds])
             if parts is not None:
                 by_plan[name] = parts
     for task, scores in add_answers(made, f"{group} retrieval", here, asked.length or max(stage.lengths)).items():
-        if FULL in scores and LOCAL in scores:
-            mixes = [name for name in scores if name not in (FULL, LOCAL)]
-            near = {name: Nearness.of(scores[FULL], scores[LOCAL], scores[name]) for name in mixes}
+        near = nearness(scores)
+        if near:
             claim = f"Of {task}, a mix comes close to full attention (trained under each)."
             made.verdicts.append(_known(comes_close(claim, near, "points"), stage))
+            claim = f"What comes close by the loss of text does so at {task} (trained under each)."
+            made.verdicts.append(_known(writes_as_well(claim, likely, near, "points"), stage))
 
 
 def pretrained_findings(stage: LanguageStage, place: Place, results: Results) -> Findings:
@@ -238,13 +372,13 @@ def _add_curves(made: Findings, stage: LanguageStage, results: Results, group: s
     """Perplexity at the longest length while training."""
     series: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
     rows: list[Row] = []
-    for name in stage.plans:
+    for name in stage.trained:
         parts = done(results, [_name(group, "train", name, seed) for seed in stage.seeds])
         if parts is None:
             continue
         curve = _curve(parts, max(stage.lengths))
         rows += [{"name": name, "step": step, "perplexity": value, "seeds": len(parts)} for step, value in curve]
-        if len(curve) > 1:
+        if len(curve) > 1 and name in stage.plans:  # with those of the lines it would be unreadable
             series[name] = [step for step, _ in curve], [value.mean for _, value in curve]
     made.rows["curves"] = rows
     if series:
@@ -252,9 +386,9 @@ def _add_curves(made: Findings, stage: LanguageStage, results: Results, group: s
         made.draw("curves" if group == LANGUAGE else f"curves {group}", drawn)
 
 
-def _known(verdict: Verdict, stage: LanguageStage) -> Verdict:
+def _known(verdict: Verdict, stage: LanguageStage, trained: bool = True) -> Verdict:
     """With one seed it is said that nothing is known of others."""
-    if len(stage.seeds) > 1 or verdict.answer == OPEN:
+    if not trained or len(stage.seeds) > 1 or verdict.answer == OPEN:
         return verdict
     return replace(verdict, why=f"{verdict.why} (one seed: the intervals know documents alone)")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from masformer.reports.figures import heat_map
 from masformer.study.findings import Findings, Results, Row, done
 from masformer.study.models import attention_share, layers_of, model_of, recipe_of
-from masformer.study.scale import FULL, LOCAL, RecallStage
+from masformer.study.scale import RecallStage
 from masformer.study.units import DATA, Place, Unit
-from masformer.study.verdicts import Nearness, Values, comes_close, interval
+from masformer.study.verdicts import Values, comes_close, interval, nearness
 from masformer.study.works import Pairs, Retrieval, Train
 
 STAGE = "recall"
@@ -76,9 +76,7 @@ def findings(stage: RecallStage, place: Place, results: Results) -> Findings:
         "beginning. Percent found, with 95% intervals over seeds, each with a model, pairs and prompts of its own.",
         {"results": rows},
     )
-    mixed = [name for name in scores if name not in (FULL, LOCAL)]
-    if FULL in scores and LOCAL in scores:
-        near = {name: Nearness.of(scores[FULL], scores[LOCAL], scores[name]) for name in mixed}
+    if near := nearness(scores):
         claim = "Where long range is needed, a few full layers do what full attention does everywhere."
         made.verdicts.append(comes_close(claim, near, "points"))
     figure = heat_map([row for row in rows if row["depth"] is not None], "score")
