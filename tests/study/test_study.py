@@ -95,14 +95,13 @@ MINI = {
         },
         "plans": {"all full": "full", "all local": "window:4", "all block": "block:8"},
         "curves": {
-            "heads": {"50%": "full@0:0,1:1; window:4", "80%": "full@0:0,1,2:1; window:4"},
+            "heads by gain": {"50%": "full@0:0,1:1; window:4", "80%": "full@0:0,1,2:1; window:4"},
             "layers": {"50%": "full@1; window:4", "80%": "full@0-1; window:4"},
             "windows": {"80%": "window:24"},
         },
-        "better": [["heads", "layers"], ["heads", "windows"]],
-        "as_good": [["layers", "heads"]],
+        "better": [["heads by gain", "layers"], ["heads by gain", "windows"]],
         "untrained": True,
-        "untouched": ["windows", "heads, 80%"],
+        "untouched": ["windows", "heads by gain, 80%"],
         "models_stay": False,
         "equal": [["all block", "all local"]],
         "seeds": [0, 1],
@@ -238,21 +237,21 @@ def test_every_stage_runs_and_reports(language, tmp_path, monkeypatch):
         (name, "passkey", 800) for name in ("all full", "all local", "layers, 50%")
     ]
     names = {key: {row["name"] for row in pretrained[key]} for key in ("results", "before training")}
-    assert names["before training"] - names["results"] == {"windows, 80%", "heads, 80%"}, "these are not trained on"
+    assert names["before training"] - names["results"] == {"windows, 80%", "heads by gain, 80%"}, (
+        "these are not trained on"
+    )
     assert [row["share"] for row in pretrained["lost by cost"]] == ["50%", "80%"]
     cells = {
-        row["share"]: [" \u2192 " in row.get(line, "") for line in ("heads", "layers", "windows")]
+        row["share"]: [" \u2192 " in row.get(line, "") for line in ("heads_by_gain", "layers", "windows")]
         for row in pretrained["lost by cost"]
     }
     assert cells == {"50%": [True, True, False], "80%": [True, True, True]}
     assert pretrained["lost by cost"][1]["windows"].endswith("\u2192 -"), "of what is not trained on there is no figure"
     compared = {claim: why for claim, why in claims.items() if claim.startswith("At equal cost")}
     assert [claim.split("cost, ")[1] for claim in compared] == [
-        "heads lose less than layers (before training).",
-        "heads lose less than layers (after training).",
-        "heads lose less than windows (before training).",
-        "layers lose no more than heads (before training).",
-        "layers lose no more than heads (after training).",
+        "heads by gain lose less than layers (before training).",
+        "heads by gain lose less than layers (after training).",
+        "heads by gain lose less than windows (before training).",
     ]
     before, after, *_ = compared.values()
     assert ("at 80%" in before, "at 80%" in after) == (True, False)

@@ -157,7 +157,6 @@ class LanguageStage(Settings):
         curves: name of a line -> share of the attention operations, in words -> plan; plans beside `plans`, which are
             called by both names (`heads, 25%`). What lines have under one share costs the same.
         better: pairs of lines, the first of which should lose less at every share that both have.
-        as_good: pairs of lines, the first of which should lose no more.
         untrained: whether every plan is measured before training, too.
         untouched: names of plans and lines that are not trained on, and measured before training alone.
         models_stay: whether trained models stay once everything was measured of them.
@@ -177,7 +176,6 @@ class LanguageStage(Settings):
     retrieval: FindPart | None = None
     curves: Named[Named[str]] = field(default_factory=dict)
     better: Several[Several[str]] = field(default_factory=list)
-    as_good: Several[Several[str]] = field(default_factory=list)
     untrained: bool = False
     untouched: Several[str] = field(default_factory=list)
     models_stay: bool = True
@@ -208,8 +206,7 @@ class LanguageStage(Settings):
             raise MasformerError("language.untouched plans are measured before training; set language.untrained")
         if self.untrained and self.start is not None:
             raise MasformerError("language.untrained is of a pretrained model; leave out language.start")
-        for pairs in ("better", "as_good"):
-            check_pairs(f"language.{pairs}", getattr(self, pairs), "lines", set(self.curves))
+        check_pairs("language.better", self.better, "lines", set(self.curves))
         check_plans("language", self.plans)
         check_seeds("language", self.seeds)
         check_int("language.max_tokens", self.max_tokens, max(self.lengths, default=1))

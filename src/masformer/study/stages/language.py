@@ -15,6 +15,7 @@ import numpy as np
 from masformer.cost import ModelShape, cost
 from masformer.evaluation.intervals import Interval
 from masformer.evaluation.perplexity.measure import exp_interval
+from masformer.reports.document import slug
 from masformer.reports.figures import curves, draw
 from masformer.study.asked import add_answers, asking
 from masformer.study.figures import by_cost, pareto
@@ -232,7 +233,9 @@ def _add_curves_by_cost(
         for line, points in stage.curves.items():
             found = [over[when].get(f"{line}, {share}") for when in (BEFORE, AFTER)]
             if share in points and any(found):
-                row[line] = " \u2192 ".join("-" if each is None else f"{each.mean:.3f}" for each in found)
+                row[slug(line).replace("-", "_")] = " \u2192 ".join(
+                    "-" if each is None else f"{each.mean:.3f}" for each in found
+                )
         rows.append(row)
     made.rows[BY_COST] = [row for row in rows if len(row) > 1]
     lines = {
@@ -246,20 +249,16 @@ def _add_curves_by_cost(
         caption = "what is lost against all full, by attention operations: before training (dashed) and after it"
         made.draw(BY_COST, (by_cost(lines[BEFORE], lines[AFTER]), caption))
         made.opening = (BY_COST, BY_COST)
-    for pairs, claim, judge in (
-        (stage.better, "lose less than", are_better),
-        (stage.as_good, "lose no more than", is_no_worse),
-    ):
-        for one, other in pairs:
-            for when, here in ((BEFORE, before), (AFTER, after)):
-                found = {
-                    f"at {share}": here[f"{one}, {share}"].over(here[f"{other}, {share}"], length)
-                    for share in stage.curves[one]
-                    if f"{one}, {share}" in here and f"{other}, {share}" in here
-                }
-                if found:
-                    verdict = judge(f"At equal cost, {one} {claim} {other} ({when} training).", found)
-                    made.verdicts.append(_known(verdict, stage, when == AFTER))
+    for one, other in stage.better:
+        for when, here in ((BEFORE, before), (AFTER, after)):
+            found = {
+                f"at {share}": here[f"{one}, {share}"].over(here[f"{other}, {share}"], length)
+                for share in stage.curves[one]
+                if f"{one}, {share}" in here and f"{other}, {share}" in here
+            }
+            if found:
+                verdict = are_better(f"At equal cost, {one} lose less than {other} ({when} training).", found)
+                made.verdicts.append(_known(verdict, stage, when == AFTER))
     made.short += _in_short(stage, before, after, over, shares)
 
 
