@@ -269,6 +269,7 @@ def test_every_stage_runs_and_reports(language, tmp_path, monkeypatch):
         "ROUGE-L of answers.",
         "exact spans of answers.",
     ]
+    assert len(generation["found as it is"]) == 3 * 2
     assert {row["answers"] for row in generation["answers"]} == {6}, "two queries about each of three documents"
     assert len(where["retrieval"]) == 2 + 2
     asked = [each["claim"] for each in where["verdicts"] if each["claim"].startswith("Of passkey")]

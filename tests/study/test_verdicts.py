@@ -15,6 +15,8 @@ from masformer.study.verdicts import (
     is_different,
     is_faster,
     is_no_worse,
+    nearness,
+    writes_as_well,
 )
 
 FULL = [[3.0, 2.0, 4.0, 2.5]]
@@ -123,3 +125,25 @@ def test_all_must_be_no_worse_and_all_faster():
     assert is_no_worse("c", {"a": good, "b": open_}).answer == OPEN
     assert is_no_worse("c", {}).answer == OPEN
     assert is_faster("c", {"a": Interval(2, 1.5, 3, 5), "b": Interval(1, 0.8, 1.2, 5)}).answer == OPEN
+
+
+def test_what_comes_close_by_the_loss_of_text_must_do_so_by_what_it_writes():
+    good, bad = Nearness.of(FULL, LOCAL, between(0.1)), Nearness.of(FULL, LOCAL, between(0.9))
+    open_ = Nearness.of(FULL, LOCAL, [[3.0, 2.4, 4.0, 3.0]])
+    likely = {"8 full": good, "4 full": good, "bottom": bad}
+    for written, answer in (
+        ({"8 full": good, "4 full": good, "bottom": bad}, HOLDS),
+        ({"8 full": good, "4 full": bad, "bottom": good}, FAILS),
+        ({"8 full": good, "4 full": open_, "bottom": bad}, OPEN),
+        ({"bottom": good}, OPEN),
+    ):
+        assert writes_as_well("c", likely, written, "points").answer == answer
+    assert "bottom" not in writes_as_well("c", likely, {"8 full": good, "bottom": bad}, "points").why
+    assert writes_as_well("c", {"bottom": bad}, {"bottom": good}, "points").why.startswith("no plan comes close")
+    assert writes_as_well("c", {}, {}, "points").why == "nothing was measured"
+
+
+def test_nearness_is_asked_of_all_plans_between_the_ends():
+    values = {"all full": FULL, "all local": LOCAL, "8 full": between(0.1)}
+    assert set(nearness(values)) == {"8 full"}
+    assert nearness({"all full": FULL, "8 full": between(0.1)}) == {}

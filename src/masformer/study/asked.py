@@ -40,6 +40,7 @@ def add_answers(
     name: str,
     results: Mapping[str, Mapping[str, Sequence[dict[str, Any]]]],
     length: int,
+    title: str = "retrieval",
 ) -> dict[str, Scores]:
     """Adds a table and a drawing of what was found.
 
@@ -48,6 +49,7 @@ def add_answers(
         name: of the drawing.
         results: task -> name of a plan -> its results, one a seed.
         length: of the prompts.
+        title: of the table.
 
     Returns:
         Task -> scores by plan.
@@ -66,6 +68,6 @@ def add_answers(
                 row["less_full"] = difference(turned(mine[plan]), turned(mine[FULL]))
             rows.append(row)
         scores[task] = mine
-    made.rows["retrieval"] = rows
+    made.rows[title] = rows
     made.draw(name, draw(rows, "found", "percent found"))
     return scores

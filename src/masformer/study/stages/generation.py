@@ -21,6 +21,8 @@ from masformer.training.recipe import Recipe
 STAGE = "generation"
 METRIC = "rougeL"
 LOSS, ANSWERED = "perplexity", "answers"
+FOUND = "found as it is"
+"""Title of what is found beside the loss of text."""
 SHOWN = ("rouge1", "rouge2", METRIC, "words", "repetition")
 ANSWERS = ("rouge1", METRIC, SPANS, "words")
 SCORED = {METRIC: "ROUGE-L of answers", SPANS: "exact spans of answers"}
@@ -124,15 +126,16 @@ def _add_beside(made: Findings, part: BesidePart, results: Results) -> None:
         for task in part.retrieval.tasks
     }
     written: dict[str, dict[str, Nearness]] = {}
-    for task, scores in add_answers(made, "retrieval beside loss", here, part.retrieval.length or length).items():
+    asked = add_answers(made, FOUND, here, part.retrieval.length or length, FOUND)
+    for task, scores in asked.items():
         written[task] = nearness(scores)
     answered = {name: results[_beside(name, ANSWERED)] for name in part.plans if _beside(name, ANSWERED) in results}
     made.rows["answers"] = _answer_rows(answered)
     for metric, what in SCORED.items():
-        each = {name: document_scores(result, metric) for name, result in answered.items()}
-        if each:
-            weights = next(iter(each.values()))[1]
-            written[what] = nearness({name: scores for name, (scores, _) in each.items()}, weights)
+        by_plan = {name: document_scores(result, metric) for name, result in answered.items()}
+        if by_plan:
+            counts = next(iter(by_plan.values()))[1]
+            written[what] = nearness({name: found for name, (found, _) in by_plan.items()}, counts)
     for what, near in written.items():
         if near:
             made.verdicts.append(

@@ -251,13 +251,13 @@ def _add_curves_by_cost(
         made.opening = (BY_COST, BY_COST)
     for one, other in stage.better:
         for when, here in ((BEFORE, before), (AFTER, after)):
-            found = {
+            apart = {
                 f"at {share}": here[f"{one}, {share}"].over(here[f"{other}, {share}"], length)
                 for share in stage.curves[one]
                 if f"{one}, {share}" in here and f"{other}, {share}" in here
             }
-            if found:
-                verdict = are_better(f"At equal cost, {one} lose less than {other} ({when} training).", found)
+            if apart:
+                verdict = are_better(f"At equal cost, {one} lose less than {other} ({when} training).", apart)
                 made.verdicts.append(_known(verdict, stage, when == AFTER))
     made.short += _in_short(stage, before, after, over, shares)
 
