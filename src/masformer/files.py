@@ -189,6 +189,11 @@ def parse_json(text: str | bytes, place: str) -> Any:
         raise MasformerError(f"{place}: not JSON ({' '.join(str(error).split())})") from None
 
 
+def user_cache(name: str) -> Path:
+    """The folder of that name where masformer keeps what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "masformer" / name
+
+
 class Hash(Protocol):
     """What `hashlib` makes."""
 
