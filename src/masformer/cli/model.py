@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from masformer import records
 from masformer.cli.options import Figures, PlanOptions, StoredModelOptions, lengths_of, say, show
+from masformer.cli.parser import INSTEAD
 from masformer.cli.preparing import importing, prepare
 from masformer.errors import MasformerError
 from masformer.progress import stage_progress
@@ -76,6 +77,17 @@ def show_plan(
     if list(plans.values()) == [AttentionPlan.uniform(len(own), FullSpan())]:
         say(f"a plan saves: try --full {max(1, len(own) // 4)} --placement middle --local window:512+4")
     return {"model": model, "cache_dtype": cache_dtype, "plans": figures}
+
+
+def show_schema() -> None:
+    """Prints the JSON schema of a plan file."""
+    from masformer.plan_file import PlanFile
+    from masformer.schema import schema_text
+
+    print(schema_text(PlanFile), end="")
+
+
+INSTEAD[show_plan] = {"schema": (show_schema, "print the JSON schema of plan files, and stop.")}
 
 
 def convert(
