@@ -13,6 +13,7 @@ import transformers
 
 from masformer import AttentionPlan, FullSpan, MasformerError, apply_plan, load_model
 from masformer.demo import pretrained_model
+from masformer.models import known
 
 transformers.logging.disable_progress_bar()  # as the command line does; tests read what it prints
 
@@ -57,6 +58,15 @@ def pytest_collection_finish():
     """Python's collector no longer walks through what is imported, a quarter of a second each time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """What is kept of models is kept apart from the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(known, "user_cache", lambda name: folder / name)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import shlex
 import shutil
 import stat
 from pathlib import Path
@@ -9,14 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from masformer import AttentionPlan, benchmarks, cli, extras
-from masformer.benchmarks import timing
+from masformer import AttentionPlan, benchmarks, cli, demo, extras
+from masformer.benchmarks import Timing, timing
 from masformer.cli.parser import SHELLS
 from masformer.export import check_export
+from masformer.export.llama_cpp.files import read_gguf
 from masformer.generation import Chat
 from masformer.models.checkpoint import load_config
 from masformer.spans import FullSpan
-from tiny import PLAN, letter_tokenizer, tiny, tiny_config
+from tiny import PLAN, letter_tokenizer, plain_tokenizer, tiny, tiny_config, write_gguf
 
 SEARCH = ["--data", "TEXT", "--local", "window:4"]
 BUDGET = ["--budget", "2", "--out", "p.yaml"]
@@ -291,21 +293,49 @@ def test_bench_train_and_models_of_a_config_alone(capsys, folder, tmp_path):
     assert json.loads(out.splitlines()[-1])["bench"] == "train"
 
 
-def test_demo_on_another_model_and_text(capsys, folder, text, tmp_path):
-    record = tmp_path / "demo.json"
-    code, out, _ = run(capsys, "demo", "--model", folder, "--data", text, "--length", "64", "--json", str(record))
-    assert code == 0
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_demo_on_another_model_and_text(capsys, monkeypatch, tmp_path, form):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(TEXT.upper())  # all letters that the tokenizer of the file has
+    model, record = Path("own model" if form == "folder" else "own model.gguf"), Path("demo.json")
+    if form == "folder":
+        tokenizer = plain_tokenizer()
+        tiny("llama", vocab_size=len(tokenizer), sliding_window=None).save_pretrained(model)
+        tokenizer.save_pretrained(model)
+    else:
+        write_gguf(model, 4)
+    words = ["--model", str(model), "--data", "text.txt", "--length", "64", "--json", str(record)]
+    code, out, err = run(capsys, "demo", *words)
+    assert code == 0, err
     figures = json.loads(record.read_text())
     assert (
         figures["conclusion"].split()
-        == " ".join(out.split("What was seen")[1].split("To keep this model")[0].split()).split()[1:]
+        == " ".join(out.split("What was seen")[1].split("The plan found:")[0].split()).split()[1:]
     )
     plans = {result["name"]: AttentionPlan.parse(result["plan"], 4, 2) for result in figures["perplexity"]}
     assert plans["all full"] == AttentionPlan.uniform(4, FullSpan())
-    assert list(plans)[-1] == "found: 2 of 8 KV heads"
+    assert list(plans)[4] == "found: 2 of 8 KV heads"
+    assert not plans.get("the 2 as whole layers", plans["all full"]).by_heads
     assert plans["found: 2 of 8 KV heads"].unit_counts(2)[FullSpan()] == 2
-    assert f"--plan '{figures['found'][0]}'" in out
     assert len(figures["forward"]["seconds"]) == 5
+    plan, running = out.split("The plan found:")[1].split("llama.cpp", 1)
+    assert plan.strip().splitlines()[0] == figures["found"][0]
+    commands = [shlex.split(line) for line in (plan + running).splitlines() if line.startswith("masformer ")]
+    assert [words[1] for words in commands] == ["convert", "convert", "export"]
+    for words in commands:  # as they stand there
+        code, _, err = run(capsys, *words[1:])
+        assert code == 0, (words, err)
+    assert str(load_config("mixed")[1]) == figures["found"][0]
+    file = read_gguf("mixed.gguf")
+    assert (file.architecture, file.get("attention.sliding_window")) == ("granite_swa", 8)
+
+
+@pytest.mark.parametrize(("seconds", "counted"), [((3.0, 1.0, 1.1), "fastest"), ((1.0, 1.2, 1.1), "median")])
+def test_the_demo_counts_the_fastest_rounds_where_the_machine_is_busy(seconds, counted):
+    times = {"all full": Timing("all full", seconds), "mix": Timing("mix", (0.5, 0.5, 0.6))}
+    words, figures = demo.counted_seconds(times)
+    assert words.startswith(counted)
+    assert figures == ({"all full": 1.0, "mix": 0.5} if counted == "fastest" else {"all full": 1.1, "mix": 0.5})
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,19 @@ def test_what_workflows_call_is_there():
     assert all("timeout-minutes" in job for _, name, job in jobs() if name != "release")
 
 
+def test_whoever_runs_the_suite_has_a_browser():
+    for _, name, job in jobs():
+        steps = [step.get("run", "") for step in job["steps"]]
+        suite = [place for place, run in enumerate(steps) if re.search(r"make test|pytest --", run)]
+        assert all(any("google-chrome" in run for run in steps[:place]) for place in suite), name
+
+
+def test_no_step_finds_the_token_of_the_checkout():
+    used = [step for _, _, job in jobs() for step in job["steps"] if "checkout" in step.get("uses", "")]
+    assert used
+    assert all(step["with"]["persist-credentials"] is False for step in used)
+
+
 @pytest.mark.parametrize("path", FORMS, ids=lambda path: path.stem)
 def test_forms_can_be_read(path):
     form = yaml.safe_load(path.read_text())

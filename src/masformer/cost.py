@@ -16,18 +16,20 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from masformer.configs import once_per_config
 from masformer.errors import MasformerError, check_int
 from masformer.parallel.slices import traffic
 from masformer.plan import AttentionPlan, PlanSource
 from masformer.spans import FullSpan, Span
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -70,6 +72,8 @@ class ModelShape:
         Raises:
             MasformerError: not a causal language model of like attention layers, or one that compresses its cache.
         """
+        from transformers import AutoModelForCausalLM  # here, for it takes seconds, and formulas do not need it
+
         attention = {} if hasattr(config, "masformer") else {"attn_implementation": "eager"}
         try:
             with torch.device("meta"):

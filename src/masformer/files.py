@@ -100,6 +100,12 @@ def near_names(name: str, others: Iterable[str]) -> list[str]:
     return difflib.get_close_matches(name, sorted(others), 3, NEAR)
 
 
+def meant(name: str, others: Iterable[str]) -> str:
+    """`did you mean ...?`, with the name most like this one; empty where none is like it."""
+    near = near_names(name, others)
+    return f"did you mean {near[0]}?" if near else ""
+
+
 def near_paths(path: str | os.PathLike[str]) -> list[str]:
     """What is in the folder of a path that does not exist, and has nearly its name; written as the path is."""
     path = Path(path)
@@ -187,6 +193,11 @@ def parse_json(text: str | bytes, place: str) -> Any:
         raise MasformerError(f"{place}{where}: not JSON ({error.msg})") from None
     except (ValueError, RecursionError) as error:
         raise MasformerError(f"{place}: not JSON ({' '.join(str(error).split())})") from None
+
+
+def user_cache(name: str) -> Path:
+    """The folder of that name where masformer keeps what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "masformer" / name
 
 
 class Hash(Protocol):

@@ -43,6 +43,8 @@ from masformer.spans import FullSpan, LayerSpan, Span, UnitSpans, layer_span, sp
 PlanSource: TypeAlias = "AttentionPlan | str | os.PathLike[str]"
 """A plan, its text form, or a plan file."""
 PLAN_SUFFIXES = (".yaml", ".yml", ".json")
+SCHEMA = Path(__file__).with_name("plan.schema.json")
+"""The JSON schema of plan files, which those that are written name, so that editors complete and check."""
 
 PLACEMENTS: dict[str, Callable[[int, int], range | list[int]]] = {
     "bottom": lambda layers, full: range(full),
@@ -362,10 +364,11 @@ class AttentionPlan:
         data = self.to_dict() | notes
         if path.suffix.lower() not in PLAN_SUFFIXES:
             raise MasformerError(f"cannot tell the format of plan file {path}; allowed: {', '.join(PLAN_SUFFIXES)}")
+        schema = SCHEMA.as_uri()
         if path.suffix.lower() == ".json":
-            write_whole(path, json.dumps(data, indent=2) + "\n")
+            write_whole(path, json.dumps({"$schema": schema} | data, indent=2) + "\n")
         else:
-            write_whole(path, yaml.safe_dump(data, sort_keys=False))
+            write_whole(path, f"# yaml-language-server: $schema={schema}\n{yaml.safe_dump(data, sort_keys=False)}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for YAML, JSON or a model's config: the text as `plan`, `num_layers`, by heads `kv_heads`."""

@@ -1,4 +1,4 @@
-"""What a plan file holds."""
+"""What a plan file holds, and where its schema is kept."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class PlanFile(Settings):
     """A plan, and anything else beside it: how it was found, for example.
 
     Attributes:
-        plan: its text.
-        num_layers: layers of the model; None: those of the model that it is read for.
+        plan: its text, for example full@11-18; window:512+4, or by heads full@4,7:0; window:256+4.
+        num_layers: layers of the model; by default those of the model that it is read for.
         kv_heads: KV heads of each layer, likewise.
     """
 

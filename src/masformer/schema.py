@@ -6,7 +6,6 @@ refuses (`__post_init__`).
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from pydantic import ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, Typ
 from pydantic_core import CoreSchema, ErrorDetails, core_schema
 
 from masformer.errors import MasformerError, shown
+from masformer.files import meant
 from masformer.settings import check_plain
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -135,8 +135,7 @@ def _line(cls: Any, errors: list[ErrorDetails], what: str) -> str:
     if kind in _UNKNOWN:
         *place, name = error["loc"]
         known = [field.name for field in fields(_class_at(cls, place))]
-        near = difflib.get_close_matches(str(name), known, 1)
-        hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(known)}"
+        hint = meant(str(name), known) or f"allowed: {', '.join(known)}"
         return f"unknown setting {'.'.join(map(str, error['loc']))}; {hint}"
     if kind == "value_error":
         text = str(error["ctx"]["error"])

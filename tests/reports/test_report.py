@@ -2,7 +2,6 @@
 
 import base64
 import copy
-import doctest
 import io
 import json
 import re
@@ -17,7 +16,7 @@ from matplotlib.image import imread
 import masformer
 from masformer import MasformerError, records
 from masformer.placement.result import SearchResult
-from masformer.reports import Code, Report, Table, build_report, document, figures, report, title_of
+from masformer.reports import Code, Report, Table, build_report, document, figures, title_of
 from masformer.reports.figures import draw, heat_map
 
 RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results"
@@ -438,11 +437,6 @@ def test_two_pictures_of_one_name_are_two_files(tmp_path):
     report.write(tmp_path)
     assert len(list(tmp_path.glob("*.png"))) == 2
     assert len(set(re.findall(r"\]\((.*)\)", report.to_markdown()))) == 2
-
-
-def test_the_example_of_the_report_runs():
-    found = doctest.testmod(report)
-    assert (found.failed, found.attempted) == (0, 4)
 
 
 def test_records_keep_their_kind_and_old_ones_tell_it_by_their_command(tmp_path):

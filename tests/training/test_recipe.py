@@ -50,6 +50,7 @@ CHATS = {"chats": {"files": ["c.jsonl"], "messages": "messages"}}
     ("changes", "message"),
     [
         ({"training__stepz": 3}, "unknown setting training.stepz; did you mean steps?"),
+        ({"training__stop": 3}, "unknown setting training.stop; allowed: "),  # nothing is near enough
         ({"trainings": {}}, "unknown setting trainings; did you mean training?"),
         ({"data__sources__python__where_": {}}, "unknown setting data.sources.python.where_; did you mean where?"),
         ({"training__steps": "many"}, "training.steps must be a whole number, got 'many'"),

@@ -530,6 +530,7 @@ TALKS = {"hub": "nobody/nothing", "messages": "messages"}
         ({"model__plan": "full@9; window:4"}, "layer 9 is out of range"),
         ({"model__config": {"model_type": "lama"}}, "model.config: unknown model_type 'lama'"),
         ({"model__config__hiden_size": 3}, "llama models have no setting hiden_size; did you mean hidden_size?"),
+        ({"model__config__head": 3}, "llama models have no setting head; it would do nothing"),  # nothing near enough
         ({"model__config__num_attention_heads": 5}, "model.config:"),
         ({"model__config__vocab_size": 100}, "the tokenizer has 257 tokens, but model.config.vocab_size is 100"),
         ({"model__tokenizer": "nowhere"}, "no folder nowhere here"),

@@ -4,6 +4,8 @@ import json
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import get_args
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import pytest
 import yaml
@@ -13,6 +15,7 @@ from masformer import AttentionPlan, MasformerError, cli
 from masformer.attention import BACKENDS
 from masformer.data.packing import PACKINGS
 from masformer.data.pairs import CUTS
+from masformer.plan import PLAN_SUFFIXES, SCHEMA
 from masformer.plan_file import PlanFile
 from masformer.schema import build, schema_text
 from masformer.study import Scale
@@ -23,7 +26,17 @@ from masformer.training.trainer import SCHEDULES
 
 ROOT = Path(__file__).parent.parent.parent
 SCALES = ROOT / "src" / "masformer" / "study" / "scales"
-KEPT = {"train": (Recipe, ROOT / "recipes" / "recipe.schema.json"), "reproduce": (Scale, SCALES / "scale.schema.json")}
+RESULTS = ROOT / "benchmarks" / "results"
+KEPT = {
+    "train": (Recipe, ROOT / "recipes" / "recipe.schema.json"),
+    "reproduce": (Scale, SCALES / "scale.schema.json"),
+    "plan": (PlanFile, SCHEMA),
+}
+FILES = {
+    "train": sorted((ROOT / "recipes").glob("*.yaml")),
+    "reproduce": sorted(SCALES.glob("*.yaml")),
+    "plan": sorted(RESULTS.glob("*.yaml")),
+}
 
 
 @pytest.mark.parametrize("command", KEPT)
@@ -39,21 +52,35 @@ def test_the_schema_that_is_kept_is_the_one_that_is_printed(capsys, command):
 @pytest.mark.parametrize("command", KEPT)
 def test_files_name_their_schema_in_the_first_line(command):
     _, schema = KEPT[command]
-    files = sorted(schema.parent.glob("*.yaml"))
-    assert len(files) >= 4
-    for path in files:
-        assert path.read_text().splitlines()[0] == f"# yaml-language-server: $schema={schema.name}"
+    assert FILES[command]
+    for path in FILES[command]:
+        first, _, place = path.read_text().splitlines()[0].partition("=")
+        assert first == "# yaml-language-server: $schema"
+        assert (path.parent / place).samefile(schema)
 
 
-@pytest.mark.parametrize("cls", [Recipe, Scale])
-def test_every_setting_is_described_and_no_other_allowed(cls):
+@pytest.mark.parametrize("suffix", PLAN_SUFFIXES)
+def test_plan_files_that_are_written_name_their_schema(tmp_path, suffix):
+    path = tmp_path / f"plan{suffix}"
+    plan = AttentionPlan.parse("full@1:0; window:8", 4, 2)
+    plan.save(path, found={"by": "hand"})
+    assert AttentionPlan.load(path) == plan
+    lines = path.read_text().splitlines()
+    named = json.loads(path.read_text())["$schema"] if suffix == ".json" else lines[0].partition("$schema=")[2]
+    assert Path(url2pathname(urlparse(named).path)).samefile(SCHEMA)
+    assert named in lines[1 if suffix == ".json" else 0]
+
+
+@pytest.mark.parametrize(("cls", "count"), [(Recipe, 6), (Scale, 6), (PlanFile, 1)])
+def test_every_setting_is_described_and_no_other_allowed(cls, count):
     schema = json.loads(schema_text(cls))
-    classes = {each.__name__: each for each in [*vars(recipes).values(), *vars(scales).values()] if is_dataclass(each)}
-    known = {cls.__name__: schema} | schema["$defs"]
-    assert len(known) > 5
+    modules = [*vars(recipes).values(), *vars(scales).values(), PlanFile]
+    classes = {each.__name__: each for each in modules if is_dataclass(each)}
+    known = {cls.__name__: schema} | schema.get("$defs", {})
+    assert len(known) >= count
     for name, part in known.items():
         assert list(part["properties"]) == [field.name for field in fields(classes[name])]
-        assert part["additionalProperties"] is False
+        assert part.get("additionalProperties") is (None if cls is PlanFile else False)  # plan files have notes beside
         assert all(option["description"] for option in part["properties"].values())
         assert part["description"]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -30,7 +28,7 @@ from masformer.cli import (
 )
 from masformer.cli.options import LINE, say
 from masformer.cli.parser import SHELLS, Command, Complete, Help, add_commands, error_line, grouped, option_name
-from masformer.defaults import SEED
+from masformer.cli.preparing import prepare
 from masformer.errors import MasformerError, beyond_memory, check_text
 from masformer.settings import check_plain
 from masformer.streams import guarded
@@ -100,8 +98,8 @@ COMMANDS: dict[str, Any] = {
 }
 PASSED_ON: dict[str, Any] = {"lm-eval": harness.lm_eval}
 """Commands of other packages, which read their words themselves."""
-WITHOUT_MODELS = (report.report,)
-"""Commands that need neither torch nor transformers."""
+UNPREPARED = (report.report, model.show_plan)
+"""Commands that need neither torch nor transformers, or not always: they call `prepare` themselves."""
 
 
 def whole_parser(words: Sequence[str] | None = None) -> jsonargparse.ArgumentParser:
@@ -153,35 +151,11 @@ def main(words: Sequence[str] | None = None) -> int:
     return guarded(lambda: _run(sys.argv[1:] if words is None else words))
 
 
-def _prepare() -> None:
-    """Imports what commands on models need, and sets it up.
-
-    The collector rests meanwhile: it would look through all that is imported again and again, which takes a quarter of
-    the time. In a process that has just begun, it need not look through it later either, least of all at the end.
-    """
-    begun, collecting = "torch" not in sys.modules, gc.isenabled()
-    gc.disable()
-    try:
-        import torch
-        import transformers
-
-        import masformer.models.checkpoint  # noqa: F401
-    finally:
-        if begun:
-            gc.freeze()
-        if collecting:
-            gc.enable()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    torch.manual_seed(SEED)
-
-
 def _run(words: Sequence[str]) -> int:
     try:
         command, options = parse(words)
-        if command not in WITHOUT_MODELS:
-            _prepare()
+        if command not in UNPREPARED:
+            prepare()
         json = options.pop("json", None)
         records.check_writable(json)
         figures = command(**options) or {}

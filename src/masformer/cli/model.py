@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from masformer import records
 from masformer.cli.options import Figures, PlanOptions, StoredModelOptions, lengths_of, say, show
+from masformer.cli.parser import INSTEAD
+from masformer.cli.preparing import importing, prepare
 from masformer.errors import MasformerError
 from masformer.progress import stage_progress
 
@@ -34,25 +36,28 @@ def show_plan(
     Example:
         masformer plan HuggingFaceTB/SmolLM2-135M --full 8 --placement middle --local window:512+4
     """
-    from masformer.cost import ModelShape, communication, communication_table, compare, cost_table
-    from masformer.models.checkpoint import check_plan, load_config
-    from masformer.models.positions import position_limit
-    from masformer.plan import AttentionPlan
-    from masformer.plots import checked_figure, picture, plot_plan
-    from masformer.spans import FullSpan
+    with importing():
+        from masformer.cost import communication, communication_table, compare, cost_table
+        from masformer.models.known import find_model, kept_model
+        from masformer.plan import AttentionPlan
+        from masformer.plots import checked_figure, picture, plot_plan
+        from masformer.spans import FullSpan
 
     if plot is not None:
         records.check_writable(checked_figure(plot))
     lengths = lengths_of("--seq", seq)
-    config, own = load_config(model)
+    known = kept_model(model)
+    if known is None:
+        prepare()
+        known = find_model(model)
+    own, shape = known.own, known.shape
     plans = options.named(own)
     for each in plans.values():
-        check_plan(config, each)
+        known.check(each)
     if plot is not None and len(plans) > 1:
         raise MasformerError("--plot draws one plan; give one --plan")
-    shape = ModelShape.of(config)
     width = 4 if cache_dtype == "float32" else 2
-    say(f"{model}: {config.model_type}, {shape.num_layers} layers, {shape.parameters:,} parameters")
+    say(f"{model}: {known.kind}, {shape.num_layers} layers, {shape.parameters:,} parameters")
     figures: list[dict[str, Any]] = []
     for each in plans.values():
         say(f"\n{picture(each)}\n")
@@ -66,12 +71,23 @@ def show_plan(
         if plot is not None:
             plot_plan(each, plot, max(lengths))
             say(f"attention patterns: {plot}")
-    limit = position_limit(config)
+    limit = known.positions
     if limit is not None and limit < max(lengths):
         say(f"the model has {limit:,} positions; convert and train take more with --max-positions and max_positions")
     if list(plans.values()) == [AttentionPlan.uniform(len(own), FullSpan())]:
         say(f"a plan saves: try --full {max(1, len(own) // 4)} --placement middle --local window:512+4")
     return {"model": model, "cache_dtype": cache_dtype, "plans": figures}
+
+
+def show_schema() -> None:
+    """Prints the JSON schema of a plan file."""
+    from masformer.plan_file import PlanFile
+    from masformer.schema import schema_text
+
+    print(schema_text(PlanFile), end="")
+
+
+INSTEAD[show_plan] = {"schema": (show_schema, "print the JSON schema of plan files, and stop.")}
 
 
 def convert(

@@ -16,7 +16,7 @@ from docstring_parser import parse as parse_docstring
 from masformer.cli.options import Figures, Options
 from masformer.errors import shown
 from masformer.extras import need
-from masformer.files import near_names
+from masformer.files import meant
 
 Command = Callable[..., Any]
 Commands = Mapping[str, Any]
@@ -305,8 +305,7 @@ def error_line(error: Exception, commands: Commands, words: Sequence[str] = ()) 
 
 
 def _unknown(name: str, names: Sequence[str]) -> str:
-    near = near_names(name, names)
-    return f"no command {shown(name)}; " + (f"did you mean {near[0]}?" if near else f"allowed: {', '.join(names)}")
+    return f"no command {shown(name)}; {meant(name, names) or 'allowed: ' + ', '.join(names)}"
 
 
 def _strange(left: str, words: Sequence[str], commands: Commands) -> str:
@@ -320,8 +319,8 @@ def _strange(left: str, words: Sequence[str], commands: Commands) -> str:
         name.append(word)
     option = left.split()[0].partition("=")[0]
     line = f"{' '.join(name)} does not take {shown(left)}"
-    if callable(found) and (near := near_names(option, [*option_names(found), "--help"])):
-        return f"{line}; did you mean {near[0]}?"
+    if callable(found) and (hint := meant(option, [*option_names(found), "--help"])):
+        return f"{line}; {hint}"
     return f"{line}; see {' '.join(name)} --help"
 
 

@@ -25,7 +25,7 @@ from masformer.data.documents import Row
 from masformer.data.sources import Source
 from masformer.data.tokens import token_rows, tokenize_around
 from masformer.errors import MasformerError
-from masformer.files import hash_file, parse_json, read_text
+from masformer.files import hash_file, parse_json, read_text, user_cache
 
 VERSION = 2
 BATCH_CHARACTERS = 1 << 20
@@ -86,11 +86,6 @@ class TokenStore:
         return self.owned[self.offsets[index] : self.offsets[index + 1]]
 
 
-def default_cache() -> Path:
-    """Where stores are kept unless the recipe names a folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "masformer" / "tokens"
-
-
 def token_store(
     name: str,
     source: Source,
@@ -110,7 +105,7 @@ def token_store(
         name: for messages and reports.
         source: what to read.
         tokenizer: of transformers.
-        cache: folder of the stores; `default_cache` by default.
+        cache: folder of the stores; one in the user's cache by default.
         template: of pairs: the words around the prompt; they are never cut.
         progress: called with the documents and tokens done so far.
 
@@ -122,7 +117,7 @@ def token_store(
         raise MasformerError(f"the template must hold {PROMPT} exactly once, got {template!r}")
     if source.kind == "chats":
         check_chat(tokenizer)
-    place = Path(default_cache() if cache is None else cache)
+    place = user_cache("tokens") if cache is None else Path(cache)
     folder = place / _fingerprint(source, tokenizer, template)
     if (folder / FACTS).is_file() and (store := _opened(name, folder)) is not None:
         return store

@@ -107,8 +107,8 @@ def _check_layers(data: Mapping[str, Any]) -> None:
             check_int(name, int(data[name]), 0, DEEPEST)
 
 
-def check_plan(config: PretrainedConfig, plan: AttentionPlan) -> None:
-    """Tries a plan on a model without weights.
+def check_plan(config: PretrainedConfig, plan: AttentionPlan) -> PreTrainedModel:
+    """Tries a plan on a model without weights, which it returns.
 
     Raises:
         MasformerError: the plan has another number of layers, or the architecture cannot take one.
@@ -120,7 +120,7 @@ def check_plan(config: PretrainedConfig, plan: AttentionPlan) -> None:
         raise MasformerError(f"{config.model_type} is not a causal language model that transformers knows") from error
     except Exception as error:  # each class refuses settings in its own way
         raise _cannot("make", f"a {config.model_type} model", error) from error
-    apply_plan(model, plan)
+    return apply_plan(model, plan)
 
 
 @reading_once()

@@ -11,20 +11,22 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
 
 from masformer.attention import ConstantSinks
 from masformer.cost import head_shape
 from masformer.errors import MasformerError
 from masformer.plan import AttentionPlan
 from masformer.spans import spans_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 LOGIT, VALUE = NAMES = ("sink_logit", "sink_value")
 _ASIDE = "masformer_sinks_aside"
@@ -142,7 +144,7 @@ def place_sinks(modules: Mapping[int, nn.Module], plan: AttentionPlan) -> None:
     Raises:
         MasformerError: a layer has no weights, or sinks that its class was made with. Nothing is changed then.
     """
-    _check_own(modules, plan)
+    check_own(own_sinks(modules), plan)
     wanted = sink_layers(plan)
     if missing := [layer for layer in wanted if weights_of(modules[layer]) is None]:
         raise _missing("the model", missing)
@@ -159,8 +161,14 @@ def place_sinks(modules: Mapping[int, nn.Module], plan: AttentionPlan) -> None:
             vars(module)[_ASIDE] = aside
 
 
-def _check_own(modules: Mapping[int, nn.Module], plan: AttentionPlan) -> None:
-    if own := [layer for layer in sink_layers(plan) if getattr(modules[layer], "sinks", None) is not None]:
+def own_sinks(modules: Mapping[int, nn.Module]) -> tuple[int, ...]:
+    """The layers with sinks that their class was made with."""
+    return tuple(layer for layer, module in modules.items() if getattr(module, "sinks", None) is not None)
+
+
+def check_own(layers: Collection[int], plan: AttentionPlan) -> None:
+    """Raises MasformerError where a plan has constant sinks in layers that have sinks of their own, which are given."""
+    if own := [layer for layer in sink_layers(plan) if layer in layers]:
         raise MasformerError(
             f"the plan has constant sinks in layers {own}, which have sinks of their own that join under every span; "
             "leave +sink out"
@@ -178,7 +186,7 @@ def add_weights(model: PreTrainedModel, modules: Mapping[int, nn.Module], plan: 
     Raises:
         MasformerError: a layer has sinks that its class was made with.
     """
-    _check_own(modules, plan)
+    check_own(own_sinks(modules), plan)
     for layer in sink_layers(plan):
         module = modules[layer]
         if weights_of(module) is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from masformer.errors import MasformerError, check_int
 from masformer.extras import need
+from masformer.files import meant
 from masformer.models import adapters
 from masformer.models.across import check_slices
 from masformer.models.bridge import NAME, add_sinks, apply_plan
@@ -92,8 +92,7 @@ def recipe_config(recipe: ModelRecipe, tokenizer: Any = None) -> tuple[Pretraine
     known = [*usual.to_dict(), *usual.attribute_map]
     for name in settings:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, 1)
-            hint = f"did you mean {near[0]}?" if near else "it would do nothing"
+            hint = meant(str(name), known) or "it would do nothing"
             raise MasformerError(f"model.config: {kind} models have no setting {name}; {hint}")
     if tokenizer is not None:
         settings.setdefault("vocab_size", len(tokenizer))
