@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,18 +19,24 @@ from masformer.attention import ConstantSinks, attend
 from masformer.data.tokens import opening_tokens
 from masformer.defaults import LOSS_CHUNK
 from masformer.errors import MasformerError, check_int, check_number
-from masformer.evaluation.perplexity import prepared_base
+from masformer.evaluation.perplexity import prefix_token, prepared_base
 from masformer.evaluation.room import autocast, autocast_on
-from masformer.models.bridge import add_sinks, apply_plan, attending_by
+from masformer.models.bridge import add_sinks, apply_plan, attending_by, give_sinks
 from masformer.models.positions import position_limit
 from masformer.models.sealing import kv_heads
-from masformer.models.sinks import LOGIT, VALUE, named_sinks, sink_layers
+from masformer.models.sinks import named_sinks, sink_layers
 from masformer.models.wrappers import bare_model
 from masformer.plan import AttentionPlan, PlanSource
 from masformer.spans import LayerSpan, Span, WindowSpan, spans_of
 
 FIRST = 4
 """First tokens that the constants take the place of."""
+TURNS = 30
+"""Of least squares: steps of the logits, and the values anew."""
+STARTS = (0, -2, -4, -8)
+"""Where it looks first, from the mean of the log masses of first tokens."""
+FIRST_WEIGHT = 0.1
+"""How much the query of the first token counts, beside all others of its text."""
 RATE = 1e-2
 
 
@@ -68,16 +75,18 @@ def fit_sinks(
     rate: float = RATE,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> PreTrainedModel:
-    """Gives a model the constant sinks of a plan, in closed form, and puts the plan to work.
+    """Gives a model the constant sinks of a plan, by least squares, and puts the plan to work.
 
-    The model runs on the texts with the first S = 4 tokens in place of each constant sink. With q a query past the
-    window, k_j and v_j key and value of first token j, and s_j = q k_j * scale (capped, in models with a soft cap),
+    The model runs on the texts with the first 4 tokens in place of each constant sink. With z the log-sum-exp of what
+    a query sees beside them, `out` its attention to that, and t its attention with the first tokens, the logit c of a
+    query head and the value u of its KV head are those with the least
 
-        logit of a query head = mean over q of log(sum over j < S of exp(s_j))
-        value of a KV head    = mean over its query heads of sum over j < S of mean over q of softmax(s)_j v_j,
+        sum over queries of |(1 - w) out + w u - t|^2, w = sigmoid(c - z),
 
-    means over all texts. This is the project's own formula (docs/sinks.md has what it gives); the mean of the scores,
-    not of their exponentials, since the latter gave worse constants.
+    over all texts. Queries that have the first tokens in their window count as well: a constant joins there too, and
+    t is `out`. The query of the first token, which all others look at, counts as much as all others of its text. Half
+    of the texts begin with the token that evaluation puts before a text, the others as prompts do. This is the
+    project's own (docs/sinks.md has what it gives).
 
     With `steps`, the constants alone are then trained to give what the model gives with the first tokens: AdamW
     without decay on the divergence KL(first tokens || constants) of the predictions past the window, one text a step.
@@ -90,7 +99,7 @@ def fit_sinks(
         length: tokens of each text, from its beginning.
         windows: the most texts.
         steps: of training the constants; 0: none.
-        rate: of that, falling to zero.
+        rate: of that, in shares of what the constants of a layer are on average, falling to zero.
         progress: called with (stage, done, total).
 
     Returns:
@@ -108,30 +117,27 @@ def fit_sinks(
     starts = {layer: _start(plan.layers[layer]) for layer in sink_layers(plan)}
     check_int("length", length, max(starts.values()) + 1, position_limit(model.config) or length)
     rows = _rows(tokenizer, texts, length, windows)
-    progress = progress or (lambda stage, done, total: None)
+    told = progress or (lambda stage, done, total: None)
     add_sinks(model, plan)
     apply_plan(model, plan)
-    means = _Means(starts)
+    fit = _Fit(starts, _bare(plan), lambda layer: told("constant sinks", sorted(starts).index(layer), len(starts)))
     was_training = model.training
     model.eval()
     with torch.no_grad(), autocast(model.device, autocast_on(model.device, model.dtype)):
         apply_plan(model, stand_in)
-        with attending_by(model, means):
-            for done, row in enumerate(rows):
-                progress("constant sinks", done, len(rows))
-                model.base_model(input_ids=torch.tensor([row], device=model.device), use_cache=False)
-    apply_plan(model, plan)
-    sums = means.found(len(rows))
-    for name, weight in named_sinks(model):
-        place, _, kind = name.rpartition(".")
-        layer = int(model.get_submodule(place).layer_idx)  # type: ignore[arg-type]
-        if layer in sums:
-            weight.data.copy_(sums[layer][kind])
-    progress("constant sinks", len(rows), len(rows))
+        with attending_by(model, fit):
+            model.base_model(input_ids=torch.tensor(rows, device=model.device), use_cache=False)
+    give_sinks(model, plan, fit.found)
+    told("constant sinks", len(starts), len(starts))
     if steps:
-        _distill(model, plan, stand_in, rows, max(starts.values()), steps, rate, progress)
+        _distill(model, plan, stand_in, rows, max(starts.values()), steps, rate, told)
     model.train(was_training)
     return outer
+
+
+def _bare(plan: AttentionPlan) -> AttentionPlan:
+    """The plan in which the constant sinks are left out; without blocks, as in `with_first_tokens`."""
+    return plan.changed(lambda span: WindowSpan(span.max_visible or 0) if span.constant_sink else span)
 
 
 def _start(layer: LayerSpan) -> int:
@@ -140,12 +146,15 @@ def _start(layer: LayerSpan) -> int:
 
 
 def _rows(tokenizer: Any, texts: Sequence[str], length: int, windows: int) -> list[list[int]]:
-    """The beginnings of the texts that are long enough, as prompts begin."""
+    """The beginnings of the texts that are long enough, as prompts begin and, every other one, as in evaluation."""
+    prefix = prefix_token(tokenizer)
     rows: list[list[int]] = []
     for text in texts:
-        tokens = opening_tokens(tokenizer, text)[:length]
-        if len(tokens) == length:
-            rows.append(tokens)
+        tokens = opening_tokens(tokenizer, text)
+        if len(rows) % 2 and prefix is not None and tokens[:1] != [prefix]:
+            tokens.insert(0, prefix)
+        if len(tokens) >= length:
+            rows.append(tokens[:length])
         if len(rows) == windows:
             break
     if not rows:
@@ -155,16 +164,18 @@ def _rows(tokenizer: Any, texts: Sequence[str], length: int, windows: int) -> li
     return rows
 
 
-class _Means:
-    """Takes the place of `attend` in a pass over one text, and adds up what the constants are the means of.
+class _Fit:
+    """Takes the place of `attend` in a pass over all texts, under the plan with first tokens, and fits each layer.
 
     Args:
-        starts: layer -> the first position whose query counts.
+        starts: layer -> the first position whose query sees first tokens only as sinks.
+        bare: the plan without sinks where a constant is to be fitted.
+        progress: called with the number of each layer that has constants.
     """
 
-    def __init__(self, starts: Mapping[int, int]) -> None:
-        self.starts = starts
-        self.sums: dict[int, dict[str, Tensor]] = {}
+    def __init__(self, starts: Mapping[int, int], bare: AttentionPlan, progress: Callable[[int], None]) -> None:
+        self.starts, self.bare, self.progress = starts, bare, progress
+        self.found: dict[int, ConstantSinks] = {}
 
     def __call__(
         self,
@@ -179,27 +190,86 @@ class _Means:
         softcap: float | None = None,
         **options: Any,
     ) -> Tensor:
-        if (start := self.starts.get(layer)) is not None:
-            kv_heads = key.shape[1]
-            queries = query[0, :, start:].unflatten(0, (kv_heads, -1)).float()
-            scores = queries @ key[0, :, None, :FIRST].float().mT * scale  # [kv_heads, group, queries, first]
-            if softcap is not None:
-                scores = softcap * torch.tanh(scores / softcap)
-            shares = scores.softmax(-1).mean((1, 2), dtype=torch.float64)
-            found = {
-                LOGIT: scores.logsumexp(-1).mean(-1, dtype=torch.float64).flatten(),
-                VALUE: (shares[..., None] * value[0, :, :FIRST].double()).sum(1),
-            }
-            held = self.sums.setdefault(layer, {})
-            for name, each in found.items():
-                held[name] = held.get(name, 0) + each
+        if layer in self.starts:
+            self.progress(layer)
+            tensors = (x.float() for x in (query, key, value))
+            spans = span, self.bare.layers[layer]
+            with torch.autocast(query.device.type, enabled=False):
+                self.found[layer] = _fitted(*tensors, *spans, self.starts[layer], scale=scale, softcap=softcap)
         return attend(
             query, key, value, span, sinks=sinks and sinks.under(span), scale=scale, softcap=softcap, **options
         )
 
-    def found(self, texts: int) -> dict[int, dict[str, Tensor]]:
-        """Layer -> the constants, float64."""
-        return {layer: {name: each / texts for name, each in held.items()} for layer, held in self.sums.items()}
+
+def _fitted(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    span: LayerSpan,
+    bare: LayerSpan,
+    start: int,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> ConstantSinks:
+    """The constants of one layer that under `bare` come nearest to `span`."""
+    kv_heads = key.shape[1]
+
+    def heads(x: Tensor) -> Tensor:  # [kv_heads, group, texts * queries, dim]
+        return x.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+    run = partial(attend, query, key, scale=scale, softcap=softcap, backend="tiled")
+    out, wanted = heads(run(value, bare)), heads(run(value, span))
+    scores = query[:, :, start:].unflatten(1, (kv_heads, -1)) @ key[:, :, None, :FIRST].mT * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    logit = scores.logsumexp(-1).mean((0, 3))
+    rest = run(torch.ones_like(value), bare, sinks=ConstantSinks(logit.flatten(), None, always=True))
+    sums = logit[..., None] + torch.logit(heads(rest)[..., 0], eps=1e-7)
+    weights = torch.ones(query.shape[0], query.shape[2], device=query.device)
+    weights[:, 0] = FIRST_WEIGHT * query.shape[2]
+    change = (wanted - out).flatten(1, 2)
+    return ConstantSinks(*_least_squares(logit, out.flatten(1, 2), change, sums, weights.flatten()))
+
+
+def _least_squares(logit: Tensor, out: Tensor, change: Tensor, sums: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits c and values u for which w (u - out), w = sigmoid(c - sums), comes nearest to the change wanted.
+
+    By turns the best values for the logits, which are a formula, and a step of Gauss and Newton for the logits.
+
+    Args:
+        logit: [kv_heads, group], to begin with.
+        out: [kv_heads, group * queries, dim].
+        change: the same.
+        sums: [kv_heads, group, queries].
+        weights: [queries] of the squares.
+
+    Returns:
+        [query_heads] and [kv_heads, dim].
+    """
+    tiny = torch.finfo(out.dtype).tiny
+    squares, products = (out * out).sum(-1), (out * change).sum(-1)
+    best, step, value = logit, torch.zeros_like(logit), out.new_zeros(len(out), out.shape[-1])
+    least, damping = out.new_full((len(out),), torch.inf), out.new_ones(len(out))
+    for turn in range(TURNS):
+        tried = best - (step / (1 + damping[:, None])).clamp(-1, 1)
+        if turn < len(STARTS):
+            tried = logit + STARTS[turn]
+        share = torch.sigmoid(tried[..., None] - sums)
+        first, second = ((weights * x).flatten(1)[:, None] for x in (share, share * share))
+        values = (second @ out + first @ change)[:, 0] / second.sum(-1).clamp_min(tiny)
+        far = (squares - 2 * (out @ values[..., None])[..., 0] + (values * values).sum(-1, keepdim=True)).view_as(sums)
+        along = ((change @ values[..., None])[..., 0] - products).view_as(sums)
+        miss = (weights * share * (share * far - 2 * along)).sum((1, 2))  # beside what is the same for all
+        slope = weights * share * (1 - share)
+        newton = (slope * (share * far - along)).sum(-1)
+        newton = newton / (slope * share * (1 - share) * far).sum(-1).clamp_min(tiny)
+        better = miss < least
+        least, damping = torch.where(better, miss, least), torch.where(better, damping / 4, damping * 4)
+        best, step, value = (
+            torch.where(better[:, None], new, old) for new, old in ((tried, best), (newton, step), (values, value))
+        )
+    return best.flatten(), value
 
 
 def _distill(
@@ -217,7 +287,9 @@ def _distill(
     stored = model.dtype
     for weight in weights:
         weight.data = weight.data.float()
-    optimizer = torch.optim.AdamW(weights, rate, weight_decay=0.0)
+    sizes = [weight.data.square().mean().sqrt().item() for weight in weights]
+    groups = [{"params": [weight], "lr": rate * size} for weight, size in zip(weights, sizes, strict=True)]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     with _trained_alone(model, weights), autocast(model.device, autocast_on(model.device, model.dtype)):
         for step in range(steps):

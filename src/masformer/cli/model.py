@@ -112,7 +112,7 @@ def convert(
         field: of --sinks, key of the text in JSONL files.
         documents: of --sinks, the most texts, of which those count that are long enough (default: 8 that are).
         length: of --sinks, tokens of each text (default: 2048).
-        steps: of --sinks, steps of training the constants alone, after their closed form (default: 0).
+        steps: of --sinks, steps of training the constants alone, after least squares (default: 0).
         dtype: dtype of the weights; auto is what they are stored as, and bfloat16 for those of a quantised .gguf file.
         overwrite: replace a model folder that is already there; a README.md that somebody wrote is kept.
 
@@ -147,12 +147,14 @@ def convert(
 def _fitted(
     model: str, options: StoredModelOptions, plan: AttentionPlan, texts: list[str], length: int, steps: int
 ) -> tuple[Any, Any]:
-    """The model with the plan's constant sinks, fitted in the precision it runs in, and its tokenizer."""
-    from masformer.benchmarks import DTYPES
+    """The model with the plan's constant sinks, fitted where and as models are run, and its tokenizer."""
+    from masformer.benchmarks import DTYPES, default_device
     from masformer.fitting import fit_sinks, with_first_tokens
 
     loaded, tokenizer = options.load_both(model, with_first_tokens(plan))
     with stage_progress() as progress:
+        loaded.to(default_device())
         fit_sinks(loaded, tokenizer, texts, plan, length=length, steps=steps, progress=progress)
+        loaded.cpu()
     written = options.to_write(model).dtype
     return (loaded if written == "auto" else loaded.to(DTYPES[written])), tokenizer
