@@ -7,7 +7,7 @@ import torch
 from masformer import AttentionPlan, FullSpan, MasformerError, WindowSpan, apply_plan
 from masformer.models.bridge import add_sinks, attending_by
 from masformer.models.sinks import named_sinks
-from masformer.placement import search
+from masformer.placement import search, summary
 from masformer.placement.gradient import GainMeter
 from masformer.placement.measure import Measurer
 from masformer.placement.texts import Window, pair_windows
@@ -242,6 +242,13 @@ def test_layers_are_chosen_by_the_sums_of_their_heads():
     assert check.criterion == "tail"
     assert check.gains == pytest.approx(sum(found.evidence[0].values), abs=1e-5)
     assert meter.wider == (FULL,)
+    assert " recalled; 4 passes for gains; " in summary(found)
+
+
+def test_the_work_of_two_ends_shares_no_prefixes():
+    found = search(letters(), TOKENIZER, TEXTS, 2, LOCAL, criteria="tail", length=64, windows=2, held_out_windows=0)
+    assert "4 measurements, 0 recalled; 8 passes for gains; " in summary(found)
+    assert "shared prefixes" not in summary(found)
 
 
 @pytest.mark.parametrize(

@@ -50,3 +50,59 @@ def test_the_memory_of_a_prompt_of_32768_tokens_stays_within_the_prediction():
     assert long[1] < 1.2 * long[2], long
     cache = 2 * 2 * 2 * 64 * 4 * (long[0] - short[0])  # layers, keys and values, heads, head_dim, bytes, tokens
     assert abs(long[1] - short[1] - cache) < 0.1 * cache  # nothing else grows with the prompt
+
+
+PASSES = """
+import re, torch
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+from masformer import AttentionPlan, FullSpan, WindowSpan, apply_plan
+from masformer.placement import gradient
+from masformer.placement.measure import Measurer
+from masformer.placement.texts import Window
+
+torch.set_num_threads(1)
+LENGTH, LAYERS = 2048, 4
+
+def memory(kind):
+    return 1024 * int(re.search(rf"{kind}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+config = LlamaConfig(
+    vocab_size=128, hidden_size=192, intermediate_size=512, num_hidden_layers=LAYERS, num_attention_heads=3,
+    num_key_value_heads=1, head_dim=64, max_position_embeddings=LENGTH + 4,
+)
+full = AttentionPlan.uniform(LAYERS, FullSpan())
+model = apply_plan(LlamaForCausalLM(config), full)
+tokens = torch.randint(0, 128, (1, LENGTH + 1))
+meter = gradient.GainMeter(Measurer(model.eval()), WindowSpan(256, 4), (FullSpan(),), 1)
+window = Window(tuple(tokens[0].tolist()), LENGTH // 2)
+
+def train():
+    model.train()(tokens, labels=tokens, use_cache=False).loss.backward()
+
+def search(again):
+    model.eval()
+    meter._slope(window, full, 0.5, None, again)
+
+def peak(run, *given):
+    run(*given)  # one-time allocations
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = memory("VmRSS")
+    run(*given)
+    return memory("VmHWM") - before
+
+found = [peak(search, again) for again in (False, True)] + [peak(train)]
+model.gradient_checkpointing_enable()
+print(*found, peak(train))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux, to reset the peak")
+def test_a_pass_for_gains_takes_the_memory_of_a_training_step():
+    """Of its activations; gradients of weights and the optimizer's moments it has none."""
+    environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", PASSES], capture_output=True, text=True, check=True, env=environment)
+    kept, again, trained, trained_again = map(int, result.stdout.split())
+    assert kept < 1.3 * trained
+    assert again < 1.4 * trained_again
+    assert again < 0.6 * kept

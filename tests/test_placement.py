@@ -630,6 +630,8 @@ def test_the_table_and_the_heat_map(tmp_path):
     assert f"{result.score('found').tail_perplexity:.2f}" in found
     for name in ("all full", "all local", "bottom", "top", "middle", "spread", "random: median", "1 of 9 on held-out"):
         assert name in text
+    assert "shared prefixes saved" in text
+    assert "passes for gains" not in text
     plot_search(result, tmp_path / "map.png")
     assert imread(tmp_path / "map.png").shape[0] > 200
     with pytest.raises(MasformerError, match="cannot tell the format"):

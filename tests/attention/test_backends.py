@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from masformer import BlockSpan, FullSpan, MasformerError, WindowSpan, attend
 from masformer.attention import BACKENDS
-from masformer.attention.call import Call
+from masformer.attention.call import Call, spread
 from masformer.attention.tiled import Tiled
 from strategies import spans
 
@@ -83,13 +83,15 @@ def test_without_gradients_after_a_past_with_values_of_any_width(span, value_dim
     torch.testing.assert_close(attend(query, key, value, span, backend=backend), expected, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("threads", [1, 8])
+@pytest.mark.parametrize(("threads", "heads"), [(1, 2), (2, 2), (2, 3), (8, 2), (2, 9)])
 @pytest.mark.parametrize("group", [1, 3])
-def test_full_attention_of_few_key_heads_on_any_number_of_threads(monkeypatch, threads, group):
-    """With more threads than key heads, these are repeated for the backward pass."""
-    inputs = tensors(1, 2, group, 41, 41)
+def test_full_attention_of_few_key_heads_on_any_number_of_threads(monkeypatch, threads, heads, group):
+    """Where whole key heads leave threads idle for long, they are repeated for the backward pass."""
+    inputs = tensors(1, heads, group, 41, 41)
     left = attend(*inputs, "full", backend="reference")
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    repeated = group > 1 and (threads, heads) in ((2, 3), (8, 2))
+    assert spread(*inputs)[0].shape[1] == heads * (group if repeated else 1)
     right = attend(*inputs, "full", backend="tiled")
     torch.testing.assert_close(right, left, atol=1e-12, rtol=0)
     weight = torch.randn_like(left)

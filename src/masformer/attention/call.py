@@ -91,9 +91,10 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, dr
 def spread(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values as torch's kernel for CPUs is fast with them."""
     if query.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        # The backward pass gives each thread whole key heads: with fewer heads than threads, they wait and spin.
-        group, few = query.shape[1] // key.shape[1], key.shape[0] * key.shape[1] < torch.get_num_threads()
-        if few and group > 1:
+        # The backward pass gives each thread whole key heads: where they do not go round, threads wait and spin.
+        group, heads, threads = query.shape[1] // key.shape[1], key.shape[0] * key.shape[1], torch.get_num_threads()
+        turns, even = group * -(-heads // threads), -(-group * heads // threads)
+        if even < 0.9 * turns:  # worth the copies
             return key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     return key, value
 

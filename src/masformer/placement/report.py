@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Table
 
+from masformer.cost import seconds_text
 from masformer.placement.result import FOUND, FULL, RANDOM, SearchResult
 from masformer.plots import FULL_COLOR, INK, new_figure, write_figure
 
@@ -25,12 +26,14 @@ def summary(result: SearchResult) -> str:
     places = [f"{result.rank(text)} of {len(result.random(text)) + 1} on {text}" for text in result.placements]
     ranks = f"rank among random placements: {', '.join(places)}\n" if places else ""
     work = result.work
-    saved = 1 - work.layer_evaluations / work.unshared_layer_evaluations if work.unshared_layer_evaluations else 0.0
-    return (
-        f"found: {result.plan}\n{ranks}"
-        f"{work.measurements:,} measurements, {work.recalled:,} recalled; shared prefixes saved {saved:.0%} of "
-        f"{work.unshared_layer_evaluations:,} layer evaluations{sums}"
-    )
+    parts = [f"{work.measurements:,} measurements, {work.recalled:,} recalled"]
+    if result.gradient is not None:
+        parts.append(f"{result.gradient.passes:,} passes for gains")
+    if (unshared := work.unshared_layer_evaluations) > work.layer_evaluations:
+        saved = 1 - work.layer_evaluations / unshared
+        parts.append(f"shared prefixes saved {saved:.0%} of {unshared:,} layer evaluations")
+    parts.append(seconds_text(work.seconds))
+    return f"found: {result.plan}\n{ranks}{'; '.join(parts)}{sums}"
 
 
 def placement_table(result: SearchResult) -> Table:
