@@ -366,6 +366,22 @@ def test_a_unit_that_fails_is_free_again(tmp_path, monkeypatch):
     assert place.kept(unit, {"one": unit})["result"] == {"found": "one"}
 
 
+def test_a_model_that_is_gone_is_trained_again_where_something_is_still_to_be_measured_of_it(language, tmp_path):
+    words = ("--scale", mini(tmp_path, "language"), "--out", tmp_path / "study", "--stage", "language")
+    shutil.copytree(language, tmp_path / "study")
+    units, models = tmp_path / "study/units", tmp_path / "study/models"
+    before = {path: path.stat().st_mtime_ns for path in units.glob("language-train-*.json")}
+    gone = "language-train-1-full-seed-0", "language-train-all-local-seed-0"
+    for name in gone:
+        shutil.rmtree(models / name)
+    (units / f"{gone[0]}-perplexity.json").unlink()
+    assert run(*words) == 0
+    assert (models / gone[0] / "model").exists()
+    assert not (models / gone[1]).exists(), "all was measured of it"
+    changed = {path.stem for path, when in before.items() if path.stat().st_mtime_ns != when}
+    assert changed == {gone[0], f"{gone[0]}-perplexity"}
+
+
 def test_training_that_is_stopped_by_a_signal_stops_the_study(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(works, "train", lambda recipe, **options: Outcome(None, 1, signal.SIGTERM, {}))
     assert run("--scale", mini(tmp_path, "language"), "--out", tmp_path / "study") == 143

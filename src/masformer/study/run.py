@@ -142,7 +142,8 @@ def run_study(
 
     def is_done(unit: Unit) -> bool:
         """By this process, or in the meantime by another."""
-        if unit.name not in there and (kept := place.kept(unit, by_name)) is not None:
+        known = unit.name in there or _is_missed(unit, units, place)
+        if not known and (kept := place.kept(unit, by_name)) is not None:
             there[unit.name] = kept["result"]
         return unit.name in there
 
@@ -170,6 +171,13 @@ def run_study(
         if len(todo) == before:
             time.sleep(WAIT)  # other processes are at work on all that is left
     progress("", len(units), len(units))
+
+
+def _is_missed(unit: Unit, units: Sequence[Unit], place: Place) -> bool:
+    """Whether a unit trained a model that is gone, and of which something is still to be measured."""
+    if not isinstance(unit.work, Train) or (Path(unit.work.recipe.output) / "model").exists():
+        return False
+    return any(unit.name in each.needs and not place.file(each).exists() for each in units)
 
 
 def _clear(unit: Unit, units: Sequence[Unit], place: Place) -> None:
