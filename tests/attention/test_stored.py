@@ -52,7 +52,7 @@ def test_the_kernels_of_slots_against_float64(dtype):
     chosen = random.Random(0)
     for _ in range(14):
         rows, kv_heads, group = chosen.choice([1, 2, 3]), chosen.choice([1, 2, 8]), chosen.choice([1, 3, 4])
-        dim, value_dim = chosen.choice([(24, 24), (64, 64), (80, 32), (256, 256)])
+        dim, value_dim = chosen.choice([(64, 64), (80, 32), (256, 256)])
         length, full = chosen.choice([3, 60, 300, 1500, 9000]), chosen.random() < 0.5
         count, ring = (0, None) if full else (chosen.choice([0, 4]), chosen.choice([5, 70, 1024]))
         slots = length + 9 if full else min(length + 5, count + ring)
