@@ -213,6 +213,8 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
     elif page == "docs/plans.md":
         assert names["out"].shape == (1, 9, 4096, 64)
         assert out.splitlines()[-1] == "True"
+    elif page == "docs/generate.md":
+        assert names["model"].config.masformer["plan"] == "full@11-18; window:512+4"
     else:
         assert "Two windows" in Path("report", "report.html").read_text(encoding="utf-8")
 
