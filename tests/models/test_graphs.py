@@ -140,6 +140,44 @@ def test_another_plan_and_other_weights_are_seen(without_gpu):
     same(model, prompts(2))
 
 
+def test_a_model_that_changes_between_turns(without_gpu, monkeypatch):
+    """A graph keeps what the model was; after a turn of several tokens it is held against the model again."""
+
+    model = graphs.graph_tokens(apply_plan(tiny("llama").double(), "full@0; window:5"))
+    cache, tokens = SpanCache("full@0; window:5", num_layers=4, reserve=80), prompts(1, 80)["input_ids"]
+    scale = [1.0]
+    model.lm_head.forward = lambda x: torch.nn.functional.linear(x, model.lm_head.weight) * scale[0]
+
+    def captured(once, device):
+        kept = scale[0]
+
+        def again():
+            now, scale[0] = scale[0], kept
+            try:
+                return once().clone()
+            finally:
+                scale[0] = now
+
+        return again
+
+    monkeypatch.setattr(graphs, "captured", captured)
+    found = []
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for piece in tokens[:, :30].split(1, 1):
+            found.append(model(piece, past_key_values=cache).logits)
+        assert model.forward.states[cache].trusted
+        scale[0] = 3.0
+        found.append(model(tokens[:, 30:40], past_key_values=cache).logits)
+        for piece in tokens[:, 40:].split(1, 1):
+            found.append(model(piece, past_key_values=cache).logits)
+        assert model.forward.states[cache].trusted
+        whole = model(tokens, use_cache=False).logits
+    actual = torch.cat(found, 1)
+    torch.testing.assert_close(actual[:, 30:], whole[:, 30:], atol=1e-9, rtol=0)
+    torch.testing.assert_close(3 * actual[:, :30], whole[:, :30], atol=1e-9, rtol=0)
+
+
 def test_a_wrong_graph_is_not_trusted(without_gpu, monkeypatch):
     monkeypatch.setattr(graphs, "captured", lambda once, device: lambda: once() * 2)
     model = apply_plan(tiny("llama").double(), "full@0; window:5")

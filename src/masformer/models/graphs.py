@@ -111,13 +111,15 @@ class _State:
         places: where storage and weights lie; a graph is of these.
         tokens: that the model has run since.
         graph: once it is captured.
-        trusted: it gave the model's logits.
+        trusted: it gave the model's logits at the first token since the cache took several at once.
+        was_trusted: it has been before.
     """
 
     places: tuple[int, ...]
     tokens: int = 0
     graph: _Graph | None = None
     trusted: bool = False
+    was_trusted: bool = False
 
 
 class _Tokens:
@@ -140,7 +142,11 @@ class _Tokens:
         given = self.__signature__.bind(*args, **kwargs).arguments
         given = given | given.pop("kwargs", {})
         cache = next((given[name] for name in CACHE_NAMES if isinstance(given.get(name), SpanCache)), None)
-        if self.refused or cache is None or not self._is_token(cache, given):
+        if self.refused or cache is None:
+            return self.written(*args, **kwargs)
+        if not self._is_token(cache, given):
+            if cache in self.states:  # a new turn: the model may have changed since
+                self.states[cache].trusted = False
             return self.written(*args, **kwargs)
         tokens = given["input_ids"]
         seen = cache.get_seq_length()
@@ -165,9 +171,12 @@ class _Tokens:
             return state.graph.output(logits, cache)
         out = self.written(*args, **kwargs)
         apart = float((logits - out.logits).float().norm() / out.logits.float().norm())
-        if not apart < APART or not state.graph.take_output(out, cache):  # a NaN is apart
+        state.trusted = apart < APART and state.graph.take_output(out, cache)  # a NaN is apart
+        if not state.trusted and state.was_trusted:
+            self.states[cache] = _State(places)  # of a model that has changed
+        elif not state.trusted:
             return self._refuse("they give other logits, or the model gives more than logits", args, kwargs, out)
-        state.trusted = True
+        state.was_trusted = True
         return out
 
     def _is_token(self, cache: SpanCache, given: dict[str, Any]) -> bool:
@@ -185,7 +194,8 @@ class _Tokens:
             return False
         if mask is None:
             return True
-        return mask.ndim == 2 and mask.shape[1] > cache.get_seq_length() and bool((mask[:, -1] != 0).all())
+        seen = cache.get_seq_length()
+        return mask.ndim == 2 and mask.shape[1] > seen and bool((mask[:, seen] != 0).all())
 
     def _places(self, cache: SpanCache) -> tuple[int, ...]:
         first, head = next(self.model.parameters()), self.model.get_output_embeddings().weight
