@@ -314,7 +314,7 @@ def counted_seconds(times: Mapping[str, Timing]) -> tuple[str, dict[str, float]]
     """What counts of the rounds, in words, and as seconds: the median, or the fastest where others use the machine."""
     if all(max(each.seconds) <= STEADY * min(each.seconds) for each in times.values()):
         return f"median of {ROUNDS}", {name: each.median for name, each in times.items()}
-    return f"fastest of {ROUNDS}, for the machine is busy", {name: min(each.seconds) for name, each in times.items()}
+    return f"fastest of {ROUNDS}, for the machine is busy, and may say otherwise when it is idle", {name: min(each.seconds) for name, each in times.items()}
 
 
 def times_table(seconds: Mapping[str, float], counted: str, length: int) -> Table:
