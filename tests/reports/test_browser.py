@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from masformer import records
-from masformer.reports import build_report, title_of
+from masformer.reports import Code, Table, build_report, title_of
 
 RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results"
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -22,12 +22,16 @@ onload = () => {
     page: [document.documentElement.clientWidth, document.documentElement.scrollWidth],
     figures: all(".figures").map(each => [...each.children].map(box)),
     images: all("img").map(each => each.naturalWidth > 0 && each.clientWidth > 0),
+    names: all("#wide td:first-child").map(each => each.clientWidth),
+    plans: all("#wide code").map(each => [each.innerText, new Set([...each.getClientRects()].map(at => at.top)).size]),
     folds: all("details").map(each => each.getBoundingClientRect().height),
     first: document.querySelector("h1").nextElementSibling.tagName,
   });
 };
 </script>"""
 """The page itself runs no script, so a copy tells what is where to the page around it."""
+
+HEADS = "full@0:0,2:1,3:1,4:0,5:2,7:1-2,8:0,10:0,11:1,15:2,17:1,18:2,20,21:2,22:1,23:0,23:2; window:256+4"
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 
@@ -36,7 +40,11 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installe
 def page():
     names = ("perplexity-smollm2-pubmed", "attention-cpu", "search-smollm2-qmsum")
     found = [records.read_record(RESULTS / f"{name}.json") for name in names]
-    return build_report(found, title_of(found)).to_html()
+    report = build_report(found, title_of(found))
+    columns = ("name", "plan", *(f"figure {number}" for number in range(9)))
+    row = ("heads by tail, chosen on papers", Code(HEADS), *("23.2 [20.8, 25.8]",) * 9)
+    report.section("wide").table(Table(columns, (row,), (False, False, *(True,) * 9)))
+    return report.to_html()
 
 
 @pytest.fixture(params=[400, 1200], scope="module")
@@ -66,6 +74,14 @@ def test_the_page_fits_and_figures_stand_side_by_side_where_there_is_room(seen):
     for boxes in several:
         assert (boxes[0][1] == boxes[1][1]) is (width == 1200)
         assert all(left >= 0 and left + across <= width for left, _, across in boxes)
+
+
+def test_names_keep_their_width_beside_plans_which_break_between_their_parts(seen):
+    _, found = seen
+    assert min(found["names"]) >= 90
+    ((text, lines),) = found["plans"]
+    assert text.replace("\n", "") == HEADS
+    assert 1 < lines <= HEADS.count(",") + HEADS.count(";") + 1
 
 
 def test_settings_are_folded(seen):

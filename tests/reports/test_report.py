@@ -32,7 +32,7 @@ def load(name):
 class Page(HTMLParser):
     """What an HTML page holds: tables as lists of rows of texts, and everything else that the tests ask for."""
 
-    VOID = ("meta", "img", "br")
+    VOID = ("meta", "img", "br", "wbr")
 
     def __init__(self, text):
         super().__init__()
@@ -487,6 +487,10 @@ def test_other_json_is_left_out_and_named(tmp_path):
     assert [record.name for record in found] == ["more/x/real"]
     assert [path.name for path in others] == ["a.json", "b.json", "c.json", "d.json"]
     assert "left out: a.json, b.json, c.json, d.json" in build_report(found, "x", others).to_markdown()
+    assert (
+        "left out: a.json, b.json, c.json, d.json, a.json, b.json and 6 more"
+        in build_report(found, "x", others * 3).to_markdown()
+    )
     assert records.read_records(tmp_path, without=[tmp_path / "more" / "y"])[0] == found
     with pytest.raises(MasformerError, match="no record in"):
         records.read_records(tmp_path, without=[below])

@@ -11,6 +11,7 @@ from masformer.evaluation.intervals import Interval
 from masformer.reports import Code
 from masformer.reports.values import as_interval, is_plan, show
 from strategies import plans, spans
+from tiny import random_unit_plan
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,8 @@ def test_numbers_keep_four_digits(value):
         ("cache_bytes", 44974080, None, "42.9 MiB"),
         ("plan.forward_flops", 614786817024, None, "615 GFLOP"),
         ("kilobytes", 12, None, "12"),
+        ("full_bytes", 0.2667, None, "0.2667"),
+        ("share_bytes", 1.0, None, "1.000"),
         ("cache_bytes", 44974080, ",", "44,974,080"),
         ("speedup", 5.826, ".1f", "5.8"),
         ("share", 0.356, ".0%", "36%"),
@@ -126,6 +129,13 @@ def test_plans_and_spans_are_shown_as_code(plan):
     assert AttentionPlan.parse(show(str(plan)), len(plan)) == plan
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_plans_by_heads_are_shown_as_code(seed):
+    plan = random_unit_plan(seed)
+    assert isinstance(show(str(plan)), Code)
+    assert AttentionPlan.parse(show(str(plan)), 4, 2) == plan
+
+
 @given(spans)
 def test_a_span_with_more_words_is_no_plan(span):
     assert is_plan(str(span))
@@ -133,6 +143,8 @@ def test_a_span_with_more_words_is_no_plan(span):
     assert not is_plan(f"transformers, sliding layers of {span}")
 
 
-@pytest.mark.parametrize("text", ["", "full causal SDPA", "window", "all full", "full@", "window:512+", "block:8x"])
+@pytest.mark.parametrize(
+    "text", ["", "full causal SDPA", "window", "all full", "full@", "full@4:; window:8", "window:512+", "block:8x"]
+)
 def test_other_texts_are_no_plans(text):
     assert not is_plan(text)

@@ -45,7 +45,7 @@ def report(
     made = reports.build_report(found, title or reports.title_of(found), others)
     files = made.write(target)
     if others:
-        say(f"no records, left out: {', '.join(map(str, others))}")
+        say(f"no records, left out: {reports.listed(list(map(str, others)))}")
     pages = ", ".join(str(file) for file in files if file.suffix != ".png")
     drawn = sum(file.suffix == ".png" for file in files)
     records_read, drawings = (

@@ -63,8 +63,10 @@ def kept_model(model: str | os.PathLike[str]) -> KnownModel | None:
         model: config.json, folder or .gguf file; of others nothing is kept.
     """
     place = _place(model)
+    if place is None:
+        return None
     try:
-        data = json.loads(place.read_bytes()) if place is not None else None
+        data = json.loads(place.read_bytes())
         own = AttentionPlan.from_dict(data["own"]).for_layers(None, data["own"]["kv_heads"])
         shape = ModelShape(**data["shape"])
         return KnownModel(data["kind"], own, shape, data["positions"], tuple(data["own_sinks"]))

@@ -5,7 +5,7 @@ and `rows` turn a record's figures into tables, `figures` into drawings; `kinds`
 `build` puts it together; `markers` keeps the tables of a text file up to date.
 """
 
-from masformer.reports.build import add_kind, add_record, build_report, title_of
+from masformer.reports.build import add_kind, add_record, build_report, listed, title_of
 from masformer.reports.document import Code, Section, Table
 from masformer.reports.markers import OutOfDateError, update_tables
 from masformer.reports.report import Report
@@ -19,6 +19,7 @@ __all__ = [
     "add_kind",
     "add_record",
     "build_report",
+    "listed",
     "title_of",
     "update_tables",
 ]

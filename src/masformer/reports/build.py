@@ -23,7 +23,7 @@ from masformer.reports.values import is_number, show
 LONG = 100
 """Characters from which on a text is a paragraph rather than a fact."""
 FEW, MOST_NAMED = 3, 6
-"""Records whose outcomes stand in the first paragraph, and names of one outcome."""
+"""Records whose outcomes stand in the first paragraph, and names that stand in a row."""
 MOST_ROWS, MOST_COLUMNS = 60, 14
 """Of a table in a report; what is left out is said below it."""
 
@@ -42,8 +42,14 @@ def build_report(records: Sequence[Record], title: str, others: Sequence[Path] =
     for kind in kinds:
         add_kind(report, [record for record in records if record.kind == kind])
     if others:
-        report.text("Files that are no records, left out: ", ", ".join(path.name for path in others), small=True)
+        report.text("Files that are no records, left out: ", listed([path.name for path in others]), small=True)
     return report
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first of many names, and how many more there are."""
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
 
 
 def title_of(records: Sequence[Record]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterable, Iterator
 from html import escape
 from itertools import groupby, takewhile
@@ -32,7 +33,10 @@ th, td { padding: .3rem .75rem; text-align: left; vertical-align: top; border-bo
 thead th { border-bottom: 2px solid var(--soft); vertical-align: bottom; }
 tbody tr:nth-child(even) { background: var(--shade); }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
-td.number { white-space: nowrap; }
+td { min-width: 6.5rem; }
+td.number { min-width: 0; white-space: nowrap; }
+td code { white-space: nowrap; }
+td code wbr { white-space: normal; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); gap: 1rem 2rem; }
 figure { margin: .5rem 0; }
 details { margin: .75rem 0; }
@@ -131,13 +135,18 @@ def _table(table: Table) -> str:
         f'<th scope="col"{kind}>{_inline(title)}</th>' for kind, title in zip(kinds, table.columns, strict=True)
     )
     rows = "\n".join(
-        f"<tr>{''.join(f'<td{kind}>{_inline(cell)}</td>' for kind, cell in zip(kinds, row, strict=True))}</tr>"
+        f"<tr>{''.join(f'<td{kind}>{_cell(cell)}</td>' for kind, cell in zip(kinds, row, strict=True))}</tr>"
         for row in table.rows
     )
     caption = f"<caption>{escape(table.title)}</caption>" if table.title else ""
     note = f'\n<p class="small">{escape(table.note)}</p>' if table.note else ""
     body = f"{caption}\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>"
     return f'<div class="table"><table>{body}</table></div>{note}'
+
+
+def _cell(text: str) -> str:
+    """A plan in a table breaks between its parts alone."""
+    return re.sub(r"[,;] ?", r"\g<0><wbr>", _inline(text)) if isinstance(text, Code) else _inline(text)
 
 
 def _inline(text: str) -> str:

@@ -16,9 +16,11 @@ DIGITS = 4
 """Significant digits of a number."""
 NOTHING = "-"
 
-_LAYERS = r"\d+(-\d+)?(,\d+(-\d+)?)*"
+_RANGE = r"\d+(-\d+)?"
+_UNITS = rf"{_RANGE}(:{_RANGE})?"
 _SPAN = r"(full|(window:\d+(\+\d+)?|block:\d+(x\d+)?)(\+sink)?)"
-_PLAN = re.compile(rf"({_SPAN}|full@{_LAYERS})(\s*[;,]\s*{_SPAN})*")
+_CLAUSE = rf"{_SPAN}(@{_UNITS}(,{_UNITS})*)?"
+_PLAN = re.compile(rf"{_CLAUSE}(\s*[;,]\s*{_CLAUSE})*")
 
 
 def as_interval(value: Any) -> Interval | None:
@@ -46,7 +48,8 @@ def show(value: Any, key: str = "", spec: str | None = None) -> str:
 
     Args:
         value: a number, text, a truth value, None, an `Interval`, or a list of such.
-        key: its name in the record; numbers whose name ends with `bytes` or `flops` get a unit.
+        key: its name in the record; numbers whose name ends with `bytes` or `flops` get a unit. A small one that is
+            no `int` is a share.
         spec: how numbers are written: a format of Python (`.2f`, `.0%`, `,`), `bytes` or `flops`; by default four
             significant digits, and for an interval two of its width.
 
@@ -64,6 +67,8 @@ def show(value: Any, key: str = "", spec: str | None = None) -> str:
     if isinstance(value, str):
         return Code(value) if is_plan(value) else " ".join(value.split())  # a cell is one line
     unit = spec if spec is not None else next((unit for unit in ("bytes", "flops") if _ends_with(key, unit)), None)
+    if spec is None and unit == "bytes" and isinstance(value, float) and value < 1024:
+        unit = None
     if isinstance(value, Interval):
         parts = (value.mean, value.low, value.high)
         mean, low, high = (_number(part, unit) for part in parts) if unit else _rounded(value)

@@ -121,8 +121,6 @@ def _open(report: Report, found: Sequence[Findings]) -> None:
 def _add(report: Report, findings: Findings, left: Sequence[str]) -> Section:
     section = report.section(findings.title)
     section.text(findings.intro)
-    for verdict in findings.verdicts:
-        section.text(f"{verdict.claim} {verdict.answer[0].upper()}{verdict.answer[1:]}: {verdict.why}.")
     for title, rows in findings.rows.items():
         if rows and title != findings.opening[0]:
             section.table(_table(title, rows))
