@@ -16,7 +16,9 @@ FILE = Path(__file__).parent.parent / "README.md"
 README = FILE.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/evaluation.md", "docs/placement.md", "docs/speed.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/evaluation.md", "docs/placement.md", "docs/sinks.md", "docs/speed.md"]
+)
 def test_tables_are_those_of_the_records(name):
     file = FILE.parent / name
     assert "<!-- table: " in file.read_text(encoding="utf-8")
@@ -64,12 +66,23 @@ def test_the_python_of_a_page_runs(page, capsys):
 PAGES = [FILE, *sorted((FILE.parent / "docs").rglob("*.md"))]
 
 
+WORKED_ON = r"\b(MODEL|FILE|OUT|[\w-]+\.(gguf|jsonl|yaml))\b"
+
+
 def commands(page):
-    """Those that stand in blocks of code, each a line; what is said of them behind at least four spaces is left out."""
+    """Those that stand in blocks of code, each a line; what is said of them behind at least four spaces is left out.
+
+    Those in the text as well where they have what they work on: MODEL, FILE, OUT or a file's name. N stands for a
+    number.
+    """
     text = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))
     fenced = "".join(re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
     indented = "\n".join(re.findall(r"^ {4}(masformer .*)$", text, re.MULTILINE))
-    return [line for line in f"{fenced}\n{indented}".splitlines() if line.startswith("masformer ")]
+    plain = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    inline = [" ".join(each.split()) for each in re.findall(r"`(masformer [^`]*)`", plain)]
+    whole = [each for each in inline if re.search(WORKED_ON, each) and not re.search(r" N\b", each)]
+    lines = [line.removeprefix("$ ") for line in f"{fenced}\n{indented}".splitlines()]
+    return [line for line in lines + whole if line.startswith("masformer ")]
 
 
 COMMANDS = list(dict.fromkeys(line for page in PAGES for line in commands(page)))
