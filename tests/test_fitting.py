@@ -71,6 +71,17 @@ def test_the_constants_are_the_nearest_to_first_tokens(kind, text):
                     assert misses(model, plan, layer, replace(sinks, **{name: moved})) > least * (1 - 1e-3)
 
 
+def test_every_other_text_begins_as_evaluation_begins_it():
+    model, seen = tiny("llama"), []
+    tokenizer = letter_tokenizer([*LETTERS, "<s>"], bos_token="<s>")
+    hook = model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    fit_sinks(model, tokenizer, TEXTS, "window:6+sink", length=LENGTH)
+    hook.remove()
+    assert seen[0].tolist() == [ROWS[0], [tokenizer.bos_token_id, *ROWS[1][:-1]]]
+
+
 def divergence(model, plan):
     """Of the predictions past the window from those with the first tokens."""
     tokens = torch.tensor([TOKENIZER(TEXTS[0])["input_ids"][:LENGTH]])

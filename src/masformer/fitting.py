@@ -37,7 +37,7 @@ STARTS = (0, -2, -4, -8)
 """Where it looks first, from the mean of the log masses of first tokens."""
 FIRST_WEIGHT = 0.1
 """How much the query of the first token counts, beside all others of its text."""
-RATE = 1e-2
+RATE = 5e-3
 
 
 def with_first_tokens(plan: AttentionPlan) -> AttentionPlan:

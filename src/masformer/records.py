@@ -82,14 +82,14 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_record(path: str | os.PathLike[str], command: Sequence[str], version: str, **figures: Any) -> None:
+def write_record(path: str | os.PathLike[str], command: Sequence[str], version: str, /, **figures: Any) -> None:
     """Writes the record whole.
 
     Args:
         path: the JSON file.
         command: the words of the command line.
         version: of masformer.
-        **figures: plain values: the plan and what was measured.
+        **figures: plain values of any name: the plan and what was measured.
     """
     head = {"format": FORMAT, "kind": _kind(command), "command": shlex.join(command), "masformer": version}
     write_whole(path, json.dumps(head | environment() | figures, indent=2) + "\n")

@@ -544,7 +544,11 @@ def test_the_bench_times_the_same_weights_with_and_without_a_plan(capsys, python
         "4",
         "--repeats",
     ]
-    code, out, _ = command(capsys, *words, "1", "--threads", "1", "--python", python, "--quiet")
+    record = tmp_path / "record.json"
+    code, out, _ = command(capsys, *words, "1", "--threads", "1", "--python", python, "--quiet", "--json", record)
+    written = json.loads(record.read_text())
+    assert (written["kind"], written["settings"]["threads"]) == ("bench llama-cpp", 1)
+    assert len(written["results"]) == len(written["plans"]) * 2 + 2
     rows = {(row["pass"], row["name"]): row for row in json.loads(out.splitlines()[-1])["results"]}
     assert (code, len(rows)) == (0, 6)
     for (_, name), row in rows.items():

@@ -281,6 +281,11 @@ def made(tmp_path, **figures):
     return records.read_record(path)
 
 
+@pytest.mark.parametrize("name", ["path", "version"])
+def test_figures_may_have_any_name(tmp_path, name):
+    assert made(tmp_path, **{name: "mine"}).figures == {name: "mine"}
+
+
 def test_text_of_records_is_never_markup(tmp_path):
     rows = [{"name": NASTY, "length": length, "score": 1.5 * length} for length in (1, 2)]
     rows += [{"name": "`code`", "length": 1, "score": 1.0}, {"name": "two\nlines", "length": 1, "score": 3.0}]

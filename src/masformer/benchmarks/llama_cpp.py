@@ -52,7 +52,7 @@ def bench_llama_cpp(
         progress: called with a line before each call.
 
     Returns:
-        `version` of xllamacpp, and `results`: a row per pass (`PASSES`), length and variant: `seconds` (all rounds),
+        `xllamacpp`, its version, and `results`: a row per pass (`PASSES`), length and variant: `seconds` (all rounds),
         `median`, `tokens_per_second`, `speedup` over full attention, `cache_bytes` as llama.cpp says them,
         `predicted_cache_bytes` and `exponent`.
 
@@ -116,4 +116,4 @@ def bench_llama_cpp(
                             "predicted_cache_bytes": llama_cpp.cache_bytes(content, plan, length),
                         }
                     )
-    return {"version": version, "results": with_exponents(rows, ["name", "pass"])}
+    return {"xllamacpp": version, "results": with_exponents(rows, ["name", "pass"])}

@@ -308,7 +308,7 @@ def bench_llama_cpp(
         plot,
         quiet,
     )
-    return {"model": model, "new": new, "threads": threads, "plans": list(map(str, plans.values())), **found}
+    return {"model": model, "plans": list(map(str, plans.values())), "settings": {"lengths": sizes, **more}, **found}
 
 
 def _bench(
