@@ -70,30 +70,33 @@ def by_budget(lines: Mapping[str, Sequence[Point]], clouds: Mapping[str, Sequenc
     return figure
 
 
-def by_cost(before: Mapping[str, Sequence[Point]], after: Mapping[str, Sequence[Point]]) -> Figure:
-    """What lines of plans lose against what they cost, before training (dashed) and after it.
+def by_cost(panels: Mapping[str, Mapping[str, Sequence[Point]]]) -> Figure:
+    """What lines of plans lose against what they cost, on a scale of shares that each double.
 
     Args:
-        before: name of a line -> its points.
-        after: the same after training.
+        panels: title -> name of a line -> its points; a panel without points is left out.
     """
-    figure = new_figure(6.5, 4.2, layout="constrained")
-    axes = figure.subplots()
-    for index, name in enumerate(dict.fromkeys([*before, *after])):
-        color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
-        for lines, style, label in ((before, "--", None if after.get(name) else name), (after, "-", name)):
-            points = sorted(lines.get(name, ()), key=lambda point: point[0])
-            shares = [100 * share for share, _ in points]
-            means = [over.mean for _, over in points]
-            axes.plot(shares, means, style, color=color, marker=marker, markersize=4, linewidth=1.3, label=label)
-            axes.vlines(
-                shares, [over.low for _, over in points], [over.high for _, over in points], color=color, lw=0.8
-            )
-    axes.axhline(0, color=INK, linewidth=0.6, linestyle=":")
-    axes.set_xlim(left=0)
-    axes.set_xlabel("attention operations, percent of all full", fontsize=9, color=INK)
-    axes.set_ylabel("loss over all full, nats (second half)", fontsize=9, color=INK)
-    axes.legend(fontsize=8, frameon=False, labelcolor=INK)
-    axes.tick_params(labelsize=8)
-    axes.spines[["right", "top"]].set_visible(False)
+    panels = {title: lines for title, lines in panels.items() if any(lines.values())}
+    figure = new_figure(1.5 + 4.0 * len(panels), 4.0, layout="constrained")
+    every = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    for axes, (title, lines) in zip(every, panels.items(), strict=True):
+        for name, points in lines.items():
+            index = names.index(name)
+            color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
+            points = sorted(points, key=lambda point: point[0])
+            shares, means = [100 * share for share, _ in points], [over.mean for _, over in points]
+            axes.plot(shares, means, "-", color=color, marker=marker, markersize=4, linewidth=1.3, label=name)
+            lows, highs = [over.low for _, over in points], [over.high for _, over in points]
+            axes.vlines(shares, lows, highs, color=color, linewidth=0.8)
+        axes.axhline(0, color=INK, linewidth=0.6, linestyle=":")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:.0f}%")
+        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+        axes.set_title(title, fontsize=9, color=INK)
+        axes.set_xlabel("attention operations, of all full", fontsize=9, color=INK)
+        axes.tick_params(labelsize=8)
+        axes.spines[["right", "top"]].set_visible(False)
+    every[0].set_ylabel("loss over all full, nats (second half)", fontsize=9, color=INK)
+    every[-1].legend(fontsize=8, frameon=False, labelcolor=INK)
     return figure

@@ -239,15 +239,14 @@ def _add_curves_by_cost(
         rows.append(row)
     made.rows[BY_COST] = [row for row in rows if len(row) > 1]
     lines = {
-        when: {
+        f"{when} training": {
             line: [(shares[name], here[name]) for share in points if (name := f"{line}, {share}") in here]
             for line, points in stage.curves.items()
         }
         for when, here in over.items()
     }
     if any(points for here in lines.values() for points in here.values()):
-        caption = "what is lost against all full, by attention operations: before training (dashed) and after it"
-        made.draw(BY_COST, (by_cost(lines[BEFORE], lines[AFTER]), caption))
+        made.draw(BY_COST, (by_cost(lines), "what is lost against all full, by attention operations"))
         made.opening = (BY_COST, BY_COST)
     for one, other in stage.better:
         for when, here in ((BEFORE, before), (AFTER, after)):
