@@ -207,8 +207,8 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
     names = run_page(page, tmp_path, monkeypatch)
     out = capsys.readouterr().out
     if page == "README.md":
-        assert names["plan"] == AttentionPlan.parse("full@11-18; window:512+4", 30)
-        assert names["model"].config.masformer == names["plan"].to_dict()
+        plan = AttentionPlan.parse("full@4,7:0,18:0-1; window:256+4", 30, names["model"].config.num_key_value_heads)
+        assert names["model"].config.masformer == plan.to_dict()
         assert out.startswith("Long documents")
     elif page == "docs/plans.md":
         assert names["out"].shape == (1, 9, 4096, 64)

@@ -147,6 +147,8 @@ def test_examples_in_blocks_of_code_are_left_alone(file):
         ),
         ("attention-cpu columns=name title=speedup=x", "no column 'speedup' to rename; allowed: name"),
         ("attention-cpu title=speedup", "cannot read title 'speedup'; allowed: OLD=NEW"),
+        ("attention-cpu call=full", "cannot read call 'full'; allowed: OLD=NEW"),
+        ("attention-cpu call=half=x", "no row 'half' to call otherwise; allowed: full causal SDPA, "),
         ("attention-cpu columns='name", "cannot read this comment: No closing quotation"),
     ],
 )

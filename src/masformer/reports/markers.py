@@ -7,8 +7,9 @@
 What stands between the comments is replaced by the table. After `table:` come records (files below the folder of
 records), then options: `rows=PATH` says which rows of the records (`results` by default), `columns=` which columns in
 which order (`masformer.reports.rows.Column`), `where=KEY=VALUE` or `where=KEY!=VALUE` which rows (may be repeated;
-`VALUE|VALUE` for several), `pivot=KEY` a key whose values become columns, which hold `values=`, and `title=OLD=NEW`
-another heading (may be repeated). Every row also has the key `record`, the name of its record.
+`VALUE|VALUE` for several), `call=NAME=TEXT` only rows of these names, in this order, with another text for each (may be
+repeated), `pivot=KEY` a key whose values become columns, which hold `values=`, and `title=OLD=NEW` another heading (may
+be repeated). Every row also has the key `record`, the name of its record.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from masformer.reports.markdown import markdown_table
 from masformer.reports.rows import Column, Row, keys_of, pivoted, table
 
 START, END = "<!-- table:", "<!-- end -->"
-ONCE, OFTEN = ("rows", "columns", "pivot", "values"), ("where", "title")
+ONCE, OFTEN = ("rows", "columns", "pivot", "values"), ("where", "call", "title")
 
 
 class OutOfDateError(MasformerError):
@@ -139,7 +140,7 @@ def marked_table(text: str, folder: Path) -> Table:
     Raises:
         MasformerError: the text cannot be read, or the records, rows or columns that it names are not there.
     """
-    names, options, conditions, titles = _parse(text)
+    names, options, conditions, calls, titles = _parse(text)
     rows = [row for name in names for row in _rows(folder, name, options.get("rows", "results"))]
     for condition in conditions:
         key, unlike, wanted = _condition(condition)
@@ -147,6 +148,8 @@ def marked_table(text: str, folder: Path) -> Table:
         rows = [row for row in rows if (_plain(row, key) in wanted.split("|")) != unlike]
     if not rows:
         raise MasformerError("no row is left by where")
+    if calls:
+        rows = _called(rows, calls)
     columns = _columns(options["columns"], rows) if "columns" in options else _all_columns(rows)
     if ("pivot" in options) != ("values" in options):
         raise MasformerError("pivot and values need each other")
@@ -166,8 +169,18 @@ def marked_table(text: str, folder: Path) -> Table:
     return replace(made, columns=tuple(titles.get(title, title) for title in made.columns))
 
 
-def _parse(text: str) -> tuple[list[str], dict[str, str], list[str], dict[str, str]]:
-    """The records, the options that are given once, the conditions, and old -> new titles."""
+def _called(rows: Sequence[Row], calls: dict[str, str]) -> list[Row]:
+    """The rows of these names, in their order, under other names."""
+    _check_key("name", rows)
+    there = [_plain(row, "name") for row in rows]
+    for name in calls:
+        if name not in there:
+            raise MasformerError(f"no row {name!r} to call otherwise; allowed: {', '.join(dict.fromkeys(there))}")
+    return [row | {"name": text} for name, text in calls.items() for row in rows if _plain(row, "name") == name]
+
+
+def _parse(text: str) -> tuple[list[str], dict[str, str], list[str], dict[str, str], dict[str, str]]:
+    """The records, the options that are given once, the conditions, name -> text, and old -> new titles."""
     try:
         tokens = shlex.split(text)
     except ValueError as error:
@@ -175,28 +188,29 @@ def _parse(text: str) -> tuple[list[str], dict[str, str], list[str], dict[str, s
     names: list[str] = []
     options: dict[str, str] = {}
     conditions: list[str] = []
+    calls: dict[str, str] = {}
     titles: dict[str, str] = {}
     for token in tokens:
         key, separator, value = token.partition("=")
-        if not separator and not options and not conditions and not titles:
+        if not separator and not (options or conditions or calls or titles):
             names.append(token)
         elif key not in (*ONCE, *OFTEN) or not value:
             allowed = ", ".join(f"{name}=" for name in (*ONCE, *OFTEN))
             raise MasformerError(f"cannot read {token!r}; allowed: records, then {allowed}")
         elif key == "where":
             conditions.append(value)
-        elif key == "title":
+        elif key in ("call", "title"):
             old, separator, new = value.partition("=")
             if not separator:
-                raise MasformerError(f"cannot read title {value!r}; allowed: OLD=NEW")
-            titles[old] = new
+                raise MasformerError(f"cannot read {key} {value!r}; allowed: OLD=NEW")
+            (calls if key == "call" else titles)[old] = new
         elif key in options:
             raise MasformerError(f"{key}= is given twice")
         else:
             options[key] = value
     if not names:
         raise MasformerError("the comment names no record")
-    return names, options, conditions, titles
+    return names, options, conditions, calls, titles
 
 
 def _condition(text: str) -> tuple[str, bool, str]:
