@@ -28,6 +28,7 @@ from masformer.placement.budget import Purse
 from masformer.placement.choice import joint, shuffled
 from masformer.placement.measure import Journal, Measurer, PrefixPasses, model_fingerprint
 from masformer.placement.texts import Window, retrieval_probes, split_windows, text_windows
+from masformer.plan import SCHEMA
 from masformer.records import read_record, write_record
 from masformer.reports import build_report
 from tiny import ARCHITECTURES, PLAN, VOCABULARY, letter_tokenizer, random_plan, tiny
@@ -621,6 +622,7 @@ def test_the_plan_file_says_how_the_plan_was_found(tmp_path):
         result.save(tmp_path / name, model="tiny")
         assert AttentionPlan.load(tmp_path / name) == result.plan
     notes = json.loads((tmp_path / "plan.json").read_text())
+    assert notes.pop("$schema") == SCHEMA.as_uri()
     assert yaml.safe_load((tmp_path / "plan.yaml").read_text()) == notes
     found_by = notes["found_by"]
     assert notes["model"] == "tiny"

@@ -587,8 +587,7 @@ def test_verify_finds_an_export_that_runs_something_else(tmp_path):
         verify_export(model, tmp_path / "out", "transformers")
 
 
-@pytest.mark.parametrize("kind", ["mixed", "constants"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("kind", "dtype"), [("mixed", torch.float16), ("constants", torch.bfloat16)])
 def test_verify_in_half_precision_leaves_the_model_as_it_was(tmp_path, kind, dtype):
     save_model(apply_plan(with_sinks(lively("qwen2")), SAMPLES[kind]), tmp_path / "stock")
     model, _ = load_model(tmp_path / "stock", dtype=dtype)
