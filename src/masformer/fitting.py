@@ -178,10 +178,10 @@ class _Fit:
     ) -> Tensor:
         if layer in self.starts:
             self.progress(layer)
-            tensors = (x.float() for x in (query, key, value))
-            spans = span, self.bare.layers[layer]
+            q, k, v = (x.float() for x in (query, key, value))
+            bare, start = self.bare.layers[layer], self.starts[layer]
             with torch.autocast(query.device.type, enabled=False):
-                self.found[layer] = _fitted(*tensors, *spans, self.starts[layer], scale=scale, softcap=softcap)
+                self.found[layer] = _fitted(q, k, v, span, bare, start, scale=scale, softcap=softcap)
         return attend(
             query, key, value, span, sinks=sinks and sinks.under(span), scale=scale, softcap=softcap, **options
         )
@@ -202,7 +202,8 @@ def _fitted(
     kv_heads = key.shape[1]
 
     def heads(x: Tensor) -> Tensor:  # [kv_heads, group, texts * queries, dim]
-        return x.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3, 4).flatten(2, 3)
+        grouped: Tensor = x.unflatten(1, (kv_heads, -1))
+        return grouped.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
     run = partial(attend, query, key, scale=scale, softcap=softcap, backend="tiled")
     out, wanted = heads(run(value, bare)), heads(run(value, span))
@@ -221,7 +222,7 @@ def _fitted(
 def _least_squares(logit: Tensor, out: Tensor, change: Tensor, sums: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """The logits c and values u for which w (u - out), w = sigmoid(c - sums), comes nearest to the change wanted.
 
-    By turns the best values for the logits, which are a formula, and a step of Gauss and Newton for the logits.
+    The best values for given logits are a formula; the logits take damped steps of Gauss and Newton.
 
     Args:
         logit: [kv_heads, group], to begin with.
