@@ -122,7 +122,7 @@ def test_convert_then_eval_gives_the_perplexity_of_the_plan(capsys, folder, text
 def test_convert_fits_constant_sinks_and_the_folder_holds_them(capsys, folder, text, tmp_path):
     out, record = str(tmp_path / "out"), tmp_path / "record.json"
     words = ["convert", folder, out, "--plan", "full@1; window:8+sink", "--sinks", "fit", "--data", text]
-    assert run(capsys, *words, "--length", "64", "--steps", "1")[0] == 0
+    assert run(capsys, *words, "--length", "64")[0] == 0
     weights = load_file(f"{out}/model.safetensors")
     held = [name for name in weights if name.endswith(("sink_logit", "sink_value"))]
     assert len(held) == 2 * (len(load_config(out)[1]) - 1)

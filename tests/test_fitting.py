@@ -1,4 +1,4 @@
-"""Constant sinks by least squares, and trained alone."""
+"""Constant sinks by least squares."""
 
 from dataclasses import replace
 
@@ -92,20 +92,16 @@ def divergence(model, plan):
     return torch.nn.functional.kl_div(*found, reduction="batchmean", log_target=True).item()
 
 
-def test_training_the_constants_alone_comes_nearer_to_the_first_tokens():
+def test_they_come_nearer_to_the_first_tokens_than_windows_alone_and_nothing_else_changes():
     model = tiny("llama", initializer_range=0.4)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     without = divergence(model, "window:6")
-    fit_sinks(model, TOKENIZER, TEXTS, "window:6+sink", length=LENGTH)
-    closed = divergence(model, "window:6+sink")
-    fit_sinks(model.train(), TOKENIZER, TEXTS, "window:6+sink", length=LENGTH, steps=30)
+    fit_sinks(model.train(), TOKENIZER, TEXTS, "window:6+sink", length=LENGTH)
     assert model.training
-    trained = divergence(model.eval(), "window:6+sink")
-    assert trained < closed < without
+    assert divergence(model.eval(), "window:6+sink") < without
     apply_plan(model, "window:6+sink")
     for name, weight in model.named_parameters():
         assert weight.requires_grad
-        assert weight.grad is None
         assert is_sink(name) or torch.equal(weight, before[name])
 
 
@@ -117,8 +113,7 @@ def test_training_the_constants_alone_comes_nearer_to_the_first_tokens():
         ("window:60+sink", {}, "length must be at least 65, got 48"),
         ("window:6+sink", {"length": 4096}, "length must be at most 128, got 4096"),
         ("window:6+sink", {"length": 128, "texts": ["abc"]}, "none of the 1 texts has 128 tokens; give longer ones"),
-        ("window:6+sink", {"steps": -1}, "steps must be at least 0"),
-        ("window:6+sink", {"rate": 0.0}, "rate must be above 0"),
+        ("window:6+sink", {"windows": 0}, "windows must be at least 1"),
     ],
 )
 def test_wrong_values_are_named_and_leave_the_model_as_it_was(plan, options, message):

@@ -6,25 +6,23 @@ for a head (Xiao et al., arXiv 2309.17453, saw the share; gpt-oss, arXiv 2508.10
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from masformer.attention import ConstantSinks, attend
 from masformer.data.tokens import opening_tokens
-from masformer.defaults import LOSS_CHUNK
-from masformer.errors import MasformerError, check_int, check_number
-from masformer.evaluation.perplexity import prefix_token, prepared_base
+from masformer.errors import MasformerError, check_int
+from masformer.evaluation.perplexity import prefix_token
 from masformer.evaluation.room import autocast, autocast_on
 from masformer.models.bridge import add_sinks, apply_plan, attending_by, give_sinks
 from masformer.models.positions import position_limit
 from masformer.models.sealing import kv_heads
-from masformer.models.sinks import named_sinks, sink_layers
+from masformer.models.sinks import sink_layers
 from masformer.models.wrappers import bare_model
 from masformer.plan import AttentionPlan, PlanSource
 from masformer.spans import LayerSpan, Span, WindowSpan, spans_of
@@ -37,7 +35,6 @@ STARTS = (0, -2, -4, -8)
 """Where it looks first, from the mean of the log masses of first tokens."""
 FIRST_WEIGHT = 0.1
 """How much the query of the first token counts, beside all others of its text."""
-RATE = 5e-3
 
 
 def with_first_tokens(plan: AttentionPlan) -> AttentionPlan:
@@ -71,8 +68,6 @@ def fit_sinks(
     *,
     length: int = 2048,
     windows: int = 8,
-    steps: int = 0,
-    rate: float = RATE,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> PreTrainedModel:
     """Gives a model the constant sinks of a plan, by least squares, and puts the plan to work.
@@ -88,9 +83,6 @@ def fit_sinks(
     of the texts begin with the token that evaluation puts before a text, the others as prompts do. This is the
     project's own (docs/sinks.md has what it gives).
 
-    With `steps`, the constants alone are then trained to give what the model gives with the first tokens: AdamW
-    without decay on the divergence KL(first tokens || constants) of the predictions past the window, one text a step.
-
     Args:
         model: a causal language model, with a plan or without.
         tokenizer: its tokenizer.
@@ -98,8 +90,6 @@ def fit_sinks(
         plan: has spans with a constant sink, like `full@11-18; window:512+sink`.
         length: tokens of each text, from its beginning.
         windows: the most texts.
-        steps: of training the constants; 0: none.
-        rate: of that, in shares of what the constants of a layer are on average, falling to zero.
         progress: called with (stage, done, total).
 
     Returns:
@@ -109,8 +99,6 @@ def fit_sinks(
         MasformerError: the plan has no constant sink, no text is long enough, or the model cannot take the plan.
     """
     check_int("windows", windows, 1)
-    check_int("steps", steps, 0)
-    check_number("rate", rate, 0, above=True)
     outer, model = model, bare_model(model)
     plan = AttentionPlan.load(plan, model.config.num_hidden_layers, kv_heads(model.config))
     stand_in = with_first_tokens(plan)
@@ -129,8 +117,6 @@ def fit_sinks(
             model.base_model(input_ids=torch.tensor(rows, device=model.device), use_cache=False)
     give_sinks(model, plan, fit.found)
     told("constant sinks", len(starts), len(starts))
-    if steps:
-        _distill(model, plan, stand_in, rows, max(starts.values()), steps, rate, told)
     model.train(was_training)
     return outer
 
@@ -192,10 +178,10 @@ class _Fit:
     ) -> Tensor:
         if layer in self.starts:
             self.progress(layer)
-            tensors = (x.float() for x in (query, key, value))
-            spans = span, self.bare.layers[layer]
+            q, k, v = (x.float() for x in (query, key, value))
+            bare, start = self.bare.layers[layer], self.starts[layer]
             with torch.autocast(query.device.type, enabled=False):
-                self.found[layer] = _fitted(*tensors, *spans, self.starts[layer], scale=scale, softcap=softcap)
+                self.found[layer] = _fitted(q, k, v, span, bare, start, scale=scale, softcap=softcap)
         return attend(
             query, key, value, span, sinks=sinks and sinks.under(span), scale=scale, softcap=softcap, **options
         )
@@ -216,7 +202,8 @@ def _fitted(
     kv_heads = key.shape[1]
 
     def heads(x: Tensor) -> Tensor:  # [kv_heads, group, texts * queries, dim]
-        return x.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3, 4).flatten(2, 3)
+        grouped: Tensor = x.unflatten(1, (kv_heads, -1))
+        return grouped.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
     run = partial(attend, query, key, scale=scale, softcap=softcap, backend="tiled")
     out, wanted = heads(run(value, bare)), heads(run(value, span))
@@ -235,7 +222,7 @@ def _fitted(
 def _least_squares(logit: Tensor, out: Tensor, change: Tensor, sums: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """The logits c and values u for which w (u - out), w = sigmoid(c - sums), comes nearest to the change wanted.
 
-    By turns the best values for the logits, which are a formula, and a step of Gauss and Newton for the logits.
+    The best values for given logits are a formula; the logits take damped steps of Gauss and Newton.
 
     Args:
         logit: [kv_heads, group], to begin with.
@@ -270,78 +257,3 @@ def _least_squares(logit: Tensor, out: Tensor, change: Tensor, sums: Tensor, wei
             torch.where(better[:, None], new, old) for new, old in ((tried, best), (newton, step), (values, value))
         )
     return best.flatten(), value
-
-
-def _distill(
-    model: PreTrainedModel,
-    plan: AttentionPlan,
-    stand_in: AttentionPlan,
-    rows: Sequence[Sequence[int]],
-    start: int,
-    steps: int,
-    rate: float,
-    progress: Callable[[str, int, int], None],
-) -> None:
-    """Trains the constants alone, in float32, on the predictions from position `start` on."""
-    weights = [weight for _, weight in named_sinks(model)]
-    stored = model.dtype
-    for weight in weights:
-        weight.data = weight.data.float()
-    sizes = [weight.data.square().mean().sqrt().item() for weight in weights]
-    groups = [{"params": [weight], "lr": rate * size} for weight, size in zip(weights, sizes, strict=True)]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-    with _trained_alone(model, weights), autocast(model.device, autocast_on(model.device, model.dtype)):
-        for step in range(steps):
-            progress("distillation", step, steps)
-            tokens = torch.tensor([rows[step % len(rows)]], device=model.device)
-            with torch.no_grad():
-                apply_plan(model, stand_in)
-                wanted = model.base_model(input_ids=tokens, use_cache=False, return_dict=True)
-            apply_plan(model, plan)
-            with torch.enable_grad():
-                output = model.base_model(input_ids=tokens, use_cache=False, return_dict=True)
-                output.last_hidden_state.backward(_slope(model, wanted, output, tokens, start))
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-    for weight in weights:
-        weight.data = weight.data.to(stored)
-    progress("distillation", steps, steps)
-
-
-def _slope(model: PreTrainedModel, wanted: Any, output: Any, tokens: Tensor, start: int) -> Tensor:
-    """The gradient of the mean divergence by the hidden states; logits exist for a chunk of positions at a time."""
-    hidden = output.last_hidden_state.detach().requires_grad_()
-    given = type(output)(**{**output, "last_hidden_state": hidden})
-    length = tokens.shape[1]
-    for first in range(start, length, LOSS_CHUNK):
-        positions = slice(first, min(first + LOSS_CHUNK, length))
-        with torch.no_grad():
-            target = _log_probabilities(model, wanted, tokens, positions)
-        found = _log_probabilities(model, given, tokens, positions)
-        (nn.functional.kl_div(found, target, reduction="sum", log_target=True) / (length - start)).backward()
-    slope: Tensor | None = hidden.grad
-    assert slope is not None
-    return slope
-
-
-def _log_probabilities(model: PreTrainedModel, output: Any, tokens: Tensor, positions: slice) -> Tensor:
-    with prepared_base(model, output) as prepared:
-        prepared.positions = positions
-        logits: Tensor = model(input_ids=tokens[:, positions], use_cache=False, return_dict=True).logits
-    return logits.float().log_softmax(-1)
-
-
-@contextmanager
-def _trained_alone(model: PreTrainedModel, weights: Sequence[Tensor]) -> Iterator[None]:
-    """Other parameters take no part in gradients."""
-    mine = {id(weight) for weight in weights}
-    others = [each for each in model.parameters() if each.requires_grad and id(each) not in mine]
-    try:
-        for each in others:
-            each.requires_grad_(False)
-        yield
-    finally:
-        for each in others:
-            each.requires_grad_(True)

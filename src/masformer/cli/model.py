@@ -100,7 +100,6 @@ def convert(
     field: str = "text",
     documents: int | None = None,
     length: int | None = None,
-    steps: int | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes a checkpoint that carries a plan, and longer positions if asked, with a model card.
@@ -112,7 +111,6 @@ def convert(
         field: of --sinks, key of the text in JSONL files.
         documents: of --sinks, the most texts, of which those count that are long enough (default: 8 that are).
         length: of --sinks, tokens of each text (default: 2048).
-        steps: of --sinks, steps of training the constants alone, after least squares (default: 0).
         dtype: dtype of the weights; auto is what they are stored as, and bfloat16 for those of a quantised .gguf file.
         overwrite: replace a model folder that is already there; a README.md that somebody wrote is kept.
 
@@ -123,7 +121,7 @@ def convert(
     from masformer.models.card import weights_text
     from masformer.models.checkpoint import check_folder, check_plan, load_config, save_model
 
-    given = {"--data": data, "--documents": documents, "--length": length, "--steps": steps}
+    given = {"--data": data, "--documents": documents, "--length": length}
     if sinks is None and (idle := [name for name, value in given.items() if value is not None]):
         raise MasformerError(f"{idle[0]} does nothing without --sinks fit")
     if sinks is not None and data is None:
@@ -138,14 +136,14 @@ def convert(
         loaded, tokenizer = options.to_write(model).load(model, chosen)
     else:
         texts = [document.text for document in read_documents(data or (), field=field, limit=documents)]
-        loaded, tokenizer = _fitted(model, options, chosen, texts, length or 2048, steps or 0)
+        loaded, tokenizer = _fitted(model, options, chosen, texts, length or 2048)
     say(f"{out}: {chosen}; {weights_text(loaded)}")
     save_model(loaded, out, tokenizer, overwrite=overwrite, source=model)
     say(f"load it with masformer.load_model({out!r}), or with AutoModelForCausalLM after `import masformer`")
 
 
 def _fitted(
-    model: str, options: StoredModelOptions, plan: AttentionPlan, texts: list[str], length: int, steps: int
+    model: str, options: StoredModelOptions, plan: AttentionPlan, texts: list[str], length: int
 ) -> tuple[Any, Any]:
     """The model with the plan's constant sinks, fitted where and as models are run, and its tokenizer."""
     from masformer.benchmarks import DTYPES, default_device
@@ -154,7 +152,7 @@ def _fitted(
     loaded, tokenizer = options.load_both(model, with_first_tokens(plan))
     with stage_progress() as progress:
         loaded.to(default_device())
-        fit_sinks(loaded, tokenizer, texts, plan, length=length, steps=steps, progress=progress)
+        fit_sinks(loaded, tokenizer, texts, plan, length=length, progress=progress)
         loaded.cpu()
     written = options.to_write(model).dtype
     return (loaded if written == "auto" else loaded.to(DTYPES[written])), tokenizer
