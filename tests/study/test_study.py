@@ -227,6 +227,16 @@ def test_every_stage_runs_and_reports(language, tmp_path, monkeypatch):
     where = json.loads((tmp_path / "study/where.json").read_text())
     found = where["papers"]
     assert {row["full_bytes"] for row in found} == {0, 1 / 3, 1}
+    (lost,) = where["lost by what is full"]
+    assert lost["full"] == "2 heads or 1 layer"
+    assert set(lost) == {
+        "full",
+        "heads_by_tail",
+        "layers_by_tail",
+        "layers_one_by_one",
+        "layers_of_before",
+        "best_rule_or_random",
+    }
     pretrained = json.loads((tmp_path / "study/pretrained.json").read_text())
     assert {row["step"] for row in pretrained["curves"]} >= {1, 2}
     claims = {verdict["claim"]: verdict["why"] for verdict in pretrained["verdicts"]}
@@ -257,7 +267,12 @@ def test_every_stage_runs_and_reports(language, tmp_path, monkeypatch):
     assert ("at 80%" in before, "at 80%" in after) == (True, False)
     first = text.split("## Verdicts")[0]
     assert "## In short" in first
-    assert "](lost-by-cost.png)" in first
+    for shown in (
+        "](lost-by-cost.png)",
+        "](where-papers.png)",
+        "As the model is, on papers, window:8 everywhere loses",
+    ):
+        assert shown in first
     assert text.count("**lost by cost**") == 1
     left = {path.name for path in (tmp_path / "study/models").iterdir()}
     assert not any(name.startswith("pretrained") for name in left), "models are removed once they were measured"
@@ -509,7 +524,7 @@ def test_recipes_of_the_paper_are_written_for_other_machines(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--scale", "huge"], "unknown scale 'huge'; allowed: tiny, small, gpu, paper, or a .yaml file"),
+        (["--scale", "huge"], "unknown scale 'huge'; allowed: tiny, small, gpu, curves, paper, or a .yaml file"),
         (["--scale", "no.yaml"], "scale no.yaml does not exist"),
         (["--scale", "tiny", "--stage", "why"], "--stage 'why' is not allowed; allowed: recall, where"),
         (["--scale", "tiny", "--stage", "where"], "this scale has no stage where; it has recall, cost, language"),

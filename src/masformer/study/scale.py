@@ -18,7 +18,7 @@ from masformer.schema import Named, Settings, Several, build
 from masformer.settings import check_choice, read_settings
 from masformer.training.recipe import ModelRecipe
 
-SCALES = ("tiny", "small", "gpu", "paper")
+SCALES = ("tiny", "small", "gpu", "curves", "paper")
 """Scales that come with the package."""
 DATA = "@"
 """Before a name in `files` of a source: the files that `--data NAME=FILE` gives."""
@@ -473,7 +473,6 @@ class CostStage(Settings):
         counted: lengths at which operations and caches are counted.
         benches: `prefill`, `decode` or `train` -> lengths that are timed.
         repeats: timed rounds.
-        others: name -> plan, of plans that are counted and not timed.
     """
 
     model: ModelRecipe
@@ -481,7 +480,6 @@ class CostStage(Settings):
     counted: Several[int]
     benches: Named[Several[int]] = field(default_factory=dict)
     repeats: int = 3
-    others: Named[str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_int("cost.repeats", self.repeats, 1)

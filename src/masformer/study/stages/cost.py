@@ -32,7 +32,7 @@ def _name(bench: str) -> str:
 def findings(stage: CostStage, place: Place, results: Results) -> Findings:
     """What is counted, what was measured, and whether what is saved is saved in time as well."""
     shape = ModelShape.of(config_of(stage.model))
-    plans = {name: plan_of(stage.model, text) for name, text in (stage.plans | stage.others).items()}
+    plans = {name: plan_of(stage.model, text) for name, text in stage.plans.items()}
     counted = [
         {
             "name": name,

@@ -183,6 +183,8 @@ def language_findings(stage: LanguageStage, place: Place, results: Results, grou
         made.verdicts.append(_known(is_no_worse(claim, found), stage))
     if stage.curves:
         _add_curves_by_cost(made, stage, before, losses, shares)
+    if group == PRETRAINED:
+        made.short += _in_short(stage, before, losses, shares)
     if (asked := stage.retrieval) is not None:
         _add_retrieval(made, stage, asked, results, group, _near(losses, length))
     ratios = [
@@ -213,6 +215,16 @@ def _near(losses: Mapping[str, Losses], length: int) -> dict[str, Nearness]:
     return nearness(values, losses[FULL].weights(length)) if FULL in losses else {}
 
 
+def _over(
+    stage: LanguageStage, before: Mapping[str, Losses], after: Mapping[str, Losses]
+) -> dict[str, dict[str, Interval]]:
+    """`BEFORE` and `AFTER` -> name -> loss over that of full attention."""
+    return {
+        when: {name: each.over(here[FULL], max(stage.lengths)) for name, each in here.items() if FULL in here}
+        for when, here in ((BEFORE, before), (AFTER, after))
+    }
+
+
 def _add_curves_by_cost(
     made: Findings,
     stage: LanguageStage,
@@ -221,11 +233,7 @@ def _add_curves_by_cost(
     shares: Mapping[str, float],
 ) -> None:
     """What lines of plans lose by their cost, and which of them loses less; a table and a drawing open the report."""
-    length = max(stage.lengths)
-    over = {
-        when: {name: each.over(here[FULL], length) for name, each in here.items() if FULL in here}
-        for when, here in ((BEFORE, before), (AFTER, after))
-    }
+    length, over = max(stage.lengths), _over(stage, before, after)
     every = list(dict.fromkeys(share for points in stage.curves.values() for share in points))
     rows: list[Row] = []
     for share in every:
@@ -258,18 +266,17 @@ def _add_curves_by_cost(
             if apart:
                 verdict = are_better(f"At equal cost, {one} lose less than {other} ({when} training).", apart)
                 made.verdicts.append(_known(verdict, stage, when == AFTER))
-    made.short += _in_short(stage, before, after, over, shares)
 
 
 def _in_short(
     stage: LanguageStage,
     before: Mapping[str, Losses],
     after: Mapping[str, Losses],
-    over: Mapping[str, Mapping[str, Interval]],
     shares: Mapping[str, float],
 ) -> list[str]:
     """How cheap a plan may be that comes close to full attention; and what each line loses at a quarter."""
-    length, said = max(stage.lengths), []
+    length, over = max(stage.lengths), _over(stage, before, after)
+    said: list[str] = []
     for when, here in ((BEFORE, before), (AFTER, after)):
         good = sorted((shares[name], name) for name, near in _near(here, length).items() if near.answer == HOLDS)
         if good:
@@ -282,6 +289,8 @@ def _in_short(
             )
         elif here:
             said.append(f"{when.capitalize()} training no plan leaves at most a quarter of what local attention loses.")
+    if not stage.curves:
+        return said
     points = {share: f"{line}, {share}" for line, points in stage.curves.items() for share in points}
     quarter = min(points, key=lambda share: abs(shares[points[share]] - QUARTER))
     named = {line: f"{line}, {quarter}" for line, points in stage.curves.items() if quarter in points}

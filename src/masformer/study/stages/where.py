@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from masformer.data.sources import Source
 from masformer.evaluation.intervals import Interval
 from masformer.plan import PLACEMENTS, AttentionPlan
+from masformer.reports.document import slug
 from masformer.spans import FullSpan, Span
 from masformer.study.asked import add_answers, asking
 from masformer.study.figures import by_budget
@@ -30,6 +31,7 @@ from masformer.study.works import Perplexity, Search
 
 STAGE = "where"
 CONTROLS = "rules and random"
+SHORT = "lost by what is full"
 
 
 @dataclass(frozen=True)
@@ -213,9 +215,52 @@ def findings(stage: WhereStage, place: Place, results: Results) -> Findings:
             ]
             figure = by_budget({name: [*ends, *line] for name, line in drawn.items()}, {CONTROLS: controls})
             made.drawings.append((f"where {text}", figure, f"what is lost on {text}, by what is full"))
+            if not made.short:
+                _add_short(made, stage, every, text, here)
     if stage.retrieval is not None:
         _add_retrieval(made, stage, stage.retrieval, results)
     return made
+
+
+def _add_short(
+    made: Findings, stage: WhereStage, every: list[Placement], text: str, here: Mapping[str, Losses]
+) -> None:
+    """What each search loses at each budget, against the best rule or random placement, for the first page."""
+    full, length = here[FULL], stage.length
+    few = f" ({stage.controls} documents)" if stage.controls else ""
+    rows: list[Row] = []
+    said = []
+    for budget in stage.budgets:
+        row: Row = {
+            "full": " or ".join(dict.fromkeys(_size(stage, budget, part.by) for part in stage.searches.values()))
+        }
+        lost: dict[str, float] = {}
+        for name in stage.searches:
+            found = _less(_of(every, here, name, budget), full, length)
+            if found is not None:
+                lost[name] = found.mean
+                row[slug(name).replace("-", "_")] = found
+        controls = {
+            each.name: here[each.name].over(full, length)
+            for each in every
+            if each.is_control and each.budget == budget and each.name in here
+        }
+        if controls:
+            best = min(controls, key=lambda name: controls[name].mean)
+            row["best_rule_or_random"] = controls[best]
+        if lost:
+            rows.append(row)
+            name = min(lost, key=lambda name: lost[name])
+            against = f", and the best rule or random placement {controls[best].mean:.2f}{few}" if controls else ""
+            said.append(f"with {row['full']} full {lost[name]:.3f} nats ({name}){against}")
+    if said:
+        lost_by_all = here[LOCAL].over(full, length).mean
+        made.short.append(
+            f"As the model is, on {text}, {stage.local} everywhere loses {lost_by_all:.2f} nats to full attention; "
+            f"{'; '.join(said)}."
+        )
+        made.rows[SHORT] = rows
+        made.opening = (SHORT, f"where {text}")
 
 
 def _row(stage: WhereStage, each: Placement, plan: str, here: Mapping[str, Losses]) -> Row:
