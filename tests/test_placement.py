@@ -494,28 +494,14 @@ def test_probes_hold_what_they_ask_for_far_back():
         retrieval_probes(Words(), fillers, 12, 1, 0)
 
 
-def test_a_search_asks_for_the_first_token_of_an_answer():
-    """After the space before it, where that is a token, which is part of the question."""
+def test_the_space_before_an_answer_is_part_of_the_question():
     tokenizer = letter_tokenizer(eos_token="!")
     filler = Window(tuple(tokenizer("one and the other sentence. " * 40)["input_ids"]), 1)
-    whole, first = (retrieval_probes(tokenizer, [filler], 1200, 2, 0, whole) for whole in (True, False))
-    assert [(probe.scored, probe.probe) for probe in (*whole, *first)] == [(7, True)] * 2 + [(1, True)] * 2
-    for long, short in zip(whole, first, strict=True):
-        assert tokenizer.decode(long.tokens[-7:]).replace(" ", "").isdigit()
-        assert not tokenizer.decode(long.tokens[-8:-7]).strip()
-        assert short.tokens == long.tokens[:-6]
-
-
-def test_searches_choose_by_first_tokens_and_report_on_whole_answers(monkeypatch):
-    asked = []
-
-    def probes(*given, whole):
-        asked.append(whole)
-        return retrieval_probes(*given, whole)
-
-    monkeypatch.setattr("masformer.placement.finding.retrieval_probes", probes)
-    search(induction_model(), criteria="retrieval", tokenizer=Words(), probes=2, other_texts={"more": DOCUMENTS[-3:]})
-    assert asked == [False, True, True]
+    for probe in retrieval_probes(tokenizer, [filler], 1200, 2, seed=0):
+        assert tokenizer.decode(probe.tokens[-8:]).replace(" ", "").isdigit()
+        assert (probe.scored, probe.first) == (7, True), "digits"
+        assert sum(probe.weights) == pytest.approx(7)
+        assert probe.weights[0] == pytest.approx(sum(probe.weights[1:]))
 
 
 def test_other_texts_are_reported_too():

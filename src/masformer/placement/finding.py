@@ -181,10 +181,10 @@ def search_layers(
         method: one of `METHODS`.
         by: `layers`, or `heads` for a plan by KV heads (`gradient` alone).
         criteria: criterion -> weight, or its text form (`parse_criteria`). `tail`: loss of the second half of the
-            windows. `kl`: KL(all-full || plan) there. `retrieval`: loss of the first tokens of answers to
-            `retrieval_probes` (reports: of whole answers), or of the targets of `pairs`. `gradient` takes the gains by
-            each criterion as shares of their sum, so that weights do not depend on how large losses are; by default
-            tail and retrieval. The other methods weigh nats, and take the tail alone by default.
+            windows. `kl`: KL(all-full || plan) there. `retrieval`: loss of the answers to `retrieval_probes`, or of the
+            targets of `pairs`. `gradient` takes the gains by each criterion as shares of their sum, so that weights
+            do not depend on how large losses are; by default tail and retrieval. The other methods weigh nats, and take
+            the tail alone by default.
         spans: of `joint`: the spans to choose from, or their texts; by default full and `local`. Of `gradient`: what a
             unit may get in place of `local`; by default full.
         rounds: of `gradient`; 1 by default.
@@ -279,7 +279,7 @@ def search_layers(
             return text
         if pairs is not None:
             return text + pair_windows(tokenizer, pairs[-probes:] if later else pairs[:probes], length)
-        return text + retrieval_probes(tokenizer, text, length, probes, seed + later, whole=later)
+        return text + retrieval_probes(tokenizer, text, length, probes, seed + later)
 
     calibration, held_out, other_documents = split_windows(cut(documents), windows, held_out_windows)
     chosen_by = with_probes(calibration, later=False)

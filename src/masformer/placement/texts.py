@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
@@ -31,11 +31,20 @@ class Window:
         tokens: token ids; all but the last are the inputs.
         scored: the predictions of the last `scored` tokens count.
         probe: the scored tokens are the answer to a question.
+        first: the first of them counts as much as all others together.
     """
 
     tokens: tuple[int, ...]
     scored: int
     probe: bool = False
+    first: bool = field(default=False, repr=False)
+
+    @property
+    def weights(self) -> list[float]:
+        """What each scored prediction counts; 1 on average."""
+        if not self.first or self.scored == 1:
+            return [1.0] * self.scored
+        return [self.scored / 2, *[self.scored / (2 * (self.scored - 1))] * (self.scored - 1)]
 
 
 def text_windows(document: Sequence[int], prefix: int | None, length: int) -> list[Window]:
@@ -92,17 +101,12 @@ def split_windows(
     return flat[:count], flat[len(flat) - held_out :], False
 
 
-def retrieval_probes(
-    tokenizer: Any, fillers: Sequence[Window], length: int, count: int, seed: int, whole: bool = True
-) -> list[Window]:
+def retrieval_probes(tokenizer: Any, fillers: Sequence[Window], length: int, count: int, seed: int) -> list[Window]:
     """Prompts of `masformer.evaluation.retrieval`, hidden in the windows' own text; the answers' tokens are scored.
 
     They are of the stream that is trained on, so none is drawn as one that is tested. Single keys and several take
-    turns, at depths that are evenly spread.
-
-    An answer's first token says which needle was found. Those after it can be copied on from wherever the text goes on
-    from what is there already, so that of whole answers they are most of the loss. The prompts are plain text: in a
-    chat template a model may begin its answer with something else.
+    turns, at depths that are evenly spread. An answer's first token says whether the right needle is found, while those
+    after it can be copied on from any place that looks like what is there already: so it counts as much as all others.
 
     Args:
         tokenizer: of transformers.
@@ -110,22 +114,20 @@ def retrieval_probes(
         length: the most tokens of prompt and answer.
         count: probes.
         seed: of all that is drawn.
-        whole: score the whole answer, not its first token alone.
 
     Raises:
         MasformerError: the length is too short for what is hidden and the question.
     """
     text = "\n".join(tokenizer.decode(list(filler.tokens), skip_special_tokens=True) for filler in fillers)
     sentences = tuple(sentence for sentence in split_sentences(text).splitlines() if sentence.strip())
-    prober = Prober(tokenizer, chat=False, haystack=Haystack(sentences, "text"), seed=seed, max_new_tokens=ROOM)
+    prober = Prober(tokenizer, haystack=Haystack(sentences, "text"), seed=seed, max_new_tokens=ROOM)
     probes = []
     for index in range(count):
         depth = DEEPEST * (index + 0.5) / count
         probe = prober.probe(TASKS[PROBES[index % len(PROBES)]], length, depth, index, TRAINING)
         answer = part_tokens(tokenizer, f" {probe.answers[0]}")
         space = len(answer) > 1 and not tokenizer.decode(answer[:1]).strip()  # a token of its own asks for nothing
-        scored = len(answer) - space if whole else 1
-        probes.append(Window((*probe.tokens, *answer[: space + scored]), scored, probe=True))
+        probes.append(Window((*probe.tokens, *answer), len(answer) - space, probe=True, first=True))
     return probes
 
 
