@@ -195,21 +195,6 @@ def test_further_spans_come_from_the_same_passes():
     assert np.allclose(nothing[0], nothing[1]), "a window over all there is"
 
 
-def test_the_first_token_of_an_answer_counts_as_much_as_the_others(tmp_path):
-    model, length, scored = sharp(), LENGTH, 5
-    tokens = window().tokens
-    answer, first = Window(tokens, scored, probe=True), Window(tokens[: length - scored + 2], 1, probe=True)
-    weighed = Window(tokens, scored, probe=True, first=True)
-    journal = tmp_path / "journal.jsonl"
-    each = [gains(model, windows=[one], journal=journal) for one in (answer, first, weighed)]
-    others = (scored * each[0] - each[1]) / (scored - 1)
-    assert np.allclose(each[2], (each[1] + others) / 2, atol=1e-6)
-    assert not np.allclose(each[2], each[0], atol=1e-3)
-    ends = [AttentionPlan.uniform(LAYERS, LOCAL), ALL]
-    falls = [np.subtract(*losses(model, ends, [one])) for one in (answer, first, weighed)]
-    assert falls[2] == pytest.approx((falls[1] + (scored * falls[0] - falls[1]) / (scored - 1)) / 2, abs=1e-6)
-
-
 def test_windows_are_means_and_what_is_known_is_not_run_again(tmp_path):
     model, windows = sharp(), [window(0), window(1), window(2, 30)]
     apart = [gains(model, windows=[each]) for each in windows]

@@ -155,7 +155,7 @@ class GainMeter:
                     forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
                     stack.enter_context(replaced_forward(layer, forward))
             output = model.base_model(input_ids=tokens[:, :-1], use_cache=False, return_dict=True)
-            loss, gradient = self._loss(output, reference, tokens, window.weights)
+            loss, gradient = self._loss(output, reference, tokens, window.scored)
             output.last_hidden_state.backward(gradient)
         layers = range(len(measurer.passes.layers))
         if missing := sorted(set(layers) - path.gains.keys()):
@@ -169,9 +169,9 @@ class GainMeter:
         )
         return Slope(loss / window.scored, gains)
 
-    def _loss(self, output: Any, reference: Any, tokens: Tensor, weights: Sequence[float]) -> tuple[float, Tensor]:
+    def _loss(self, output: Any, reference: Any, tokens: Tensor, scored: int) -> tuple[float, Tensor]:
         """The sum over the scored tokens, and its gradient by the hidden states; a chunk of logits exists at a time."""
-        measurer, length, scored = self.measurer, tokens.shape[1] - 1, len(weights)
+        measurer, length = self.measurer, tokens.shape[1] - 1
         hidden = output.last_hidden_state.detach().requires_grad_()
         given, total = type(output)(**{**output, "last_hidden_state": hidden}), 0.0
         for start in range(length - scored, length, measurer.room.positions):
@@ -179,8 +179,7 @@ class GainMeter:
             predicted = measurer.log_probabilities(given, tokens, positions)
             if reference is None:
                 targets = tokens[:, 1:][:, positions, None].to(predicted.device)
-                each = predicted.new_tensor(weights[start - length + scored : positions.stop - length + scored])
-                loss = -(predicted.gather(-1, targets)[..., 0] * each).sum()
+                loss = -predicted.gather(-1, targets).sum()
             else:
                 with torch.no_grad():
                     wanted = measurer.log_probabilities(reference, tokens, positions)

@@ -132,7 +132,7 @@ class Score(Settings):
     """How well one plan does on one window.
 
     Attributes:
-        nll: mean negative log-likelihood of the scored tokens, in nats, by their weights.
+        nll: mean negative log-likelihood of the scored tokens, in nats.
         right: whether each scored token was the most likely one.
         kl: mean KL divergence of the plan's distribution from that of full attention, KL(full || plan), in nats.
     """
@@ -258,8 +258,7 @@ class Measurer:
         for window in dict.fromkeys(windows):
             missing = tuple(plan for plan in distinct if self._known(window, plan) is None)
             if missing:
-                alike = missing, len(window.tokens), window.scored, window.probe, window.first
-                todo.setdefault(alike, []).append(window)
+                todo.setdefault((missing, len(window.tokens), window.scored, window.probe), []).append(window)
         recalled = len(plans) * len(windows) - sum(len(group[0]) * len(each) for group, each in todo.items())
         self.recalled += recalled
         self.advance(recalled)
@@ -272,8 +271,7 @@ class Measurer:
         """What stands for the model and a window in the journal."""
         if window not in self._keys:
             how = self._fingerprint if self.autocast is None else f"{self._fingerprint} {dtype_name(self.autocast)}"
-            what = f"{how} {window}{' by the first token' * window.first}"
-            self._keys[window] = hashlib.sha256(what.encode()).hexdigest()[:32]
+            self._keys[window] = hashlib.sha256(f"{how} {window}".encode()).hexdigest()[:32]
         return self._keys[window]
 
     def _known(self, window: Window, plan: AttentionPlan) -> Score | None:
@@ -300,15 +298,15 @@ class Measurer:
                 len(tokens) * len(self.passes.layers) * (reference is not None and self.passes.full != plans[0])
             )
             for plan in plans:
-                scores = self._scores(self.passes.run(plan), reference, tokens, windows[0].weights)
+                scores = self._scores(self.passes.run(plan), reference, tokens, windows[0].scored)
                 self.unshared += len(tokens) * len(self.passes.layers)
                 self.journal.add("plan", str(plan), dict(zip(map(self.key, windows), scores, strict=True)))
                 self.measured += len(windows)
                 self.advance(len(windows))
 
-    def _scores(self, output: Any, reference: Any, tokens: Tensor, weights: Sequence[float]) -> list[Score]:
+    def _scores(self, output: Any, reference: Any, tokens: Tensor, scored: int) -> list[Score]:
         """One score per row of tokens [batch, length + 1]."""
-        length, scored = tokens.shape[1] - 1, len(weights)
+        length = tokens.shape[1] - 1
         nll, right, kl = [], [], []
         step = max(1, self.room.positions // len(tokens))
         for start in range(length - scored, length, step):
@@ -322,7 +320,7 @@ class Measurer:
                 divergence = nn.functional.kl_div(predicted, wanted, reduction="none", log_target=True)
                 kl.append(divergence.sum(-1))
         # from the device once, not for each chunk: it would wait there
-        losses = (torch.cat(nll, 1).cpu().double() * torch.tensor(weights, dtype=torch.float64)).mean(1)
+        losses = torch.cat(nll, 1).cpu().double().mean(1)
         answered = torch.cat(right, 1).all(1).tolist()
         divergences = torch.cat(kl, 1).cpu().double().mean(1) if kl else torch.zeros(len(tokens))
         if not bool((losses + divergences).isfinite().all()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -31,20 +31,11 @@ class Window:
         tokens: token ids; all but the last are the inputs.
         scored: the predictions of the last `scored` tokens count.
         probe: the scored tokens are the answer to a question.
-        first: the first of them counts as much as all others together.
     """
 
     tokens: tuple[int, ...]
     scored: int
     probe: bool = False
-    first: bool = field(default=False, repr=False)
-
-    @property
-    def weights(self) -> list[float]:
-        """What each scored prediction counts; 1 on average."""
-        if not self.first or self.scored == 1:
-            return [1.0] * self.scored
-        return [self.scored / 2, *[self.scored / (2 * (self.scored - 1))] * (self.scored - 1)]
 
 
 def text_windows(document: Sequence[int], prefix: int | None, length: int) -> list[Window]:
@@ -105,8 +96,7 @@ def retrieval_probes(tokenizer: Any, fillers: Sequence[Window], length: int, cou
     """Prompts of `masformer.evaluation.retrieval`, hidden in the windows' own text; the answers' tokens are scored.
 
     They are of the stream that is trained on, so none is drawn as one that is tested. Single keys and several take
-    turns, at depths that are evenly spread. An answer's first token says whether the right needle is found, while those
-    after it can be copied on from any place that looks like what is there already: so it counts as much as all others.
+    turns, at depths that are evenly spread.
 
     Args:
         tokenizer: of transformers.
@@ -126,8 +116,7 @@ def retrieval_probes(tokenizer: Any, fillers: Sequence[Window], length: int, cou
         depth = DEEPEST * (index + 0.5) / count
         probe = prober.probe(TASKS[PROBES[index % len(PROBES)]], length, depth, index, TRAINING)
         answer = part_tokens(tokenizer, f" {probe.answers[0]}")
-        space = len(answer) > 1 and not tokenizer.decode(answer[:1]).strip()  # a token of its own asks for nothing
-        probes.append(Window((*probe.tokens, *answer), len(answer) - space, probe=True, first=True))
+        probes.append(Window((*probe.tokens, *answer), len(answer), probe=True))
     return probes
 
 
