@@ -193,4 +193,5 @@ def bench_decode(
             row |= {"over_full": over, "ideal_bytes": by_bytes, "share_bytes": over / by_bytes}
             peak = peak_memory(partial(variant.run, last[0], cache), model.device)
             found.append(row | {"cache_bytes": cache_bytes(cache), "peak_bytes": peak})
+    graphs = graphs and graph_tokens_if_possible(model)  # none may have come of it
     return {"results": with_exponents(found, ["name"]), "limits": rates, "graphs": graphs}

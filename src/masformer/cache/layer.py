@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -189,6 +190,13 @@ class SpanLayer(CacheLayerMixin):  # type: ignore[misc]
             self.keys = self._grown(self.keys, slots)
             self.values = self._grown(self.values, slots)
 
+    @property
+    def room(self) -> float:
+        """Tokens of each row that storage, which has begun, holds as it is: any number where it is a whole ring."""
+        assert self.keys is not None
+        slots = self.keys.shape[2]
+        return slots if self.ring is None or slots < self.span.sinks + self.ring else math.inf
+
     def _grown(self, storage: Tensor, slots: int) -> Tensor:
         """Storage grows only before the ring is full: until then, slots are positions.
 
@@ -371,7 +379,8 @@ class SpanLayer(CacheLayerMixin):  # type: ignore[misc]
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the given rows of the batch, in their order."""
         if self.keys is not None and self.values is not None:
-            self.keys, self.values = (x.index_select(0, indices.to(x.device)) for x in (self.keys, self.values))
+            with torch.inference_mode(False):
+                self.keys, self.values = (x.index_select(0, indices.to(x.device)) for x in (self.keys, self.values))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """The same, under the name that beam search uses."""

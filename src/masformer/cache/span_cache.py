@@ -123,10 +123,17 @@ class SpanCache(Cache):  # type: ignore[misc]
         return self._starts or (0,) * rows
 
     @property
+    def rows(self) -> int:
+        """Of the batch whose tokens are in the cache; 0 while it is empty."""
+        return 0 if self._starts is None else len(self._starts)
+
+    @property
     def is_even(self) -> bool:
-        """Whether the documents that are in the cache have begun and hold no padding."""
+        """Whether the documents that are in the cache, in each of its layers, have begun and hold no padding."""
         known, length = self._starts, self.get_seq_length()
-        return known is not None and not self._step.holes and all(start < length for start in known)  # type: ignore[union-attr]
+        if known is None or self._step.holes or any(layer.length != length for layer in self.layers):  # type: ignore[union-attr]
+            return False
+        return all(start < length for start in known)
 
     def _extend(self, real: Tensor | None, seen: int, new: int) -> None:
         """Adds the new tokens to what is known of padding."""
@@ -137,10 +144,11 @@ class SpanCache(Cache):  # type: ignore[misc]
                 raise MasformerError("attention_mask hides tokens that were real when the cache took them")
             self._real = real
         elif self._real is not None:
-            fresh = self._real.new_ones(len(self._real), new) if real is None else real[:, seen:].to(self._real.device)
-            if real is not None and not self._packed and not torch.equal(real[:, :seen].to(fresh.device), self._real):
+            known = self._real[:, :seen]  # a pass that was announced may not have come
+            fresh = known.new_ones(len(known), new) if real is None else real[:, seen:].to(known.device)
+            if real is not None and not self._packed and not torch.equal(real[:, :seen].to(known.device), known):
                 raise MasformerError("attention_mask differs from the one with which the cache took its tokens")
-            self._real = torch.cat([self._real, fresh], 1)
+            self._real = torch.cat([known, fresh], 1)
 
     def _find_starts(self, batch: int, seen: int, total: int) -> tuple[int, ...]:
         if self._real is None:
@@ -243,8 +251,7 @@ class SpanCache(Cache):  # type: ignore[misc]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row, `repeats` times."""
-        rows = 0 if self._starts is None else len(self._starts)
-        self.batch_select_indices(torch.arange(rows).repeat_interleave(repeats))
+        self.batch_select_indices(torch.arange(self.rows).repeat_interleave(repeats))
 
 
 def _bytes_per_slot(layer: SpanLayer) -> int:
