@@ -317,7 +317,7 @@ def test_demo_on_another_model_and_text(capsys, monkeypatch, tmp_path, form):
     assert list(plans)[4] == "found: 2 of 8 KV heads"
     assert not plans.get("the 2 as whole layers", plans["all full"]).by_heads
     assert plans["found: 2 of 8 KV heads"].unit_counts(2)[FullSpan()] == 2
-    assert len(figures["forward"]["seconds"]) == 5
+    assert len(figures["forward"]["seconds"]) == 4
     plan, running = out.split("The plan found:")[1].split("llama.cpp", 1)
     assert plan.strip().splitlines()[0] == figures["found"][0]
     commands = [shlex.split(line) for line in (plan + running).splitlines() if line.startswith("masformer ")]

@@ -165,7 +165,7 @@ def run_demo(
     console.rule("3. Speed")
     text = torch.tensor(rows, device=loaded.device).view(1, -1)
     text = text.repeat(1, -(-long // text.shape[1]))[:, :long]
-    times, difference = forward_times(loaded, text, chosen, local, quiet=quiet)
+    times, difference = forward_times(loaded, text, chosen, local.size, quiet=quiet)
     busy, seconds = counted_seconds(times)
     console.print(times_table(seconds, busy, long))
     if difference is not None:
@@ -248,10 +248,9 @@ def found_plans(
     return found
 
 
-FULL, MIXED, LOCAL, TILES, STOCK = (
+FULL, MIXED, TILES, STOCK = (
     "full attention (SDPA)",
     "the plan found",
-    "all local, sinks",
     "all local",
     "all local, transformers' sliding mask",
 )
@@ -259,7 +258,7 @@ FULL, MIXED, LOCAL, TILES, STOCK = (
 
 
 def forward_times(
-    model: PreTrainedModel, tokens: Tensor, plan: AttentionPlan, local: WindowSpan, *, quiet: bool = False
+    model: PreTrainedModel, tokens: Tensor, plan: AttentionPlan, window: int, *, quiet: bool = False
 ) -> tuple[dict[str, Timing], float | None]:
     """Times of one forward pass, without the output layer, and how far apart the two local ones are.
 
@@ -267,7 +266,7 @@ def forward_times(
         model: the model.
         tokens: [1, length] token ids.
         plan: the mix.
-        local: a window with sinks.
+        window: of what is local everywhere, without sinks.
         quiet: show no progress.
 
     Returns:
@@ -278,8 +277,7 @@ def forward_times(
     plans = {
         FULL: AttentionPlan.uniform(layers, FullSpan()),
         MIXED: plan,
-        LOCAL: AttentionPlan.uniform(layers, local),
-        TILES: AttentionPlan.uniform(layers, WindowSpan(local.size)),
+        TILES: AttentionPlan.uniform(layers, WindowSpan(window)),
     }
 
     def run(model: PreTrainedModel, plan: AttentionPlan | None) -> Tensor:
@@ -306,7 +304,7 @@ def forward_times(
     apply_plan(model, plans[TILES])
     short = tokens[:, : tokens.shape[1] // 2]
     with torch.inference_mode():
-        ours, theirs = (each(short, use_cache=False, logits_to_keep=local.size).logits for each in (model, stock))
+        ours, theirs = (each(short, use_cache=False, logits_to_keep=window).logits for each in (model, stock))
     return times, float((ours - theirs).abs().max())
 
 
