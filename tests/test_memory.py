@@ -6,18 +6,38 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = """
+MEASURED = """
 import re, torch
 from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
-from masformer import AttentionPlan, WindowSpan, apply_plan
-from masformer.cost import ModelShape, prefill_bytes
 
 torch.set_num_threads(1)
-LENGTH, CHUNK = 32768, 1024
 
 def memory(kind):
     return 1024 * int(re.search(rf"{kind}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+def peak(call):
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = memory("VmRSS")
+    call()
+    return memory("VmHWM") - before
+"""
+LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux, to reset the peak")
+
+
+def printed(script):
+    """The numbers of each line that a script prints, which takes memory by `peak`."""
+    environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}  # what is freed goes back at once
+    words = [sys.executable, "-c", MEASURED + script]
+    result = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
+    return [list(map(int, line.split())) for line in result.stdout.splitlines()]
+
+
+PROMPTS = """
+from masformer import AttentionPlan, WindowSpan, apply_plan
+from masformer.cost import ModelShape, prefill_bytes
+
+LENGTH, CHUNK = 32768, 1024
 
 config = LlamaConfig(
     vocab_size=128, hidden_size=128, intermediate_size=384, num_hidden_layers=8, num_attention_heads=2,
@@ -27,45 +47,32 @@ plan = AttentionPlan.mixed(8, 2, "middle", local=WindowSpan(512, 4))
 model = apply_plan(LlamaForCausalLM(config).eval(), plan)
 tokens = torch.randint(0, 128, (1, LENGTH))
 
-def peak(length):
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = memory("VmRSS")
+def generate(length):
     model.generate(tokens[:, :length], max_new_tokens=4, do_sample=False, eos_token_id=None, prefill_chunk_size=CHUNK)
-    return memory("VmHWM") - before
 
-peak(4096)  # one-time allocations
+generate(4096)  # one-time allocations
 shape = ModelShape.of(config)
 for length in (8192, LENGTH):
     predicted = prefill_bytes(shape, plan, length + 3, CHUNK, bytes_per_value=4, reserve=length + 4)
-    print(length, peak(length), predicted)
+    print(length, peak(lambda: generate(length)), predicted)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux, to reset the peak")
+@LINUX
 def test_the_memory_of_a_prompt_of_32768_tokens_stays_within_the_prediction():
-    environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}  # what is freed goes back at once
-    result = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True, env=environment)
-    rows = [list(map(int, line.split())) for line in result.stdout.splitlines()]
-    short, long = rows
+    short, long = printed(PROMPTS)
     assert long[1] < 1.2 * long[2], long
     cache = 2 * 2 * 2 * 64 * 4 * (long[0] - short[0])  # layers, keys and values, heads, head_dim, bytes, tokens
     assert abs(long[1] - short[1] - cache) < 0.1 * cache  # nothing else grows with the prompt
 
 
 PASSES = """
-import re, torch
-from pathlib import Path
-from transformers import LlamaConfig, LlamaForCausalLM
 from masformer import AttentionPlan, FullSpan, WindowSpan, apply_plan
 from masformer.placement import gradient
 from masformer.placement.measure import Measurer
 from masformer.placement.texts import Window
 
-torch.set_num_threads(1)
 LENGTH, LAYERS = 2048, 4
-
-def memory(kind):
-    return 1024 * int(re.search(rf"{kind}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 
 config = LlamaConfig(
     vocab_size=128, hidden_size=192, intermediate_size=512, num_hidden_layers=LAYERS, num_attention_heads=3,
@@ -84,25 +91,20 @@ def search(again):
     model.eval()
     meter._slope(window, full, 0.5, None, again)
 
-def peak(run, *given):
-    run(*given)  # one-time allocations
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = memory("VmRSS")
-    run(*given)
-    return memory("VmHWM") - before
+def taken(run):
+    run()  # one-time allocations
+    return peak(run)
 
-found = [peak(search, again) for again in (False, True)] + [peak(train)]
+found = [taken(lambda: search(again)) for again in (False, True)] + [taken(train)]
 model.gradient_checkpointing_enable()
-print(*found, peak(train))
+print(*found, taken(train))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux, to reset the peak")
+@LINUX
 def test_a_pass_for_gains_takes_the_memory_of_a_training_step():
     """Of its activations; gradients of weights and the optimizer's moments it has none."""
-    environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, "-c", PASSES], capture_output=True, text=True, check=True, env=environment)
-    kept, again, trained, trained_again = map(int, result.stdout.split())
+    ((kept, again, trained, trained_again),) = printed(PASSES)
     assert kept < 1.3 * trained
     assert again < 1.4 * trained_again
     assert again < 0.6 * kept

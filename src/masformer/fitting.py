@@ -34,7 +34,7 @@ TURNS = 30
 STARTS = (0, -2, -4, -8)
 """Where it looks first, from the mean of the log masses of first tokens."""
 FIRST_WEIGHT = 0.1
-"""How much the query of the first token counts, beside all others of its text."""
+"""How much the query of the first token counts, of all queries of its text."""
 
 
 def with_first_tokens(plan: AttentionPlan) -> AttentionPlan:
@@ -79,7 +79,7 @@ def fit_sinks(
         sum over queries of |(1 - w) out + w u - t|^2, w = sigmoid(c - z),
 
     over all texts. Queries that have the first tokens in their window count as well: a constant joins there too, and
-    t is `out`. The query of the first token, which all others look at, counts as much as all others of its text. Half
+    t is `out`. The query of the first token, which all others look at, counts as a tenth of all of its text. Half
     of the texts begin with the token that evaluation puts before a text, the others as prompts do. This is the
     project's own (docs/sinks.md has what it gives).
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from masformer.attention.sinks import CHUNK, Sinks
 
 NARROWEST = 16
-"""Triton multiplies matrices at least so wide: sinks are filled up to it."""
+"""Triton multiplies matrices at least so wide: few sinks, or few queries of a key head, are filled up to it."""
 
 
 @triton.jit

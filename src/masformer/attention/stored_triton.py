@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from masformer.attention.constant import ConstantSinks
+from masformer.attention.sinks_triton import NARROWEST
 from masformer.attention.stored import Slots
 
 TILE, MOST_KEYS = 16384, 128
@@ -23,8 +24,6 @@ MOST = 64
 """Programs that share the keys of one row and head."""
 EACH = 4
 """Programs for each processor of the GPU, where there are keys enough."""
-NARROWEST = 16
-"""Triton multiplies matrices at least so wide: queries of a key head are filled up to it."""
 
 
 @triton.jit(do_not_specialize=["sinks", "ring", "group"])

@@ -244,9 +244,9 @@ class _Graph:
     def __init__(self, tokens: _Tokens, cache: SpanCache, like: Tensor) -> None:
         model = tokens.model
         if Snapshot(model).is_heard:
-            raise NotImplementedError("modules have hooks, which a graph would not call")
+            raise MasformerError("modules have hooks, which a graph would not call")
         if any(getattr(module, "masformer_backend", None) == "reference" for module in model.modules()):
-            raise NotImplementedError("the backend is reference")
+            raise MasformerError("the backend is reference")
         self.cache = TokenCache(cache, len(like))
         with torch.inference_mode(False):
             self.tokens, self.positions = like.clone(), torch.full_like(like, cache.get_seq_length())

@@ -10,7 +10,8 @@ from masformer.evaluation.intervals import Interval
 from masformer.evaluation.perplexity import exp_or_inf
 from masformer.evaluation.perplexity.measure import exp_interval
 from masformer.study.findings import Row
-from masformer.study.verdicts import Values, difference, interval
+from masformer.study.scale import FULL
+from masformer.study.verdicts import Nearness, Values, difference, interval, nearness
 
 
 class Losses:
@@ -88,6 +89,12 @@ def over_each_other(
         for one, other in pairs
         if one in losses and other in losses
     }
+
+
+def near_full(losses: Mapping[str, Losses], length: int) -> dict[str, Nearness]:
+    """How near every plan comes to full attention in the second half of windows, see `nearness`."""
+    values = {name: each.late(length) for name, each in losses.items()}
+    return nearness(values, losses[FULL].weights(length)) if FULL in losses else {}
 
 
 def _means(documents: Sequence[dict[str, Any]]) -> list[list[float]]:

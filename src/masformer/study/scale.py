@@ -42,6 +42,12 @@ def check_pairs(name: str, pairs: list[list[str]], what: str, known: set[str]) -
             raise MasformerError(f"{name} must hold pairs of {what}, got {pair}; allowed: {', '.join(sorted(known))}")
 
 
+def check_text_pairs(name: str, text: Source) -> None:
+    """Raises MasformerError unless the text is of prompts and targets."""
+    if not text.is_pairs:
+        raise MasformerError(f"{name}.text needs prompt and target, the fields of its pairs")
+
+
 def check_seeds(name: str, seeds: Sequence[int]) -> None:
     """Raises MasformerError unless there are seeds, each once."""
     if not seeds or len(set(seeds)) != len(seeds):
@@ -353,8 +359,7 @@ class SummarizationPart(Settings):
         check_each("generation.summarization.lengths", self.lengths)
         check_int("generation.summarization.max_new_tokens", self.max_new_tokens, 1)
         check_int("generation.summarization.seed", self.seed, 0, LARGEST_SEED)
-        if not self.text.is_pairs:
-            raise MasformerError("generation.summarization.text needs prompt and target, the fields of its pairs")
+        check_text_pairs("generation.summarization", self.text)
 
 
 @dataclass(frozen=True)
@@ -410,8 +415,7 @@ class AnswersPart(Settings):
 
     def __post_init__(self) -> None:
         check_each("generation.beside.answers", [self.length, self.max_new_tokens])
-        if not self.text.is_pairs:
-            raise MasformerError("generation.beside.answers.text needs prompt and target, the fields of its pairs")
+        check_text_pairs("generation.beside.answers", self.text)
         if not Template(self.template).has_query:
             raise MasformerError("generation.beside.answers.template has no {query}")
 

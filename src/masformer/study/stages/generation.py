@@ -10,9 +10,9 @@ from masformer.evaluation.rouge import SPANS
 from masformer.reports.figures import draw, heat_map
 from masformer.study.asked import add_answers, asking
 from masformer.study.findings import Findings, Results, Row
-from masformer.study.losses import Losses, document_scores, prompt_scores, turned
+from masformer.study.losses import Losses, document_scores, near_full, prompt_scores, turned
 from masformer.study.models import attention_share, model_of, recipe_of
-from masformer.study.scale import FULL, LOCAL, BesidePart, GenerationStage, RetrievalPart, SummarizationPart
+from masformer.study.scale import FULL, BesidePart, GenerationStage, RetrievalPart, SummarizationPart
 from masformer.study.units import Place, Unit
 from masformer.study.verdicts import HOLDS, Nearness, comes_close, difference, nearness, writes_as_well
 from masformer.study.works import Perplexity, Retrieval, Summaries, Train
@@ -117,10 +117,7 @@ def _add_beside(made: Findings, part: BesidePart, results: Results) -> None:
         row |= each.row(length, over_full=losses.get(FULL))
         rows.append(row | {"attention": attention_share(part.model, part.plans[name], length)})
     made.rows["loss of text"] = rows
-    likely: dict[str, Nearness] = {}
-    if FULL in losses and LOCAL in losses:
-        weights = losses[FULL].weights(length)
-        likely = nearness({name: each.late(length) for name, each in losses.items()}, weights)
+    likely = near_full(losses, length)
     here = {
         task: {name: [results[_beside(name, task)]] for name in part.plans if _beside(name, task) in results}
         for task in part.retrieval.tasks

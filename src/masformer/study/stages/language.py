@@ -20,7 +20,7 @@ from masformer.reports.figures import curves, draw
 from masformer.study.asked import add_answers, asking
 from masformer.study.figures import by_cost, pareto
 from masformer.study.findings import Findings, Results, Row, done
-from masformer.study.losses import Losses, over_each_other
+from masformer.study.losses import Losses, near_full, over_each_other
 from masformer.study.models import attention_share, config_of, model_of, plan_of, recipe_of
 from masformer.study.scale import FULL, LOCAL, FindPart, LanguageStage
 from masformer.study.units import DATA, Place, Unit
@@ -158,6 +158,12 @@ def language_findings(stage: LanguageStage, place: Place, results: Results, grou
     before = {
         name: Losses([results[_untrained(group, name)]]) for name in stage.every if _untrained(group, name) in results
     }
+    measured = {BEFORE: before, AFTER: losses}
+    near = {when: near_full(here, length) for when, here in measured.items()}
+    over = {
+        when: {name: each.over(here[FULL], length) for name, each in here.items() if FULL in here}
+        for when, here in measured.items()
+    }
     shares = {name: attention_share(model, plan, length) for name, plan in stage.every.items()}
     made = Findings(
         TITLES[group],
@@ -173,25 +179,21 @@ def language_findings(stage: LanguageStage, place: Place, results: Results, grou
     ]
     cheap = [name for name, share in shares.items() if name not in (FULL, LOCAL) and share <= CHEAP]
     of = " (a pretrained model)" if group == PRETRAINED else ""
-    for here, when in ((losses, of), (before, " (a pretrained model, before training)")):
-        if FULL in here and LOCAL in here:
-            near = {name: each for name, each in _near(here, length).items() if name in cheap}
-            made.verdicts.append(_known(comes_close(f"{CLAIM}{when}.", near, "nats"), stage, here is losses))
+    for when, said in ((AFTER, of), (BEFORE, " (a pretrained model, before training)")):
+        if FULL in measured[when] and LOCAL in measured[when]:
+            mixes = {name: each for name, each in near[when].items() if name in cheap}
+            made.verdicts.append(_known(comes_close(f"{CLAIM}{said}.", mixes, "nats"), stage, when == AFTER))
     if stage.equal:
         claim = "Blocks, which the paper takes, are as good as windows of equal cost (trained under each)."
         found = over_each_other(losses, stage.equal, length, lambda name: shares[name])
         made.verdicts.append(_known(is_no_worse(claim, found), stage))
     if stage.curves:
-        _add_curves_by_cost(made, stage, before, losses, shares)
+        _add_curves_by_cost(made, stage, measured, over, shares)
     if group == PRETRAINED:
-        made.short += _in_short(stage, before, losses, shares)
+        made.short += _in_short(stage, measured, near, over, shares)
     if (asked := stage.retrieval) is not None:
-        _add_retrieval(made, stage, asked, results, group, _near(losses, length))
-    ratios = [
-        (name, shares[name], each.over(losses[FULL], length))
-        for name, each in losses.items()
-        if FULL in losses and name in stage.plans
-    ]
+        _add_retrieval(made, stage, asked, results, group, near[AFTER])
+    ratios = [(name, shares[name], each) for name, each in over[AFTER].items() if name in stage.plans]
     if len(ratios) > 1:
         caption = "what plans lose against all full, by attention operations"
         made.draw("pareto" if group == LANGUAGE else f"pareto {group}", (pareto(ratios), caption))
@@ -210,30 +212,14 @@ def _rows(stage: LanguageStage, losses: Mapping[str, Losses], shares: Mapping[st
     ]
 
 
-def _near(losses: Mapping[str, Losses], length: int) -> dict[str, Nearness]:
-    values = {name: each.late(length) for name, each in losses.items()}
-    return nearness(values, losses[FULL].weights(length)) if FULL in losses else {}
-
-
-def _over(
-    stage: LanguageStage, before: Mapping[str, Losses], after: Mapping[str, Losses]
-) -> dict[str, dict[str, Interval]]:
-    """`BEFORE` and `AFTER` -> name -> loss over that of full attention."""
-    return {
-        when: {name: each.over(here[FULL], max(stage.lengths)) for name, each in here.items() if FULL in here}
-        for when, here in ((BEFORE, before), (AFTER, after))
-    }
-
-
 def _add_curves_by_cost(
     made: Findings,
     stage: LanguageStage,
-    before: Mapping[str, Losses],
-    after: Mapping[str, Losses],
+    measured: Mapping[str, Mapping[str, Losses]],
+    over: Mapping[str, Mapping[str, Interval]],
     shares: Mapping[str, float],
 ) -> None:
     """What lines of plans lose by their cost, and which of them loses less; a table and a drawing open the report."""
-    length, over = max(stage.lengths), _over(stage, before, after)
     every = list(dict.fromkeys(share for points in stage.curves.values() for share in points))
     rows: list[Row] = []
     for share in every:
@@ -257,9 +243,9 @@ def _add_curves_by_cost(
         made.draw(BY_COST, (by_cost(lines), "what is lost against all full, by attention operations"))
         made.opening = (BY_COST, BY_COST)
     for one, other in stage.better:
-        for when, here in ((BEFORE, before), (AFTER, after)):
+        for when, here in measured.items():
             apart = {
-                f"at {share}": here[f"{one}, {share}"].over(here[f"{other}, {share}"], length)
+                f"at {share}": here[f"{one}, {share}"].over(here[f"{other}, {share}"], max(stage.lengths))
                 for share in stage.curves[one]
                 if f"{one}, {share}" in here and f"{other}, {share}" in here
             }
@@ -270,15 +256,15 @@ def _add_curves_by_cost(
 
 def _in_short(
     stage: LanguageStage,
-    before: Mapping[str, Losses],
-    after: Mapping[str, Losses],
+    measured: Mapping[str, Mapping[str, Losses]],
+    near: Mapping[str, Mapping[str, Nearness]],
+    over: Mapping[str, Mapping[str, Interval]],
     shares: Mapping[str, float],
 ) -> list[str]:
     """How cheap a plan may be that comes close to full attention; and what each line loses at a quarter."""
-    length, over = max(stage.lengths), _over(stage, before, after)
     said: list[str] = []
-    for when, here in ((BEFORE, before), (AFTER, after)):
-        good = sorted((shares[name], name) for name, near in _near(here, length).items() if near.answer == HOLDS)
+    for when, here in measured.items():
+        good = sorted((shares[name], name) for name, each in near[when].items() if each.answer == HOLDS)
         if good:
             share, name = good[0]
             loss, gap = over[when][name].mean, over[when][LOCAL].mean
