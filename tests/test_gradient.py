@@ -1,5 +1,7 @@
 """Gains of units by gradients: against differences of losses, complete, by heads and layers, in every setting."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from masformer.models.sinks import named_sinks
 from masformer.placement import search, summary
 from masformer.placement.gradient import GainMeter
 from masformer.placement.measure import Measurer
+from masformer.placement.result import GradientWork
 from masformer.placement.texts import Window, pair_windows
 from masformer.spans import Span
 from tiny import ARCHITECTURES, VOCABULARY, letter_tokenizer, tiny
@@ -37,11 +40,9 @@ def window(seed=0, length=LENGTH):
 WINDOWS = (window(),)
 
 
-def gains(
-    model, criterion="tail", windows=WINDOWS, wider=(FULL,), points=4, target=ALL, at_end=False, journal=None, **options
-):
-    meter = GainMeter(Measurer(model, journal=journal, kl=criterion == "kl", **options), LOCAL, wider, points)
-    return meter.gains(criterion, list(windows), target, at_end)
+def gains(model, criterion="tail", windows=WINDOWS, wider=(FULL,), points=4, target=ALL, journal=None, **options):
+    meter = GainMeter(Measurer(model, journal=journal, kl=criterion == "kl", **options), LOCAL, wider)
+    return meter.gains(criterion, list(windows), target, points)
 
 
 def losses(model, plans, windows=WINDOWS, kl=False):
@@ -91,7 +92,7 @@ def test_at_the_end_of_a_path_gains_are_the_slopes_at_the_plan():
     model, one, step = sharp(), window(), 2e-3
     moved = {(1, 0): FULL, (3, 1): FULL, (2, 0): FULL, (2, 1): FULL}
     target = AttentionPlan.of_units(LAYERS, HEADS, moved, local=LOCAL)
-    found = gains(model, target=target, at_end=True)[0]
+    found = gains(model, target=target, points=None)[0]
     for unit in np.ndindex(found.shape):
         ends = []
         for sign in (1, -1):
@@ -120,7 +121,7 @@ def test_constant_sinks_are_at_either_end_of_a_path(spans):
     for _, weight in named_sinks(model):
         weight.data.normal_(generator=torch.Generator().manual_seed(1))
     before, after = losses(model, plans)
-    found = GainMeter(Measurer(model), local, (wider,), 16).gains("tail", list(WINDOWS), plans[1])
+    found = GainMeter(Measurer(model), local, (wider,)).gains("tail", list(WINDOWS), plans[1], 16)
     assert abs(before - after) > 1e-3
     assert found.sum() == pytest.approx(before - after, rel=0.05)
     assert all(weight.grad is None and weight.requires_grad for _, weight in named_sinks(apply_plan(model, sinks)))
@@ -199,15 +200,15 @@ def test_windows_are_means_and_what_is_known_is_not_run_again(tmp_path):
     model, windows = sharp(), [window(0), window(1), window(2, 30)]
     apart = [gains(model, windows=[each]) for each in windows]
     journal = tmp_path / "journal.jsonl"
-    meter = GainMeter(Measurer(model, journal=journal), LOCAL, (FULL,), 4)
-    together = meter.gains("tail", windows, ALL)
+    meter = GainMeter(Measurer(model, journal=journal), LOCAL, (FULL,))
+    together = meter.gains("tail", windows, ALL, 4)
     assert np.allclose(together, np.mean(apart, axis=0))
     assert (meter.passes, meter.recalled) == (12, 0)
-    again = GainMeter(Measurer(model, journal=journal), LOCAL, (FULL,), 4)
-    assert np.array_equal(again.gains("tail", windows, ALL), together)
+    again = GainMeter(Measurer(model, journal=journal), LOCAL, (FULL,))
+    assert np.array_equal(again.gains("tail", windows, ALL, 4), together)
     assert (again.passes, again.recalled) == (0, 12)
-    other = GainMeter(Measurer(model, journal=journal), WindowSpan(6), (FULL,), 4)
-    other.gains("tail", windows[:1], ALL)
+    other = GainMeter(Measurer(model, journal=journal), WindowSpan(6), (FULL,))
+    other.gains("tail", windows[:1], ALL, 4)
     assert other.passes == 4
 
 
@@ -233,7 +234,6 @@ def letters():
 def test_layers_are_chosen_by_the_sums_of_their_heads():
     found = search(letters(), TOKENIZER, TEXTS, 2, LOCAL, criteria="tail", **SETTING)
     assert (found.by, found.method, found.gradient.passes) == ("layers", "gradient", 4)
-    meter = GainMeter(Measurer(letters()), LOCAL, (FULL,), 2)
     assert len(found.evidence) == 1
     assert len(found.plan.full_layers) == 2
     best = sorted(range(LAYERS), key=lambda layer: -found.evidence[0].values[layer])[:2]
@@ -241,13 +241,12 @@ def test_layers_are_chosen_by_the_sums_of_their_heads():
     (check,) = found.gradient.completeness
     assert check.criterion == "tail"
     assert check.gains == pytest.approx(sum(found.evidence[0].values), abs=1e-5)
-    assert meter.wider == (FULL,)
     assert " recalled; 4 passes for gains; " in summary(found)
 
 
 def test_the_work_of_two_ends_shares_no_prefixes():
     found = search(letters(), TOKENIZER, TEXTS, 2, LOCAL, criteria="tail", length=64, windows=2, held_out_windows=0)
-    assert "4 measurements, 0 recalled; 8 passes for gains; " in summary(found)
+    assert "4 measurements, 0 recalled; 4 passes for gains; " in summary(found)
     assert "shared prefixes" not in summary(found)
 
 
@@ -263,6 +262,17 @@ def test_budgets_are_kept(budget, spans):
     spent = sum(map(purse.price, found.plan.spans))
     assert spent <= purse.limit
     assert all(score.plan != str(found.plan) for score in found.random())
+
+
+def test_each_criterion_has_points_of_its_own():
+    pairs = [(f"say {word}: {word} {word}", f" {word}") for word in ("abc", "bcd", "cde", "def")]
+    options = SETTING | {"criteria": "tail,retrieval", "pairs": pairs}
+    by_default = search(letters(), TOKENIZER, TEXTS, 2, LOCAL, **(options | {"points": None})).gradient
+    asked = search(letters(), TOKENIZER, TEXTS, 2, LOCAL, **(options | {"points": 3})).gradient
+    assert (by_default.points, by_default.passes) == ({"tail": 2, "retrieval": 4}, 2 * 2 + 2 * 4)
+    assert (asked.points, asked.passes) == ({"tail": 3, "retrieval": 3}, 2 * 3 + 2 * 3)
+    older = asdict(asked) | {"points": 3}
+    assert GradientWork.from_dict(older) == asked
 
 
 def test_pairs_of_your_own_take_the_place_of_probes():

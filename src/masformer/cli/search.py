@@ -65,7 +65,7 @@ def search(
             retrieval alike; of the older methods tail).
         span: for gradient and joint, a span to choose from; may be repeated (default: full).
         rounds: of gradient: after the first, gains are measured again at the plan found (default: 1).
-        points: of gradient: points of the path from local to full (default: 4).
+        points: of gradient: points of the path from local to full (default: 2 for the tail, 4 for other criteria).
         test: files of other text to report on as well.
         field: key of the text in JSONL files.
         documents: use at most so many documents of each text.

@@ -51,10 +51,12 @@ from masformer.spans import FullSpan, Span
 
 METHODS = ("gradient", "sensitivity", "greedy", "joint")
 UNITS = ("layers", "heads")
-POINTS, ROUNDS = 4, 1
+ROUNDS = 1
 """Of the method gradient, where nothing is said."""
 MOST_POINTS, MOST_ROUNDS = 100, 10
 CRITERIA = ("tail", "kl", "retrieval")
+POINTS = {"tail": 2, "kl": 4, "retrieval": 4}
+"""Of the path, where nothing is said. The loss of running text falls evenly along it, that of answers in one place."""
 RANDOM_PLACEMENTS, MOST_RANDOM = 20, 10_000
 
 
@@ -188,7 +190,7 @@ def search_layers(
         spans: of `joint`: the spans to choose from, or their texts; by default full and `local`. Of `gradient`: what a
             unit may get in place of `local`; by default full.
         rounds: of `gradient`; 1 by default.
-        points: of the path of `gradient`; 4 by default.
+        points: of the path of `gradient`; by default 2 for the tail and 4 for other criteria.
         windows: text windows to choose by; also what the probes are made of.
         held_out_windows: text windows to report on; 0: the plan is found, and held against nothing.
         other_texts: name -> token ids of documents to report on as well.
@@ -237,9 +239,11 @@ def search_layers(
         given = "probes" if pairs is None else "pairs"
         raise MasformerError(f"{given} do nothing without the criterion retrieval")
     probes = _probes(probes, windows, pairs)
-    rounds, points = ROUNDS if rounds is None else rounds, POINTS if points is None else points
+    rounds = ROUNDS if rounds is None else rounds
+    points_by = {name: POINTS[name] if points is None else points for name in criteria}
     check_int("rounds", rounds, 1, MOST_ROUNDS)
-    check_int("points", points, 1, MOST_POINTS)
+    for each in points_by.values():
+        check_int("points", each, 1, MOST_POINTS)
     counts = {"windows": (windows, 1), "held-out windows": (held_out_windows, 0), "probes": (probes, 1)}
     for name, (number, least) in {**counts, "length": (length, 2)}.items():
         check_int(name, number, least)
@@ -301,7 +305,8 @@ def search_layers(
     controls = 3 + len(rules) + random_placements
     total = controls * sum(map(len, texts.values()))
     total += 2 * len(chosen_by) if gradient else plans * len(chosen_by)
-    total += (points + rounds - 1) * sum(map(len, measured_by.values())) if gradient else 0
+    if gradient:
+        total += sum((points_by[name] + rounds - 1) * len(each) for name, each in measured_by.items())
     stage, done = "choosing", 0
 
     def advance(count: int) -> None:
@@ -329,13 +334,13 @@ def search_layers(
 
     how = None
     if gradient:
-        meter = GainMeter(measurer, local, choices[:-1], points)
-        plan, evidence, sums = _by_gradient(meter, measured_by, criteria, purse, heads, rounds)
+        meter = GainMeter(measurer, local, choices[:-1])
+        plan, evidence, sums = _by_gradient(meter, measured_by, criteria, purse, heads, rounds, points_by)
         ends = scored([AttentionPlan.uniform(layers, span) for span in (local, _widest(choices, length))])
         completeness = tuple(
             Completeness(name, each, ends[0].figure(name) - ends[1].figure(name)) for name, each in sums.items()
         )
-        how = GradientWork(rounds, points, meter.passes, completeness)
+        how = GradientWork(rounds, points_by, meter.passes, completeness)
     elif method == "greedy":
         plan, evidence = greedy(layers, local, most, criterion)
     else:
@@ -424,6 +429,7 @@ def _by_gradient(
     purse: Purse,
     heads: int | None,
     rounds: int,
+    points: Mapping[str, int],
 ) -> tuple[AttentionPlan, tuple[Evidence, ...], dict[str, float]]:
     """The plan, the gains that it was chosen by, and the sums of the first round's gains by each criterion."""
     wider, local = meter.wider, meter.local
@@ -432,7 +438,7 @@ def _by_gradient(
     found: dict[str, list[NDArray[np.float64]]] = {name: [] for name in criteria}
     for number in range(rounds):
         for name, windows in measured_by.items():
-            each = meter.gains(name, windows, plan, at_end=number > 0)
+            each = meter.gains(name, windows, plan, None if number else points[name])
             found[name].append(each if heads else each.sum(-1, keepdims=True))
         gains = _weighed({name: np.mean(each, 0) for name, each in found.items()}, criteria, wider.index(widest))
         units = gains.reshape(len(wider), -1)

@@ -54,22 +54,20 @@ class GainMeter:
         measurer: gives the model, the precision and the journal, and is told of each pass.
         local: the span of every unit at the start of a path.
         wider: spans that a unit may get instead.
-        points: of a path.
 
     Attributes:
         passes: forward passes with their backward passes that were run.
         recalled: those that the journal had already.
     """
 
-    def __init__(self, measurer: Measurer, local: Span, wider: Sequence[Span], points: int) -> None:
+    def __init__(self, measurer: Measurer, local: Span, wider: Sequence[Span]) -> None:
         self.measurer, self.local, self.wider = measurer, local, tuple(wider)
-        self.path = tuple((2 * point + 1) / (2 * points) for point in range(points))
         self.passes = self.recalled = 0
         self._shape = ModelShape.of(measurer.model.config)
         self._fits = True
 
     def gains(
-        self, criterion: str, windows: Sequence[Window], target: AttentionPlan, at_end: bool = False
+        self, criterion: str, windows: Sequence[Window], target: AttentionPlan, points: int | None
     ) -> NDArray[np.float64]:
         """Means over the windows, in nats: [spans of `wider`, layers, KV heads], or one for each layer's heads together
         where layers have different numbers of them.
@@ -78,23 +76,24 @@ class GainMeter:
             criterion: `kl`, or another name for the loss of the scored tokens.
             windows: of text, or probes.
             target: the end of the path; its spans are `local` or of `wider`.
-            at_end: measure at the end alone: what each unit is worth, to first order, where the others have that plan.
+            points: of the path; None: its end alone, what each unit is worth, to first order, where the others have
+                that plan.
 
         Raises:
             MasformerError: the loss is not finite, a window does not fit, a layer has no part in the loss, or the
                 journal cannot be written.
         """
-        found = [slope.gains for window in windows for slope in self._slopes(criterion, window, target, at_end)]
+        found = [slope.gains for window in windows for slope in self._slopes(criterion, window, target, points)]
         alike = len({len(heads) for heads in found[0][0]}) == 1
         each = found if alike else [[[(sum(heads),) for heads in layers] for layers in gains] for gains in found]
         means: NDArray[np.float64] = np.asarray(each, dtype=np.float64).mean(axis=0)
         return means
 
-    def _slopes(self, criterion: str, window: Window, target: AttentionPlan, at_end: bool) -> Iterator[Slope]:
+    def _slopes(self, criterion: str, window: Window, target: AttentionPlan, points: int | None) -> Iterator[Slope]:
         key = self.measurer.key(window)
         spans, reference = ", ".join(map(str, self.wider)), None
         kind = criterion if criterion == "kl" else "nll"
-        for share in (1.0,) if at_end else self.path:
+        for share in (1.0,) if points is None else [(point + 0.5) / points for point in range(points)]:
             path = f"{kind}: {self.local} to {target} at {share:.6g}, of {spans}"
             slope = self.measurer.journal.get(key, path, Slope)
             if slope is None:

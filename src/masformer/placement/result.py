@@ -107,20 +107,24 @@ class GradientWork:
 
     Attributes:
         rounds: the first along the path to the widest span everywhere, the others at the plan found before.
-        points: of the path.
+        points: of the path, by criterion.
         passes: forward passes with their backward passes; of a resumed search, those of the last run; not compared.
         completeness: of the first round, by criterion.
     """
 
     rounds: int
-    points: int
+    points: dict[str, int]
     passes: int = field(compare=False)
     completeness: tuple[Completeness, ...]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GradientWork:
-        """The inverse of `asdict`."""
-        return cls(**{**values, "completeness": tuple(Completeness(**row) for row in values["completeness"])})
+        """The inverse of `asdict`; of a result before 0.3, whose criteria all had as many points, too."""
+        found = tuple(Completeness(**row) for row in values["completeness"])
+        points = values["points"]
+        if isinstance(points, int):
+            points = dict.fromkeys((row.criterion for row in found), points)
+        return cls(**{**values, "points": points, "completeness": found})
 
 
 @dataclass(frozen=True)

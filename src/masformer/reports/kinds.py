@@ -170,7 +170,9 @@ KINDS: Mapping[str, View] = {
         "the same cost on text that nothing was chosen by: perplexity of the second half of the windows.",
         facts=(
             "plan", "method", "by", "criteria.tail", "criteria.kl", "criteria.retrieval", "budget", "local", "length",
-            "windows", "probes", "gradient.rounds=rounds", "gradient.points=points of the path",
+            "windows", "probes", "gradient.rounds=rounds",
+            "gradient.points.tail=points of the path (tail)", "gradient.points.kl=points of the path (KL)",
+            "gradient.points.retrieval=points of the path (retrieval)",
             "work.layer_evaluations=layer evaluations", "work.seconds=seconds",
         ),
         tables={

@@ -238,6 +238,7 @@ class SearchPart(Settings):
         criteria: what must not suffer, as text; None: what the method does by default.
         method: of `masformer.placement.METHODS`.
         rounds: of the method gradient; None: its own.
+        points: of its path; None: its own.
         known: number of full layers -> name of the documents chosen by -> plan, where it was found before.
     """
 
@@ -245,6 +246,7 @@ class SearchPart(Settings):
     criteria: str | None = None
     method: str = "gradient"
     rounds: int | None = None
+    points: int | None = None
     known: Named[Named[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -258,6 +258,7 @@ class Search(Work):
         method: of `masformer.placement.METHODS`.
         criteria: as text; None: what the method does by default.
         rounds: of the method gradient; None: its own.
+        points: of its path; None: its own.
         journal: name of the file for finished measurements; searches on the same text share one.
     """
 
@@ -271,14 +272,16 @@ class Search(Work):
     method: str
     criteria: str | None
     rounds: int | None
+    points: int | None
     journal: str
 
     def estimate(self) -> Estimate:
         """Of one by gradient a pass, forward and backward, is taken for four forward passes."""
         if self.method == "gradient":
-            passes = POINTS + (ROUNDS if self.rounds is None else self.rounds) - 1
-            kinds = len(parse_criteria(self.criteria)) if self.criteria else 2
-            return forward_estimate(self.model, None, [self.length], 4 * kinds * self.windows * passes)
+            criteria = parse_criteria(self.criteria) if self.criteria else ("tail", "retrieval")
+            again = (ROUNDS if self.rounds is None else self.rounds) - 1
+            passes = sum((self.points or POINTS[each]) + again for each in criteria)
+            return forward_estimate(self.model, None, [self.length], 4 * self.windows * passes)
         return forward_estimate(self.model, None, [self.length], self.windows * (layers_of(self.model) + 1))
 
     def writes(self) -> str | None:
@@ -298,6 +301,7 @@ class Search(Work):
             by=self.by,
             criteria=self.criteria,
             rounds=self.rounds,
+            points=self.points,
             windows=self.windows,
             held_out_windows=0,
             tokenizer=tokenizer,

@@ -146,6 +146,7 @@ def _search(stage: WhereStage, each: Placement) -> Unit:
         part.method,
         part.criteria,
         part.rounds,
+        part.points,
         f"{STAGE}/search/{each.chosen}",
     )
     return Unit(each.unit, STAGE, work)
