@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -405,13 +406,35 @@ def test_a_tokenizer_that_llama_cpp_would_run_otherwise_is_refused(tmp_path, tok
             {"entries": lambda writer: writer.add_key_length(16)},
             "rotary positions in 8 of 16 values of a head: not with",
         ),
+        ({"extra": {"blk.4.attn_q.weight": (32, 32)}}, "reads no tensor blk.4.attn_q.weight"),
+        ({"skipped": ["blk.2.attn_output.weight"]}, "lacks 1 tensors of llama models, among them blk.2.attn_output.w"),
+        (
+            {"skipped": ["output_norm.weight", "blk.0.ffn_up.weight"]},
+            "lacks 2 tensors of llama models, among them blk.0",
+        ),
+        ({"entries": lambda writer: writer.add_uint16("split.count", 3)}, "is one of 3 parts of a file; join them"),
     ],
 )
-def test_a_file_that_the_other_architecture_would_read_otherwise_is_refused(tmp_path, change, message):
+@pytest.mark.parametrize("plan", ["full@1; window:9", "full", "full@1; window:9+sink"])
+def test_a_file_that_the_other_architecture_would_read_otherwise_is_refused(tmp_path, change, message, plan):
     source = write_tiny(tmp_path / "tiny.gguf", 4, **change)
-    with pytest.raises(MasformerError, match=message):
-        export_gguf(source, tmp_path / "out.gguf", AttentionPlan.parse("full@1; window:9", 4))
+    for act in (gguf_config, lambda source: export_gguf(source, tmp_path / "out.gguf", AttentionPlan.parse(plan, 4))):
+        with pytest.raises(MasformerError, match=message):
+            act(source)
     assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize("kept", ["_pattern", ""])
+def test_a_file_whose_layers_slide_already_is_refused(tmp_path, kept):
+    """Under full attention it would go on sliding, and by another rule where it has no list."""
+    content = read_gguf(write(lively("olmo2"), tmp_path / "slides.gguf"))
+    fields = {name: field for name, field in content.fields.items() if kept or not name.endswith("_pattern")}
+    write_gguf(replace(content, fields=fields), tmp_path / "slides.gguf")
+    with pytest.raises(MasformerError, match=r"slide already \(olmo2.attention.sliding_window"):
+        gguf_config(tmp_path / "slides.gguf")
+    write(lively("llama"), tmp_path / "other.gguf")
+    with pytest.raises(MasformerError, match="architecture granite_swa, which takes no plan"):
+        gguf_config(tmp_path / "other.gguf")
 
 
 def test_a_file_of_an_architecture_without_windows_is_refused(tmp_path):

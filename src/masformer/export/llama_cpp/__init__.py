@@ -14,7 +14,7 @@ from masformer.cost import bytes_text
 from masformer.errors import MasformerError
 from masformer.export.choose import chosen_entry, quality_warning
 from masformer.export.llama_cpp.files import Content, read_gguf, write_gguf
-from masformer.export.llama_cpp.forms import FORMS, head_dim_of, kv_heads_of, sliding, with_plan
+from masformer.export.llama_cpp.forms import FORMS, check, head_dim_of, kv_heads_of, sliding, with_plan
 from masformer.export.llama_cpp.weights import KINDS, content_of
 from masformer.export.targets import Target
 from masformer.files import write_whole
@@ -62,7 +62,8 @@ def gguf_config(path: str | os.PathLike[str]) -> PretrainedConfig:
     fewer architectures than are written here, and the vocabulary each time.
 
     Raises:
-        MasformerError: the file cannot be read, or is of an architecture that takes no windows.
+        MasformerError: the file cannot be read, is of an architecture that takes no windows, lacks tensors, or has
+            what the architecture that runs windows for it would read in another way.
     """
     return _config_of(read_gguf(path), path)
 
@@ -83,6 +84,7 @@ def _config_of(content: Content, path: str | os.PathLike[str]) -> PretrainedConf
         }
     except TypeError:
         raise MasformerError(f"{os.fspath(path)} lacks numbers of its layers, or has others in each layer") from None
+    check(content)
     wide = {} if name == "olmo2" else {"head_dim": head_dim_of(content)}
     return AutoConfig.for_model(name, **numbers, **wide)
 
@@ -155,6 +157,7 @@ def write_model(
     general = {"license": str(origin.terms["license"])} if "license" in origin.terms else {}
     rest = without_sink_weights(weights)
     content = content_of(config, rest, tokenizer, kind or KINDS[config.dtype], Path(path).stem, general)
+    check(content)
     _write(with_plan(content, plan, by_layer(weights)), path, origin, config, plan, tool)
 
 

@@ -17,7 +17,7 @@ from gguf.gguf_writer import GGUFValue
 
 from masformer.errors import MasformerError
 
-ARCHITECTURE, ALIGNMENT = "general.architecture", "general.alignment"
+ARCHITECTURE, ALIGNMENT, PARTS = "general.architecture", "general.alignment", "split.count"
 _FLOATS = {GGMLQuantizationType.F32, GGMLQuantizationType.F16}
 
 
@@ -72,7 +72,8 @@ def read_gguf(path: str | os.PathLike[str]) -> Content:
     """What a file holds; its tensors are left in it, and read from there.
 
     Raises:
-        MasformerError: it is no .gguf file, is damaged, or was written for machines with the other order of bytes.
+        MasformerError: it is no .gguf file or a part of one, is damaged, or was written for machines with the other
+            order of bytes.
     """
     try:
         file = GGUFReader(path)
@@ -88,6 +89,11 @@ def read_gguf(path: str | os.PathLike[str]) -> Content:
         raise MasformerError(f"cannot read {os.fspath(path)}: {' '.join(str(error).split())}") from error
     if file.byte_order == "S":
         raise MasformerError(f"{os.fspath(path)} was written for machines with the other order of bytes")
+    if PARTS in fields and fields[PARTS].value > 1:
+        raise MasformerError(
+            f"{os.fspath(path)} is one of {fields[PARTS].value} parts of a file; join them first, as "
+            "llama-gguf-split --merge does"
+        )
     tensors = {
         each.name: Tensor(
             tuple(int(size) for size in reversed(each.shape)), each.tensor_type, partial(np.asarray, each.data)

@@ -8,7 +8,7 @@ does; `olmo2` reads the list itself. Each stands for full attention no less: lay
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -28,15 +28,12 @@ from masformer.models.sinks import check_fit, sink_layers
 from masformer.plan import AttentionPlan
 from masformer.spans import FullSpan
 
-_MATRICES = "attn_q|attn_k|attn_v|attn_output|ffn_gate|ffn_up|ffn_down"
-_WHOLE = r"(token_embd|output_norm|output)\.weight"
-_LLAMA = rf"{_WHOLE}|rope_freqs\.weight|blk\.\d+\.((attn_norm|ffn_norm)\.weight|({_MATRICES})\.(weight|bias))"
-_QWEN3 = rf"{_WHOLE}|blk\.\d+\.(attn_norm|ffn_norm|attn_q_norm|attn_k_norm|{_MATRICES})\.weight"
-_OLMO2 = rf"{_WHOLE}|blk\.\d+\.(post_attention_norm|post_ffw_norm|attn_q_norm|attn_k_norm|{_MATRICES})\.weight"
+_MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+_SLIDING = r"attention\.sliding_window(_pattern)?"
 _KEYS = (
     r"block_count|context_length|embedding_length|feed_forward_length|vocab_size|attention\.head_count(_kv)?"
     r"|attention\.(key|value)_length|attention\.layer_norm_rms_epsilon|rope\.dimension_count|rope\.freq_base"
-    r"|tensor_data_layout|attention\.sliding_window(_pattern)?"
+    rf"|tensor_data_layout|{_SLIDING}"
 )
 _SCALED = rf"{_KEYS}|rope\.scaling\.\w+"
 
@@ -49,23 +46,37 @@ class Form:
         pairs: whether the rows of a head's queries and keys lie in pairs, as rotary positions turn them.
         windows: the architecture with windows.
         since: the first version that has it, and runs it right.
-        tensors: what their names must be, for it reads no others.
+        norms: of each layer, beside the matrices.
+        more: tensors that it reads where they are there, beside an output layer, with `*` for a layer.
         keys: what of the metadata it takes for the same.
     """
 
     pairs: bool
     windows: str
     since: str
-    tensors: str
+    norms: tuple[str, ...]
+    more: tuple[str, ...]
     keys: str
 
+    def tensors(self, layers: int) -> tuple[set[str], set[str]]:
+        """The names of those that a file must have, and of those that it may have beside them."""
+        every = [f"blk.*.{part}.weight" for part in (*self.norms, *_MATRICES)]
+        needed, more = ["token_embd.weight", "output_norm.weight", *every], ["output.weight", *self.more]
+        return _names(needed, layers), _names(more, layers)
 
+
+def _names(patterns: Iterable[str], layers: int) -> set[str]:
+    return {name.replace("*", str(layer)) for name in patterns for layer in range(layers)}
+
+
+_NORMS, _HEADS = ("attn_norm", "ffn_norm"), ("attn_q_norm", "attn_k_norm")
+_BIASES = ("rope_freqs.weight", *(f"blk.*.{part}.bias" for part in _MATRICES))
 FORMS = {
-    "llama": Form(True, "granite_swa", "b10566", _LLAMA, _SCALED),
-    "smollm3": Form(True, "granite_swa", "b10566", _LLAMA, _SCALED),
-    "qwen2": Form(False, "granite_swa", "b10566", _LLAMA, _SCALED),
-    "qwen3": Form(False, "step35", "b10229", _QWEN3, _KEYS),
-    "olmo2": Form(False, "olmo2", "b11063", _OLMO2, _KEYS),
+    "llama": Form(True, "granite_swa", "b10566", _NORMS, _BIASES, _SCALED),
+    "smollm3": Form(True, "granite_swa", "b10566", _NORMS, _BIASES, _SCALED),
+    "qwen2": Form(False, "granite_swa", "b10566", _NORMS, _BIASES, _SCALED),
+    "qwen3": Form(False, "step35", "b10229", (*_NORMS, *_HEADS), (), _KEYS),
+    "olmo2": Form(False, "olmo2", "b11063", ("post_attention_norm", "post_ffw_norm", *_HEADS), (), _KEYS),
 }
 """Architecture without windows -> its form."""
 
@@ -89,17 +100,15 @@ def with_plan(
     """The file that runs a plan, of one without windows; what is stored in the tensors stays.
 
     Args:
-        content: of an architecture in `FORMS`.
+        content: of an architecture in `FORMS`, which `check` has passed.
         plan: one span per layer, full or the one window.
         sinks: layer -> its constant sinks; of those layers that have none in the plan they are not read.
         where: they come from, for messages.
 
     Raises:
-        MasformerError: it has metadata or tensors that the architecture with windows would not read as this one does,
-            or constant sinks are missing or do not fit.
+        MasformerError: constant sinks are missing or do not fit.
     """
     form = FORMS[content.architecture]
-    _check(content, form)
     if plan.is_full:
         return content
     heads, kv_heads = content.get("attention.head_count"), kv_heads_of(content)
@@ -145,12 +154,16 @@ def head_dim_of(content: Content) -> int:
     return int(content.get("attention.key_length", own))
 
 
-def _check(content: Content, form: Form) -> None:
-    name = content.architecture
+def check(content: Content) -> None:
+    """Raises MasformerError where a file lacks tensors of its architecture, or has tensors or metadata that the
+    architecture with windows would not read as this one does."""
+    name, form = content.architecture, FORMS[content.architecture]
     for key, field in content.fields.items():
         if not key.startswith(f"{name}."):
             continue
         rest = key.removeprefix(f"{name}.")
+        if form.windows == name and re.fullmatch(_SLIDING, rest):
+            raise MasformerError(f"layers of the file slide already ({key}); take the file without that it was made of")
         if rest in ("expert_count", "expert_used_count") and not field.value:
             continue
         if rest == "rope.scaling.type" and field.value == "none":
@@ -161,9 +174,12 @@ def _check(content: Content, form: Form) -> None:
             )
         if field.type == GGUFValueType.ARRAY:
             raise MasformerError(f"{key} differs from layer to layer, which llama.cpp's {form.windows} is not run with")
+    needed, more = form.tensors(content.get("block_count"))
     for tensor in content.tensors:
-        if not re.fullmatch(form.tensors, tensor):
+        if tensor not in needed | more:
             raise MasformerError(f"llama.cpp's {form.windows}, which runs windows for {name}, reads no tensor {tensor}")
+    if missing := sorted(needed - content.tensors.keys()):
+        raise MasformerError(f"the file lacks {len(missing)} tensors of {name} models, among them {missing[0]}")
     rotary = content.get("rope.dimension_count", head_dim_of(content))
     if rotary != head_dim_of(content):
         raise MasformerError(
