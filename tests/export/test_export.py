@@ -390,11 +390,15 @@ def test_a_refusal_names_the_nearest_plan(target, kind, plan, message):
         ("sglang", "llama", YARN, "does not compute yarn rotary positions"),
         ("sglang", "smollm3", {"attention_bias": True}, "only with attention_bias False, not True"),
         ("llama.cpp", "smollm3", {"no_rope_layers": [1, 1, 1, 1]}, "leaves out positions in every fourth layer"),
+        ("llama.cpp full", "smollm3", LLAMA3, "its full attention has no llama3 rotary positions for these"),
+        ("llama.cpp full", "qwen2", LLAMA3, "its full attention has no llama3 rotary positions for these"),
+        ("llama.cpp full", "qwen2", {"head_dim": 64}, "only with heads that are as wide together as the model"),
     ],
 )
 def test_settings_that_a_tool_reads_in_another_way_are_refused(target, kind, changes, message):
     changes = {"rope_parameters": changes} if "rope_type" in changes else changes
-    plan = SAMPLES["window"] if kind == "phi3" else SAMPLES["mixed"]
+    target, *plans = target.split()
+    plan = SAMPLES[plans[0] if plans else "window" if kind == "phi3" else "mixed"]
     with pytest.raises(MasformerError, match=message):
         check_export(tiny_config(kind, **(shape(kind) | changes)), plan, target)
 

@@ -152,8 +152,11 @@ def _llama_cpp_objection(config: PretrainedConfig, plan: AttentionPlan) -> str |
         return "it leaves out positions in every fourth layer of these models, and in no others"
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     wide = head_dim * config.num_attention_heads != config.hidden_size
-    if plan.is_full and wide and config.model_type in ("qwen2", "smollm3"):
-        return "its full attention takes these models only with heads that are as wide together as the model"
+    if plan.is_full and config.model_type in ("qwen2", "smollm3"):  # their own classes; windows run as granite_swa
+        if wide:
+            return "its full attention takes these models only with heads that are as wide together as the model"
+        if config.rope_parameters["rope_type"] == "llama3":
+            return "its full attention has no llama3 rotary positions for these models"
     return None
 
 

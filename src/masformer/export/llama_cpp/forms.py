@@ -28,6 +28,8 @@ from masformer.models.sinks import check_fit, sink_layers
 from masformer.plan import AttentionPlan
 from masformer.spans import FullSpan
 
+OUTPUT = "output.weight"
+"""The tensor of the output layer, in files where it is not the embeddings."""
 _MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 _SLIDING = r"attention\.sliding_window(_pattern)?"
 _KEYS = (
@@ -49,6 +51,7 @@ class Form:
         norms: of each layer, beside the matrices.
         more: tensors that it reads where they are there, beside an output layer, with `*` for a layer.
         keys: what of the metadata it takes for the same.
+        tied: whether the embeddings may be the output layer.
     """
 
     pairs: bool
@@ -57,12 +60,13 @@ class Form:
     norms: tuple[str, ...]
     more: tuple[str, ...]
     keys: str
+    tied: bool = True
 
     def tensors(self, layers: int) -> tuple[set[str], set[str]]:
         """The names of those that a file must have, and of those that it may have beside them."""
         every = [f"blk.*.{part}.weight" for part in (*self.norms, *_MATRICES)]
-        needed, more = ["token_embd.weight", "output_norm.weight", *every], ["output.weight", *self.more]
-        return _names(needed, layers), _names(more, layers)
+        needed = ["token_embd.weight", "output_norm.weight", *[OUTPUT] * (not self.tied), *every]
+        return _names(needed, layers), _names([OUTPUT, *self.more], layers)
 
 
 def _names(patterns: Iterable[str], layers: int) -> set[str]:
@@ -76,7 +80,7 @@ FORMS = {
     "smollm3": Form(True, "granite_swa", "b10566", _NORMS, _BIASES, _SCALED),
     "qwen2": Form(False, "granite_swa", "b10566", _NORMS, _BIASES, _SCALED),
     "qwen3": Form(False, "step35", "b10229", (*_NORMS, *_HEADS), (), _KEYS),
-    "olmo2": Form(False, "olmo2", "b11063", ("post_attention_norm", "post_ffw_norm", *_HEADS), (), _KEYS),
+    "olmo2": Form(False, "olmo2", "b11063", ("post_attention_norm", "post_ffw_norm", *_HEADS), (), _KEYS, False),
 }
 """Architecture without windows -> its form."""
 
@@ -255,7 +259,7 @@ def _step35(content: Content, plan: AttentionPlan, sinks: Mapping[int, ConstantS
         "rope.freq_base_swa": base,
         "expert_feed_forward_length": 0,
     }
-    return keys, {"output.weight": content.tensors.get("output.weight", content.tensors["token_embd.weight"])}
+    return keys, {OUTPUT: content.tensors.get(OUTPUT, content.tensors["token_embd.weight"])}
 
 
 def _olmo2(content: Content, plan: AttentionPlan, sinks: Mapping[int, ConstantSinks]) -> Added:

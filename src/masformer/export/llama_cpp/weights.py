@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from masformer.errors import MasformerError
 from masformer.export.llama_cpp.files import Content, Tensor
-from masformer.export.llama_cpp.forms import FORMS, floats, in_pairs
+from masformer.export.llama_cpp.forms import FORMS, OUTPUT, floats, in_pairs
 from masformer.export.llama_cpp.tokens import add_tokenizer
 
 ARCHITECTURES = {"ministral": "llama", "mistral": "llama"} | {name: name for name in FORMS}
@@ -129,7 +129,7 @@ def _tensors(
             heads = config.num_key_value_heads
         stored = stored_as(weight, kind)
         found[known] = Tensor(tuple(weight.shape), stored, _reader(name, weight, stored, heads))
-    return found
+    return found if FORMS[architecture].tied else {OUTPUT: found["token_embd.weight"]} | found
 
 
 def stored_as(weight: torch.Tensor, kind: GGMLQuantizationType) -> GGMLQuantizationType:
