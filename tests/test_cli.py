@@ -376,6 +376,10 @@ def test_the_demo_counts_the_fastest_rounds_where_the_machine_is_busy(seconds, b
         (["convert", "MODEL", "MODEL", "--plan", "window:4"], "exists already"),
         (["convert", "MODEL", "OUT", "--plan", "window:4+sink"], "has no weights for them; fit them: masformer"),
         (["convert", "MODEL", "OUT", "--plan", "window:4+sink", "--sinks", "fit"], "--sinks fit needs --data FILE"),
+        (
+            ["convert", "MODEL", "OUT", "--plan", "window:4+sink", "--sinks", "fit", "--data", "TEXT", "--length", "0"],
+            "length must be at least 9, got 0",
+        ),
         (["convert", "MODEL", "OUT", "--plan", "window:4", "--data", "TEXT"], "--data does nothing without --sinks"),
         (
             ["convert", "MODEL", "OUT", "--plan", "window:4", "--sinks", "fit", "--data", "TEXT"],

@@ -260,6 +260,20 @@ def test_the_table_decides_and_its_reason_is_the_message(target, name, kind):
         check_export(config, near[0], target)
 
 
+@pytest.mark.parametrize("kind", ["gpt_oss", "granite_swa"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_models_with_sinks_of_their_own_go_to_transformers_with_the_plan_they_were_trained_with(kind, target):
+    config = AutoConfig.for_model(kind, num_hidden_layers=4, sliding_window=9, layer_types=ALTERNATE["layer_types"])
+    trained = native_plan(config)
+    assert str(trained) == "full@1,3; window:9"
+    for plan in (trained, SAMPLES["mixed"], SAMPLES["constants"]):
+        if target == "transformers" and plan == trained:
+            check_export(config, plan, target)
+        else:
+            with pytest.raises(MasformerError, match=f"on {kind} models: nobody has checked"):
+                check_export(config, plan, target)
+
+
 READ_BY_CONVERTERS = (
     "MistralForCausalLM",
     "SmolLM3ForCausalLM",

@@ -228,6 +228,7 @@ def test_a_quantised_file_is_given_a_plan_by_other_metadata(tmp_path, case, plan
         ),
         ("full@1; window:9", "fitted", "has no constant sink, so sinks do nothing; allowed: window:512+sink"),
         ("window:9+sink", "fitted", "has constant sinks in layers [1], but fitted has no weights for them"),
+        ("full@1; window:9+sink", "heads", "has constant sinks in layers [2], but heads has no weights for them"),
         ("full@1; window:9+sink", "stock", "stock has no weights of constant sinks; allowed: a folder of"),
         ("full@1; window:9+sink", "missing", "missing has no weights of constant sinks; allowed: a folder of"),
         (
@@ -244,6 +245,8 @@ def test_constants_that_do_not_fit_a_file_are_refused(tmp_path, monkeypatch, pla
     fitted = AttentionPlan.parse("full@1; window:9+sink", 4)
     for name, heads in {"fitted": 4, "other": 2}.items():
         save_model(apply_plan(with_sinks(tiny("llama", num_attention_heads=heads)), fitted), name)
+    heads = AttentionPlan.parse("full@1,2:0; window:9+sink", 4, 2)
+    save_model(apply_plan(with_sinks(tiny("llama")), heads), "heads")
     tiny("llama").save_pretrained("stock")
     Path("damaged").mkdir()
     Path("damaged/model.safetensors").write_bytes(b"\0" * 100)

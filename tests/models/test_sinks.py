@@ -168,6 +168,8 @@ def test_sinks_without_weights_and_weights_without_sinks_are_named(tmp_path):
     (tmp_path / "more" / "config.json").write_text(text.replace("+sink,full", ",full"))
     stock = tmp_path / "other"
     save_model(apply_plan(tiny("llama"), "window:5"), stock)
+    save_model(with_sinks(plan=by_heads("llama")), tmp_path / "heads")
+    assert logits(load_model(tmp_path / "heads", "full@1,2; window:4@3; window:5+sink")[0]).isfinite().all()
     needs = "the plan has constant sinks in layers [0, 2, 3], but"
     for act, message in {
         lambda: load_model(tmp_path / "lacks"): "missing from it is model.layers.2.self_attn.sink_value",
@@ -175,6 +177,9 @@ def test_sinks_without_weights_and_weights_without_sinks_are_named(tmp_path):
         lambda: AutoModel.from_pretrained(tmp_path / "lacks"): "missing from it is layers.2.self_attn.sink_value",
         lambda: load_model(tmp_path / "more"): "left over in it are model.layers.0.self_attn.sink_logit, ",
         lambda: load_model(stock, TEXT): f"{needs} {stock} has no weights for them; fit them: masformer convert",
+        lambda: load_model(
+            tmp_path / "heads", "full@1; window:4@3; window:5+sink"
+        ): "constant sinks in layers [2], but",
         lambda: apply_plan(tiny("llama"), TEXT): f"{needs} the model has no weights for them; fit them",
         lambda: apply_plan(tiny_own("gpt_oss"), TEXT): "in layers [0, 2, 3], which have sinks of their own",
     }.items():

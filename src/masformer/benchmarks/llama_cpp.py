@@ -71,7 +71,7 @@ def bench_llama_cpp(
         check_export(config, plan, llama_cpp.NAME)
     with_sinks = [plan for plan in plans.values() if sink_layers(plan)]
     for plan in with_sinks or list(plans.values())[:1]:
-        llama_cpp.check_sinks(plan, sinks)
+        llama_cpp.sinks_for(plan, sinks)
     version = check_installed(llama_cpp.NAME, python)
     every = {FULL: AttentionPlan.parse("full", config.num_hidden_layers)}
     every |= {name: plan for name, plan in plans.items() if not plan.is_full}

@@ -57,7 +57,6 @@ def export(
     from masformer.models.card import weights_text
     from masformer.models.checkpoint import load_config
     from masformer.models.native import native_plan
-    from masformer.models.sinks import read_sinks
 
     if python is not None and not verify:
         raise MasformerError("--python does nothing without --verify")
@@ -80,9 +79,7 @@ def export(
         config, own = load_config(model)
     chosen = options.one(own)
     check_export(config, chosen, target)
-    if as_it_is:
-        llama_cpp.check_sinks(chosen, sinks)
-    given = {} if sinks is None else read_sinks(sinks)
+    given = llama_cpp.sinks_for(chosen, sinks) if as_it_is else {}
     if verify:
         check_installed(target, python)
     loaded, tokenizer = None, None

@@ -136,7 +136,7 @@ def convert(
         loaded, tokenizer = options.to_write(model).load(model, chosen)
     else:
         texts = [document.text for document in read_documents(data or (), field=field, limit=documents)]
-        loaded, tokenizer = _fitted(model, options, chosen, texts, length or 2048)
+        loaded, tokenizer = _fitted(model, options, chosen, texts, 2048 if length is None else length)
     say(f"{out}: {chosen}; {weights_text(loaded)}")
     save_model(loaded, out, tokenizer, overwrite=overwrite, source=model)
     say(f"load it with masformer.load_model({out!r}), or with AutoModelForCausalLM after `import masformer`")

@@ -23,7 +23,7 @@ from masformer.attention import ConstantSinks
 from masformer.cost import head_shape
 from masformer.errors import MasformerError
 from masformer.plan import AttentionPlan
-from masformer.spans import spans_of
+from masformer.spans import LayerSpan, spans_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -43,8 +43,16 @@ def is_sink(name: str) -> bool:
 
 
 def check_there(where: object, held: AttentionPlan, asked: AttentionPlan) -> None:
-    """Raises MasformerError where a plan has constant sinks that a checkpoint with another one has no weights for."""
-    if missing := sorted(set(sink_layers(asked)) - set(sink_layers(held))):
+    """Raises MasformerError where a plan has constant sinks that a checkpoint with another one has no weights for: in a
+    layer, or in a unit whose weights, beside those of others, nothing has read or fitted."""
+
+    def adds(ours: LayerSpan, theirs: LayerSpan) -> bool:
+        count = max(len(spans_of(ours)), len(spans_of(theirs)))
+        units = [spans_of(layer) * (count // len(spans_of(layer))) for layer in (ours, theirs)]
+        return any(wanted.constant_sink > there.constant_sink for there, wanted in zip(*units, strict=True))
+
+    layers = enumerate(zip(held.layers, asked.layers, strict=True))
+    if missing := [number for number, pair in layers if adds(*pair)]:
         raise _missing(where, missing)
 
 

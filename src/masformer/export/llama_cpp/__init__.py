@@ -10,6 +10,7 @@ from typing import Any
 from gguf import GGMLQuantizationType
 from transformers import AutoConfig, PretrainedConfig
 
+from masformer.attention import ConstantSinks
 from masformer.cost import bytes_text
 from masformer.errors import MasformerError
 from masformer.export.choose import chosen_entry, quality_warning
@@ -19,8 +20,8 @@ from masformer.export.llama_cpp.weights import KINDS, content_of
 from masformer.export.targets import Target
 from masformer.files import write_whole
 from masformer.models.card import OWN, Origin, header, origin_of
-from masformer.models.checkpoint import check_place
-from masformer.models.sinks import by_layer, read_sinks, sink_layers, without_sink_weights
+from masformer.models.checkpoint import check_place, load_config
+from masformer.models.sinks import by_layer, check_there, read_sinks, sink_layers, without_sink_weights
 from masformer.plan import AttentionPlan, PlanSource
 from masformer.spans import WindowSpan
 
@@ -114,13 +115,17 @@ def export_gguf(
     content = read_gguf(source)
     config = _config_of(content, source)
     tool, plan, _ = chosen_entry(config, plan, NAME)
-    check_sinks(plan, sinks)
-    found, where = ({}, source) if sinks is None else (read_sinks(sinks), sinks)
-    _write(with_plan(content, plan, found, os.fspath(where)), path, origin_of(source), config, plan, tool)
+    found = sinks_for(plan, sinks)
+    _write(with_plan(content, plan, found, sinks), path, origin_of(source), config, plan, tool)
 
 
-def check_sinks(plan: AttentionPlan, sinks: str | os.PathLike[str] | None) -> None:
-    """Raises MasformerError where constant sinks are named that a plan has not, or the other way round."""
+def sinks_for(plan: AttentionPlan, sinks: str | os.PathLike[str] | None) -> dict[int, ConstantSinks]:
+    """The constant sinks in a folder, by layer; none where no folder is named.
+
+    Raises:
+        MasformerError: constant sinks are named that the plan has not, or the other way round, or the folder has not
+            all that the plan needs.
+    """
     if sinks is None and sink_layers(plan):
         raise MasformerError(
             f"the plan {plan} has constant sinks, and a .gguf file has no weights for them: name the folder that "
@@ -128,6 +133,11 @@ def check_sinks(plan: AttentionPlan, sinks: str | os.PathLike[str] | None) -> No
         )
     if sinks is not None and not sink_layers(plan):
         raise MasformerError(f"the plan {plan} has no constant sink, so sinks do nothing; allowed: window:512+sink")
+    if sinks is None:
+        return {}
+    found = read_sinks(sinks)
+    check_there(os.fspath(sinks), load_config(sinks)[1], plan)
+    return found
 
 
 def write_model(
