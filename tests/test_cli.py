@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from masformer import AttentionPlan, benchmarks, cli, demo, extras
+from masformer import AttentionPlan, benchmarks, cli, demo, extras, fitting
 from masformer.benchmarks import Timing, timing
 from masformer.cli.parser import SHELLS
 from masformer.export import check_export
@@ -133,6 +133,16 @@ def test_convert_fits_constant_sinks_and_the_folder_holds_them(capsys, folder, t
     assert first != second
     assert run(capsys, "convert", out, f"{out} 2", "--plan", "window:8")[0] == 0
     assert not any("sink" in name for name in load_file(f"{out} 2/model.safetensors"))
+
+
+@pytest.mark.parametrize(("words", "count"), [((), 8), (("--documents", "3"), 3), (("--documents", "11"), 11)])
+def test_convert_fits_on_as_many_texts_as_asked(capsys, folder, tmp_path, monkeypatch, words, count):
+    text, seen, rows = tmp_path / "texts.jsonl", [], fitting._rows
+    text.write_text("".join(json.dumps({"text": TEXT[start:]}) + "\n" for start in range(12)))
+    monkeypatch.setattr(fitting, "_rows", lambda *args: seen.append(rows(*args)) or seen[0])
+    fit = ["--plan", "full@1; window:8+sink", "--sinks", "fit", "--data", str(text), "--length", "64"]
+    assert run(capsys, "convert", folder, str(tmp_path / "out"), *fit, *words)[0] == 0
+    assert len(seen[0]) == count
 
 
 def test_plans_are_compared_on_the_same_targets_with_intervals(capsys, folder, tmp_path):

@@ -136,14 +136,15 @@ def convert(
         loaded, tokenizer = options.to_write(model).load(model, chosen)
     else:
         texts = [document.text for document in read_documents(data or (), field=field, limit=documents)]
-        loaded, tokenizer = _fitted(model, options, chosen, texts, 2048 if length is None else length)
+        wanted = {"length": 2048 if length is None else length, "windows": documents or 8}
+        loaded, tokenizer = _fitted(model, options, chosen, texts, **wanted)
     say(f"{out}: {chosen}; {weights_text(loaded)}")
     save_model(loaded, out, tokenizer, overwrite=overwrite, source=model)
     say(f"load it with masformer.load_model({out!r}), or with AutoModelForCausalLM after `import masformer`")
 
 
 def _fitted(
-    model: str, options: StoredModelOptions, plan: AttentionPlan, texts: list[str], length: int
+    model: str, options: StoredModelOptions, plan: AttentionPlan, texts: list[str], length: int, windows: int
 ) -> tuple[Any, Any]:
     """The model with the plan's constant sinks, fitted where and as models are run, and its tokenizer."""
     from masformer.benchmarks import DTYPES, default_device
@@ -152,7 +153,7 @@ def _fitted(
     loaded, tokenizer = options.load_both(model, with_first_tokens(plan))
     with stage_progress() as progress:
         loaded.to(default_device())
-        fit_sinks(loaded, tokenizer, texts, plan, length=length, progress=progress)
+        fit_sinks(loaded, tokenizer, texts, plan, length=length, windows=windows, progress=progress)
         loaded.cpu()
     written = options.to_write(model).dtype
     return (loaded if written == "auto" else loaded.to(DTYPES[written])), tokenizer
