@@ -168,6 +168,11 @@ class Wire(TorchDispatchMode):
             row = x[:1].nbytes if len(x) else found[:1].nbytes
             self.sent += row * (sum(sent) - sent[self.rank])
             self.received += row * (sum(received) - received[self.rank])
+        elif name.startswith("c10d.alltoall_base_"):
+            output, x, _, received, sent, *_ = args
+            row = (x if len(x) else output)[:1].nbytes
+            self.sent += row * (sum(sent) - sent[self.rank])
+            self.received += row * (sum(received) - received[self.rank])
         elif name.startswith("c10d.allgather_"):
             self.gathered += (self.world - 1) * sum(x.nbytes for x in args[1])
         elif name.startswith(("c10d", "_c10d")) and "wait" not in name and "wrap" not in name:
