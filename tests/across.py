@@ -5,6 +5,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from masformer import AttentionPlan, MasformerError, apply_plan, attend
@@ -12,11 +13,14 @@ from masformer.attention import ConstantSinks, Layout
 from masformer.cost import ModelShape, communication
 from masformer.models.across import across_devices
 from masformer.parallel.forward import SlicedPass, sequence_mesh
+from masformer.parallel.ring import Ring
 from masformer.spans import BlockSpan, FullSpan, UnitSpans, WindowSpan
 from masformer.training.loss import use_chunked_loss
 from tiny import ARCHITECTURES, VOCABULARY, kv_heads_of, random_plan, random_unit_plan, tiny
 
 CASES = 24
+ODD = [{"num_attention_heads": heads, "num_key_value_heads": heads // 3, "hidden_size": 8 * heads} for heads in (3, 9)]
+"""Heads that 2 and 4 devices, or none, share evenly."""
 ROTARY = {
     "phi3": {
         "rope_parameters": {
@@ -46,13 +50,19 @@ def random_span(choose):
     )
 
 
-def random_positions(choose, rows, length):
-    """Of packed documents of any lengths, [rows, length]."""
+def wide_span(choose):
+    """A span that sees all keys of a short row."""
+    wide = [FullSpan(), WindowSpan(36 + choose.randint(0, 9), 0, True), WindowSpan(30, 6), BlockSpan(12, 2)]
+    return choose.choice(wide)
+
+
+def random_positions(choose, rows, length, world):
+    """Of packed documents of any lengths, also of a slice, [rows, length]."""
     found = []
     for _ in range(rows):
         row = []
         while len(row) < length:
-            row += range(choose.choice([1, 3, 8, 20, 50]))
+            row += range(choose.choice([1, 3, 8, 20, 50, length // world]))
         found.append(row[:length])
     return torch.tensor(found)
 
@@ -62,7 +72,7 @@ def part(x, rank, world, dim=1):
     return x.chunk(world, dim)[rank]
 
 
-def attention_case(seed, mesh):
+def attention_case(seed, mesh, random_span=random_span, dtype=torch.double):
     """The largest error of output and gradients of attention; of all slices, in the first process."""
     rank, world = mesh.get_local_rank(), mesh.size()
     choose = random.Random(f"{seed} {world}")
@@ -73,15 +83,16 @@ def attention_case(seed, mesh):
     spans = [random_span(choose) for _ in range(kv_heads)]
     span = UnitSpans(tuple(spans)) if choose.random() < 0.4 and len(set(spans)) > 1 else spans[0]
     query, key, value, weight = (
-        torch.randn(rows, some, length, dim, dtype=torch.double)
+        torch.randn(rows, some, length, dim, dtype=dtype)
         for some, dim in ((heads, 4), (kv_heads, 4), (kv_heads, wide), (heads, wide))
     )
-    constants = [torch.randn(heads, dtype=torch.double), torch.randn(kv_heads, wide, dtype=torch.double)]
+    constants = [torch.randn(heads, dtype=dtype), torch.randn(kv_heads, wide, dtype=dtype)]
     positions = real = None
     if choose.random() < 0.6:
-        positions = random_positions(choose, rows, length)
+        positions = random_positions(choose, rows, length, world)
     if choose.random() < 0.3:
         real = torch.arange(length) >= torch.tensor([choose.randrange(length) for _ in range(rows)])[:, None]
+        real = real if choose.random() < 0.5 else real.flip(1)
     documents = None if positions is None else (positions == 0).long().cumsum(-1)
     softcap = choose.choice([None, None, 2.0])
 
@@ -123,17 +134,22 @@ def summed(x):
     return x
 
 
-def model_case(kind, plan, mesh, packed=True, rows=2, **changes):
-    """The largest error of the loss and of any gradient of a model."""
+def model_case(kind, plan, mesh, packed=True, rows=2, trained="", checkpointing=False, **changes):
+    """The largest error of the loss and of any gradient of a model, of which the weights of these names are trained."""
     rank, world = mesh.get_local_rank(), mesh.size()
     model = tiny(kind, **changes).double()
     apply_plan(model, plan)
     use_chunked_loss(model, 5)
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(trained in name)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
     choose = random.Random(f"{kind} {world}")
     length = world * choose.randint(6, 9)
     tokens = torch.randint(0, VOCABULARY, (rows, length))
     labels = torch.randint(0, VOCABULARY, (rows, length)).masked_fill_(torch.rand(rows, length) < 0.2, -100)
-    positions = random_positions(choose, rows, length) if packed else torch.arange(length).expand(rows, -1)
+    positions = random_positions(choose, rows, length, world) if packed else torch.arange(length).expand(rows, -1)
 
     def gradients(**given):
         model.zero_grad()
@@ -180,16 +196,16 @@ class Wire(TorchDispatchMode):
         return found
 
 
-def wire_case(seed, mesh, checkpointing):
+def wire_case(seed, mesh, checkpointing, query_heads, kv_heads):
     """The bytes that a training step sends, beside those of the cost model."""
     rank, world = mesh.get_local_rank(), mesh.size()
-    plan = random_unit_plan(f"wire {seed}", 4)
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    plan = random_unit_plan(f"wire {seed} {world}", kv_heads)
+    heads = {"num_attention_heads": query_heads, "num_key_value_heads": kv_heads, "hidden_size": 8 * query_heads}
     model = apply_plan(use_chunked_loss(tiny("llama", **heads).double()), plan)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
-    rows, length = 2, 9
+    rows, length = 2, 9 if seed % 2 else 8
     tokens = torch.randint(0, VOCABULARY, (rows, length))
     with across_devices(model, mesh), Wire(rank, world) as wire:
         model(tokens, shift_labels=tokens).loss.backward()
@@ -228,10 +244,33 @@ def refusals(mesh):
             yield name, False
 
 
-def memory_case(plan, length, mesh):
+def turns_case(mesh):
+    """How many slices of keys a device holds beside its own, above two, in a ring; and what it says without a graph."""
+    rank, world = mesh.get_local_rank(), mesh.size()
+    held, most, send = [], [0], dist.all_to_all_single
+
+    def counted(output, *given, **options):
+        held.append(StorageWeakRef(output.untyped_storage()))
+        most[0] = max(most[0], sum(not each.expired() for each in held))
+        return send(output, *given, **options)
+
+    query, both = (torch.randn(1, heads, world * 4, 4, dtype=torch.double) for heads in (3, 1))
+    whole = SlicedPass(mesh, None, None, 1, 4, "cpu")
+    whole.begin(None)
+    dist.all_to_all_single = counted
+    try:
+        found = whole.attend(*(part(x, rank, world, 2) for x in (query, both, both)), FullSpan())
+    finally:
+        dist.all_to_all_single = send
+    assert len(held) == world - 1, "all slices passed by"
+    error = float((found - part(attend(query, both, both, "full"), rank, world, 2)).abs().max())
+    return max(error, most[0] - 2.0)
+
+
+def memory_case(plan, length, mesh, **heads):
     """How much more a device keeps for the backward pass than its share of what one device keeps."""
     rank, world = mesh.get_local_rank(), mesh.size()
-    changes = {"hidden_size": 16, "head_dim": 4, "num_key_value_heads": 4, "num_hidden_layers": 2}
+    changes = {"hidden_size": 16, "head_dim": 4, "num_key_value_heads": 4, "num_hidden_layers": 2} | heads
     model = apply_plan(tiny("llama", **changes), AttentionPlan.parse(plan, 2)).model
 
     def kept(tokens):
@@ -259,8 +298,14 @@ def main():
     dist.init_process_group("gloo")
     world = dist.get_world_size()
     mesh = sequence_mesh(world, "cpu")
+    rings, attend_ring = [], Ring.attend
+    Ring.attend = lambda *given: rings.append(None) or attend_ring(*given)
     for seed in range(CASES):
         report(f"attention {seed}", attention_case(seed, mesh))
+        report(f"attention to all keys {seed}", attention_case(seed, mesh, wide_span))
+    report("rings", float(len(rings) < CASES // 3))
+    report("rounding of bfloat16", attention_case(0, mesh, wide_span, torch.bfloat16))
+    report("slices of keys in a ring", turns_case(mesh))
     for number, kind in enumerate(ARCHITECTURES if world == 2 else ("llama", "gemma2", "gpt_neo", "phi3")):
         plan = random_unit_plan(f"{kind} {world}", kv_heads_of(kind)) if number % 2 else random_plan(f"{kind} {world}")
         report(f"{kind} {plan}", model_case(kind, plan, mesh, packed=number % 3 != 1))
@@ -268,13 +313,21 @@ def main():
     for kind, changes in ROTARY.items():
         report(f"{kind} of long texts", model_case(kind, plan, mesh, packed=False, **changes))
     report("llama of sinks", model_case("llama", AttentionPlan.parse("full,window:5+3,full,window:40+2"), mesh))
-    for seed in range(4):
-        report(f"bytes {seed}", wire_case(f"{seed} {world}", mesh, checkpointing=seed % 2 == 1))
+    report("llama of rings", model_case("llama", AttentionPlan.parse("full,window:5+3,full,window:90"), mesh, **ODD[0]))
+    plan = random_unit_plan(f"odd {world}", 3)
+    report(f"llama of rings {plan}", model_case("llama", plan, mesh, packed=False, checkpointing=True, **ODD[1]))
+    report("llama of which some is trained", model_case("llama", "full", mesh, trained="2.self_attn.q", **ODD[1]))
+    for seed, heads in enumerate([(8, 4), (3, 1), (9, 3)] * 2):
+        report(f"bytes {seed} {heads}", wire_case(seed, mesh, seed % 2 == 1, *heads))
     for name, right in refusals(mesh):
         report(f"refused: {name}", float(not right))
     if world != 3:
         report("memory of windows", memory_case("window:64+4,block:128x2", 32768, mesh))
         report("memory of full attention", memory_case("full,window:64", 2048, mesh))
+        report(
+            "memory of a ring",
+            memory_case("full,window:64", 2048, mesh, num_attention_heads=3, num_key_value_heads=1, hidden_size=24),
+        )
     dist.destroy_process_group()
 
 

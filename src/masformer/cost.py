@@ -422,7 +422,7 @@ def communication_table(found: Iterable[Communication]) -> Table:
     for each in found:
         table.title = f"Sent for attention in a training step, {each.devices} devices"
         spans = {f"  {span}, {each.ways[span]}": size for span, size in each.spans.items()}
-        rows = {"plan": each.total} | spans | {"all-gather": each.gathered, "ring": each.ring}
+        rows = {"plan": each.total} | spans | {"all-gather instead": each.gathered, "ring instead": each.ring}
         length = f"{each.length:,}"
         for name, size in rows.items():
             table.add_row(length, name, bytes_text(size), f"{size / each.gathered:.1%}")
