@@ -21,10 +21,10 @@ def attend_piece(call: Call, causal: bool, backend: str = "auto") -> tuple[Tenso
     """Attention under a full span; no graph is kept.
 
     Args:
-        call: without dropout and sinks; with a layout only if causal.
+        call: without sinks; with a layout only if causal.
         causal: whether it is a triangle, which has as many keys as queries; else a rectangle.
         backend: one of `BACKENDS`; auto is FlashAttention where it can do the call, else torch's kernel for CPUs, or
-            plain products where that cannot: with soft caps, or values of another width than the keys.
+            plain products where that cannot: with soft caps, dropout, or values of another width than the keys.
 
     Returns:
         [batch, query_heads, query_len, value_dim], and [batch, query_heads, query_len], at least float32. Padding has
@@ -39,7 +39,7 @@ def attend_piece(call: Call, causal: bool, backend: str = "auto") -> tuple[Tenso
 def piece_gradients(
     call: Call, causal: bool, grad: Tensor, out: Tensor, sums: Tensor, backend: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value.
+    """The gradients of query, key and value. Dropout drops the same weights if random numbers are the same.
 
     Args:
         call: see `attend_piece`, also for causal and backend.

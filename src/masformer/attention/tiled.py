@@ -77,7 +77,7 @@ class Tiled(Backend):
 
     def piece(self, call: Call, causal: bool) -> tuple[Tensor, Tensor]:
         """See `masformer.attention.pieces.attend_piece`."""
-        kernel = Kernel(call.scale, 0.0, call.softcap)
+        kernel = Kernel(call.scale, call.dropout, call.softcap)
         if call.layout is None:
             return kernel.told(*call.tensors, causal)
         out = _room(call.query, call.value).zero_()
@@ -90,7 +90,7 @@ class Tiled(Backend):
         self, call: Call, causal: bool, grad: Tensor, out: Tensor, sums: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `masformer.attention.pieces.piece_gradients`."""
-        kernel = Kernel(call.scale, 0.0, call.softcap)
+        kernel = Kernel(call.scale, call.dropout, call.softcap)
         if call.layout is None:
             return kernel.told_gradients(grad, *call.tensors, out, sums, causal)
         query, key, value = (torch.zeros_like(x) for x in call.tensors)
@@ -295,7 +295,8 @@ class Kernel:
             scores = scores.masked_fill(~mask.repeat(scores.shape[2] // len(mask), 1), -torch.inf)
         scores = scores.to(torch.promote_types(query.dtype, torch.float32))
         sums = scores.logsumexp(-1)
-        out = (scores - sums[..., None]).exp().to(value.dtype) @ value
+        weights = (scores - sums[..., None]).exp().to(value.dtype)
+        out = F.dropout(weights, self.dropout) @ value
         return out.reshape(*query.shape[:3], -1), sums.reshape(query.shape[:3])
 
     def _scores(self, query: Tensor, key: Tensor) -> Tensor:

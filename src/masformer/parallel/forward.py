@@ -179,16 +179,11 @@ class SlicedPass:
         backend: str = "auto",
     ) -> Tensor:
         """Attention of heads that see all keys before them, and that the devices do not share."""
-        if dropout:
-            raise MasformerError(
-                f"attention dropout is not possible for full heads that {self.devices} devices cannot share; set the "
-                "model's to 0"
-            )
         if self._ring is None:
             self._ring = Ring(self.mesh, self.batch, self.length, self.layout)
         scale = query.shape[3] ** -0.5 if scale is None else scale
         sinks = None if sinks is None else sinks.like(query, value)
-        options = Options(key.shape[1], key.shape[3], scale, softcap, backend)
+        options = Options(key.shape[1], key.shape[3], scale, dropout, softcap, backend)
         return self._ring.attend(query, _side_by_side(key, value), sinks, options)
 
     def _by_heads(

@@ -10,10 +10,11 @@ the middle as each other, swap half of their queries (`masformer.parallel.slices
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -77,6 +78,7 @@ class Options:
         kv_heads: of the keys.
         head_dim: of the keys; what else a head has in the exchange is its value.
         scale: see `masformer.attend`, also for the others.
+        dropout: see there.
         softcap: see there.
         backend: see `masformer.attention.pieces.attend_piece`.
     """
@@ -84,6 +86,7 @@ class Options:
     kv_heads: int
     head_dim: int
     scale: float
+    dropout: float
     softcap: float | None
     backend: str
 
@@ -169,6 +172,12 @@ class Ring:
 
         return wait
 
+    def noise(self, seed: int | None, like: Tensor) -> Iterator[AbstractContextManager[None]]:
+        """For each piece random numbers of its own, by a seed the same again; without one none are drawn."""
+        devices = [like.device] if like.is_cuda else []
+        for number in itertools.count(self.number, self.devices):
+            yield nullcontext() if seed is None else _seeded(seed + number, devices)
+
     def _sent(self, turn: _Turn, both: Tensor) -> Callable[[], Tensor]:
         return self.exchange(both[:, self.length - turn.leaves :], turn.to, turn.source, turn.comes)
 
@@ -192,12 +201,19 @@ class Ring:
                 keys = slice(part.start - base, part.stop - base)
                 yield _Piece(slice(0, self.batch), slice(done, done + len(part)), keys, True, _within(layout, part))
             at = 0
-            for (first, queries), rows in groupby(crossing.of(part, row) for row in range(self.batch)):
+            for (first, queries), rows in itertools.groupby(crossing.of(part, row) for row in range(self.batch)):
                 some = slice(at, at := at + len(list(rows)))
                 keys = slice(max(first, base) - base, min(part.start, stop) - base)
                 if queries and keys.start < keys.stop:
                     yield _Piece(some, slice(done, done + queries), keys)
             done += len(part)
+
+
+@contextmanager
+def _seeded(seed: int, devices: Sequence[torch.device]) -> Iterator[None]:
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
 
 
 class _Crossing:
@@ -247,15 +263,18 @@ class _Attention(torch.autograd.Function):
             for piece in pieces:
                 here = piece.rows, slice(None), piece.queries
                 call = _call(options, query[here], both, piece)
-                some, some_sums = attend_piece(call, piece.causal, options.backend)
+                with next(noise):
+                    some, some_sums = attend_piece(call, piece.causal, options.backend)
                 out[here] = joined(out[here], sums[here], some.to(dtype), some_sums)
                 sums[here] = torch.logaddexp(sums[here], some_sums)
 
+        ctx.seed = int(torch.randint(2**60, ())) if options.dropout else None
+        noise = ring.noise(ctx.seed, query)
         ring.round(both, visit)
         sinks = ConstantSinks.of(constants)
         if sinks is not None:
             logit, value = sinks.by_head()
-            out, sums = constant.join(out, sums, logit[:, None], None if value is None else value[:, None])
+            out, sums = constant.join(out, sums, logit[:, None], None if value is None else value[:, None].to(dtype))
         if ring.dead is not None:
             out = out.masked_fill(ring.dead, 0)
         out = out.to(query.dtype)
@@ -284,7 +303,8 @@ class _Attention(torch.autograd.Function):
                 here = piece.rows, slice(None), piece.queries
                 call = _call(options, query[here], there, piece)
                 given = grad[here], out[here], sums[here]
-                grads = piece_gradients(call, piece.causal, *given, options.backend)
+                with next(noise):
+                    grads = piece_gradients(call, piece.causal, *given, options.backend)
                 of_keys = options.split(found[piece.rows, piece.keys])
                 for whole, part in zip((of_query[here], *of_keys), grads, strict=True):
                     whole += part
@@ -293,6 +313,7 @@ class _Attention(torch.autograd.Function):
                 back = ring.exchange(found.to(both.dtype), turn.source, turn.to, turn.leaves)
                 returning.append((turn, back))
 
+        noise = ring.noise(ctx.seed, query)
         if any(needed[:2]):
             ring.round(both, visit)
             take()
@@ -306,4 +327,4 @@ class _Attention(torch.autograd.Function):
 
 def _call(options: Options, query: Tensor, both: Tensor, piece: _Piece) -> Call:
     key, value = options.split(both[piece.rows, piece.keys])
-    return Call(query, key, value, FullSpan(), options.scale, piece.layout, softcap=options.softcap)
+    return Call(query, key, value, FullSpan(), options.scale, piece.layout, options.dropout, options.softcap)
