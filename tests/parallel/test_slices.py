@@ -88,7 +88,7 @@ def test_what_a_ring_sends():
     assert found.backward[0] == found.backward[1] == [20 * (a + b) + swapped for a, b in zip(*keys, strict=True)]
     middle = traffic(FullSpan(), 2, 2, 3, 10)
     assert middle.forward == ([2 * 2 * 10 + 10, 2 * 2 * 10, 2 * 10 + 10], [2 * 2 * 10 + 10, 2 * 10, 2 * 2 * 10 + 10])
-    assert [fetched(FullSpan(), 6, 2, devices, 10) for devices in (2, 4, 7)] == [10, 20, 20]
+    assert [fetched(FullSpan(), 9, 3, devices, 10) for devices in (2, 4, 7)] == [10, 20, 20]
 
 
 def test_recomputation_and_the_ways_of_others_are_counted():
@@ -100,7 +100,6 @@ def test_recomputation_and_the_ways_of_others_are_counted():
     assert communication(SHAPE, PLAN, 8189, 8) == once
     assert communication_table([once]).row_count == 6
     assert once.ways == {"full": "by heads", "window:1024+4": "edge"}
-    mixed = AttentionPlan.parse("full@0:0-6; full@1; window:90", 16)
-    assert communication(SHAPE, mixed, 8192, 8).ways["full"] == "ring and by heads"
+    assert communication(SHAPE, "full@0:0-6,1; window:90", 8192, 8).ways["full"] == "ring and by heads"
     with pytest.raises(MasformerError, match="devices must be at least 2, got 1"):
         communication(SHAPE, PLAN, 8192, 1)
