@@ -1,6 +1,9 @@
 """What a slice needs: exactly the keys before it that its queries see."""
 
 import random
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from masformer import AttentionPlan, BlockSpan, FullSpan, MasformerError, Window
 from masformer.cost import ModelShape, communication, communication_table
 from masformer.parallel.slices import Traffic, fetched, needed, ring_queries, tokens_sent, traffic
 
+ROOT = Path(__file__).parents[2]
 SHAPE = ModelShape(
     16, query_heads=32, kv_heads=8, head_dim=64, value_dim=64, matmul_weights=10**9, parameters=10**9, widest=8192
 )
@@ -103,3 +107,16 @@ def test_recomputation_and_the_ways_of_others_are_counted():
     assert communication(SHAPE, "full@0:0-6,1; window:90", 8192, 8).ways["full"] == "ring and by heads"
     with pytest.raises(MasformerError, match="devices must be at least 2, got 1"):
         communication(SHAPE, PLAN, 8192, 1)
+
+
+def test_the_reckoning_in_the_docs_is_what_its_script_prints(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["simulate_devices.py"])
+    runpy.run_path(str(ROOT / "benchmarks" / "simulate_devices.py"), run_name="__main__")
+
+    def rows(text):
+        cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+        return [row for row in cells if row and row[0].isdecimal() and row[-1].endswith(" s")]
+
+    printed = [[*row[:1], *row[2:4], *row[5:]] for row in rows(capsys.readouterr().out)]
+    assert len(printed) == 8
+    assert [row[:1] + row[2:] for row in rows((ROOT / "docs" / "training.md").read_text())] == printed
