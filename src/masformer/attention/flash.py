@@ -137,8 +137,8 @@ class Flash(Backend):
 
     def piece(self, call: Call, causal: bool) -> tuple[Tensor, Tensor]:
         """See `masformer.attention.pieces.attend_piece`."""
-        part = _piece(call, causal)
-        out, sums = _forward(part, *map(_in_rows, call.tensors), call.scale)
+        q, k, v = map(_in_rows, call.tensors)
+        out, sums = _forward(_piece(call, causal), q, k, v, call.scale)
         totals = _by_token(sums).unflatten(1, (len(call.query), -1)).transpose(0, 1)
         return _by_head(out, call.query), totals
 

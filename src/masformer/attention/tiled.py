@@ -79,11 +79,11 @@ class Tiled(Backend):
         """See `masformer.attention.pieces.attend_piece`."""
         kernel = Kernel(call.scale, call.dropout, call.softcap)
         if call.layout is None:
-            return kernel.told(*call.tensors, causal)
+            return kernel.told(*call.tensors, causal=causal)
         out = _room(call.query, call.value).zero_()
         sums = out.new_zeros(out.shape[:3], dtype=torch.promote_types(out.dtype, torch.float32))
         for here in _documents_of(call):
-            out[here], sums[here] = kernel.told(*(x[here] for x in call.tensors), causal)
+            out[here], sums[here] = kernel.told(*(x[here] for x in call.tensors), causal=causal)
         return out, sums
 
     def piece_gradients(
@@ -92,11 +92,11 @@ class Tiled(Backend):
         """See `masformer.attention.pieces.piece_gradients`."""
         kernel = Kernel(call.scale, call.dropout, call.softcap)
         if call.layout is None:
-            return kernel.told_gradients(grad, *call.tensors, out, sums, causal)
+            return kernel.told_gradients(grad, *call.tensors, out, sums, causal=causal)
         query, key, value = (torch.zeros_like(x) for x in call.tensors)
         for here in _documents_of(call):
             given = (x[here] for x in (grad, *call.tensors, out, sums))
-            query[here], key[here], value[here] = kernel.told_gradients(*given, causal)
+            query[here], key[here], value[here] = kernel.told_gradients(*given, causal=causal)
         return query, key, value
 
 
@@ -251,19 +251,19 @@ class Kernel:
         flash = getattr(torch.ops.aten, FLASH_CPU)
         return flash(query, key, value, 0.0, is_causal, scale=self.scale, **mask)
 
-    def told(self, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    def told(self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
         """Attention to all keys, or causal to as many as there are queries, and its log-sum-exps; no graph is kept."""
         if self._has_sums(query, value):
             return self._with_sums(query, key, value, causal)  # type: ignore[no-any-return]
         found = [
-            self._scored(query[:, :, rows], key[:, :, seen], value[:, :, seen], mask)
+            self._scored(query[:, :, rows], key[:, :, seen], value[:, :, seen], mask=mask)
             for rows, seen, mask in _strips(query, key, causal)
         ]
         out, sums = (torch.cat(each, 2) for each in zip(*found, strict=True))
         return out, sums
 
     def told_gradients(
-        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, causal: bool
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, *, causal: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Of query, key and value, from the output and log-sum-exps that were joined with those to other keys."""
         if self._has_sums(query, value):
@@ -277,7 +277,7 @@ class Kernel:
                 inputs = [
                     x[:, :, at].detach().requires_grad_() for x, at in zip((query, key, value), places, strict=True)
                 ]
-                own, own_sums = self._scored(*inputs, mask)
+                own, own_sums = self._scored(*inputs, mask=mask)
             slope = grad[:, :, rows] * (own_sums.detach() - sums[:, :, rows]).exp()[..., None]
             of_sums = (slope * (own.detach() - out[:, :, rows])).sum(-1)
             for whole, at, part in zip(
@@ -287,7 +287,7 @@ class Kernel:
         of_query, of_key, of_value = grads
         return of_query, of_key, of_value
 
-    def _scored(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _scored(self, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Attention and its log-sum-exps from the scores of all pairs."""
         folded = query.reshape(len(query), key.shape[1], -1, query.shape[3])
         scores = self._scores(folded, key)

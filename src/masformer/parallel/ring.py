@@ -158,13 +158,11 @@ class Ring:
     def exchange(self, x: Tensor, to: int, source: int, count: int) -> Callable[[], Tensor]:
         """Sends [batch, tokens, ...] to one device and receives so many tokens from another; called, it waits."""
         found = x.new_empty(self.batch, count, *x.shape[2:])
-        sizes = [
-            [tokens * self.batch if device == other else 0 for device in range(self.devices)]
-            for other, tokens in ((source, count), (to, x.shape[1]))
-        ]
-        work = dist.all_to_all_single(
-            found.flatten(0, 1), x.flatten(0, 1).contiguous(), *sizes, group=self.mesh.get_group(), async_op=True
-        )
+        comes, leaves = [0] * self.devices, [0] * self.devices
+        comes[source], leaves[to] = found.shape[:2].numel(), x.shape[:2].numel()
+        own = x.flatten(0, 1).contiguous()
+        group = self.mesh.get_group()
+        work = dist.all_to_all_single(found.flatten(0, 1), own, comes, leaves, group=group, async_op=True)
 
         def wait() -> Tensor:
             work.wait()
