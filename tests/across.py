@@ -321,7 +321,7 @@ def main():
     dist.init_process_group("gloo")
     world = dist.get_world_size()
     mesh = sequence_mesh(world, "cpu")
-    for seed in range(3):
+    for seed in range(2):
         report("rounding of bfloat16", attention_case(seed, mesh, wide_span, torch.bfloat16))
     # Norms and rotary tables of most models are float32 in any dtype: a last bit in float64 may be one of theirs.
     torch.float32, torch.Tensor.float = torch.float64, torch.Tensor.double
@@ -329,8 +329,9 @@ def main():
     Ring.attend = lambda *given: rings.append(None) or attend_ring(*given)
     for seed in range(CASES):
         report(f"attention {seed}", attention_case(seed, mesh))
+    for seed in range(CASES // 2):
         report(f"attention to all keys {seed}", attention_case(seed, mesh, wide_span))
-    report("rings", float(len(rings) < CASES // 3))
+    report("rings", float(len(rings) < CASES // 4))
     report("slices of keys in a ring", turns_case(mesh))
     report("rounding of slopes under dropout", dropout_case(mesh))
     for number, kind in enumerate(ARCHITECTURES if world == 2 else ("llama", "gemma2", "gpt_neo", "phi3")):
@@ -345,7 +346,7 @@ def main():
     report(f"llama of rings {plan}", model_case("llama", plan, mesh, packed=False, checkpointing=True, **ODD[1]))
     for name in ("2.self_attn.q", "2.self_attn.v"):
         report(f"llama of which {name} is trained", model_case("llama", "full", mesh, trained=name, **ODD[1]))
-    for seed, heads in enumerate([(8, 4), (3, 1), (9, 3)] * 2):
+    for seed, heads in enumerate([(8, 4), (3, 1), (9, 3), (8, 4)]):
         report(f"bytes {seed} {heads}", wire_case(seed, mesh, seed % 2 == 1, *heads))
     for name, right in refusals(mesh):
         report(f"refused: {name}", float(not right))
