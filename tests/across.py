@@ -242,6 +242,19 @@ def refusals(mesh):
             yield name, words in str(error)
         else:
             yield name, False
+    heads = [torch.ones(1, heads, 4, 4) for heads in (3, 1, 1)]
+    for name, words, span, options in (
+        ("a sink without weights", "its weights are missing", WindowSpan(99, constant_sink=True), {}),
+        ("a backend without pieces", "allowed: auto, flash, tiled", FullSpan(), {"backend": "flex"}),
+    ):
+        whole = SlicedPass(mesh, None, None, 1, 4, "cpu")
+        whole.begin(None)
+        try:
+            whole.attend(*heads, span, **options)
+        except MasformerError as error:
+            yield f"{name} in a ring", words in str(error)
+        else:
+            yield f"{name} in a ring", False
 
 
 def turns_case(mesh):

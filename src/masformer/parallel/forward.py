@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from masformer.attention import ConstantSinks, Layout, attend
 from masformer.attention.call import in_autocast
+from masformer.attention.constant import check_sinks
 from masformer.attention.units import attend_units
 from masformer.errors import MasformerError
 from masformer.parallel.ring import Options, Ring
@@ -137,6 +138,7 @@ class SlicedPass:
         if way == "by heads":
             return self._by_heads(query, key, value, span, sinks, options)
         if way == "ring":
+            check_sinks(sinks, span, query, value)
             return self._by_ring(query, key, value, sinks, **options)
         route = self._route(span)
         key, value = self._fetched(key, value, route)
