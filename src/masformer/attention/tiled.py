@@ -280,9 +280,8 @@ class Kernel:
                 own, own_sums = self._scored(*inputs, mask=mask)
             slope = grad[:, :, rows] * (own_sums.detach() - sums[:, :, rows]).exp()[..., None]
             of_sums = (slope * (own.detach() - out[:, :, rows])).sum(-1)
-            for whole, at, part in zip(
-                grads, places, torch.autograd.grad((own, own_sums), inputs, (slope.to(own.dtype), of_sums)), strict=True
-            ):
+            found = torch.autograd.grad((own, own_sums), inputs, (slope.to(own.dtype), of_sums))
+            for whole, at, part in zip(grads, places, found, strict=True):
                 whole[:, :, at] += part
         of_query, of_key, of_value = grads
         return of_query, of_key, of_value
