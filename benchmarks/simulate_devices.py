@@ -15,7 +15,7 @@ from pathlib import Path
 
 from masformer import AttentionPlan, FullSpan
 from masformer.cost import ModelShape, bytes_text, communication
-from masformer.parallel.slices import goes_by_heads
+from masformer.parallel.slices import traffic
 from masformer.training.model import recipe_config, recipe_plan
 from masformer.training.recipe import load_recipe
 
@@ -25,13 +25,13 @@ PASSES = 4
 
 
 def busiest_flops(shape: ModelShape, plan: AttentionPlan, length: int, devices: int) -> float:
-    """Of one forward pass on the GPU that does most: the last one, which sees most keys."""
+    """Of one forward pass on the GPU that does most: the last one; but full heads are the same work for all."""
     each = length // devices
     pairs = 0.0
     for span, units in plan.unit_counts(shape.kv_heads).items():
-        by_heads = goes_by_heads(span, shape.query_heads, shape.kv_heads, devices, each)
+        way = traffic(span, shape.query_heads, shape.kv_heads, devices, each).way
         pairs += units * (
-            span.visible_pairs(length) / devices if by_heads else span.visible_pairs(length, length - each)
+            span.visible_pairs(length, length - each) if way == "edge" else span.visible_pairs(length) / devices
         )
     attention = 2 * (shape.head_dim + shape.value_dim) * shape.query_heads * pairs / shape.kv_heads
     return attention + 2 * shape.matmul_weights * each

@@ -2,21 +2,27 @@
 
 import random
 import sys
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import aten_flash
 from masformer import AttentionPlan, MasformerError, apply_plan, attend
-from masformer.attention import ConstantSinks, Layout
+from masformer.attention import ConstantSinks, Layout, flash
 from masformer.cost import ModelShape, communication
 from masformer.models.across import across_devices
 from masformer.parallel.forward import SlicedPass, sequence_mesh
+from masformer.parallel.ring import Ring
 from masformer.spans import BlockSpan, FullSpan, UnitSpans, WindowSpan
 from masformer.training.loss import use_chunked_loss
 from tiny import ARCHITECTURES, VOCABULARY, kv_heads_of, random_plan, random_unit_plan, tiny
 
 CASES = 24
+ODD = [{"num_attention_heads": heads, "num_key_value_heads": heads // 3, "hidden_size": 8 * heads} for heads in (3, 9)]
+"""Heads that 2 and 4 devices, or none, share evenly."""
 ROTARY = {
     "phi3": {
         "rope_parameters": {
@@ -46,13 +52,19 @@ def random_span(choose):
     )
 
 
-def random_positions(choose, rows, length):
-    """Of packed documents of any lengths, [rows, length]."""
+def wide_span(choose):
+    """A span that sees all keys of a short row."""
+    wide = [FullSpan(), WindowSpan(36 + choose.randint(0, 9), 0, True), WindowSpan(30, 6), BlockSpan(12, 2)]
+    return choose.choice(wide)
+
+
+def random_positions(choose, rows, length, world):
+    """Of packed documents of any lengths, also of a slice, [rows, length]."""
     found = []
     for _ in range(rows):
         row = []
         while len(row) < length:
-            row += range(choose.choice([1, 3, 8, 20, 50]))
+            row += range(choose.choice([1, 3, 8, 20, 50, length // world]))
         found.append(row[:length])
     return torch.tensor(found)
 
@@ -62,7 +74,7 @@ def part(x, rank, world, dim=1):
     return x.chunk(world, dim)[rank]
 
 
-def attention_case(seed, mesh):
+def attention_case(seed, mesh, random_span=random_span, dtype=torch.double):
     """The largest error of output and gradients of attention; of all slices, in the first process."""
     rank, world = mesh.get_local_rank(), mesh.size()
     choose = random.Random(f"{seed} {world}")
@@ -73,15 +85,16 @@ def attention_case(seed, mesh):
     spans = [random_span(choose) for _ in range(kv_heads)]
     span = UnitSpans(tuple(spans)) if choose.random() < 0.4 and len(set(spans)) > 1 else spans[0]
     query, key, value, weight = (
-        torch.randn(rows, some, length, dim, dtype=torch.double)
+        torch.randn(rows, some, length, dim, dtype=dtype)
         for some, dim in ((heads, 4), (kv_heads, 4), (kv_heads, wide), (heads, wide))
     )
-    constants = [torch.randn(heads, dtype=torch.double), torch.randn(kv_heads, wide, dtype=torch.double)]
+    constants = [torch.randn(heads, dtype=dtype), torch.randn(kv_heads, wide, dtype=dtype)]
     positions = real = None
     if choose.random() < 0.6:
-        positions = random_positions(choose, rows, length)
+        positions = random_positions(choose, rows, length, world)
     if choose.random() < 0.3:
         real = torch.arange(length) >= torch.tensor([choose.randrange(length) for _ in range(rows)])[:, None]
+        real = real if choose.random() < 0.5 else real.flip(1)
     documents = None if positions is None else (positions == 0).long().cumsum(-1)
     softcap = choose.choice([None, None, 2.0])
 
@@ -111,6 +124,19 @@ def attention_case(seed, mesh):
     return max(float((one - two).abs().max()) for one, two in zip(found, expected, strict=True))
 
 
+@contextmanager
+def flash_stand_in():
+    """Within it, rings compute as on a GPU, but for soft caps."""
+    library, objection, is_right = aten_flash.register(), flash._objection, flash._is_right
+    flash._objection = lambda *given: "no soft caps" if given[-1] else None
+    flash._is_right = lambda *given: True
+    try:
+        yield
+    finally:
+        flash._objection, flash._is_right = objection, is_right
+        library._destroy()
+
+
 def gathered(x, world, dim):
     each = [torch.empty_like(x.contiguous()) for _ in range(world)]
     dist.all_gather(each, x.contiguous())
@@ -123,17 +149,22 @@ def summed(x):
     return x
 
 
-def model_case(kind, plan, mesh, packed=True, rows=2, **changes):
-    """The largest error of the loss and of any gradient of a model."""
+def model_case(kind, plan, mesh, packed=True, rows=2, trained="", checkpointing=False, **changes):
+    """The largest error of the loss and of any gradient of a model, of which the weights of these names are trained."""
     rank, world = mesh.get_local_rank(), mesh.size()
     model = tiny(kind, **changes).double()
     apply_plan(model, plan)
     use_chunked_loss(model, 5)
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(trained in name)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
     choose = random.Random(f"{kind} {world}")
     length = world * choose.randint(6, 9)
     tokens = torch.randint(0, VOCABULARY, (rows, length))
     labels = torch.randint(0, VOCABULARY, (rows, length)).masked_fill_(torch.rand(rows, length) < 0.2, -100)
-    positions = random_positions(choose, rows, length) if packed else torch.arange(length).expand(rows, -1)
+    positions = random_positions(choose, rows, length, world) if packed else torch.arange(length).expand(rows, -1)
 
     def gradients(**given):
         model.zero_grad()
@@ -168,6 +199,11 @@ class Wire(TorchDispatchMode):
             row = x[:1].nbytes if len(x) else found[:1].nbytes
             self.sent += row * (sum(sent) - sent[self.rank])
             self.received += row * (sum(received) - received[self.rank])
+        elif name.startswith("c10d.alltoall_base_"):
+            output, x, _, received, sent, *_ = args
+            row = (x if len(x) else output)[:1].nbytes
+            self.sent += row * (sum(sent) - sent[self.rank])
+            self.received += row * (sum(received) - received[self.rank])
         elif name.startswith("c10d.allgather_"):
             self.gathered += (self.world - 1) * sum(x.nbytes for x in args[1])
         elif name.startswith(("c10d", "_c10d")) and "wait" not in name and "wrap" not in name:
@@ -175,16 +211,16 @@ class Wire(TorchDispatchMode):
         return found
 
 
-def wire_case(seed, mesh, checkpointing):
+def wire_case(seed, mesh, checkpointing, query_heads, kv_heads):
     """The bytes that a training step sends, beside those of the cost model."""
     rank, world = mesh.get_local_rank(), mesh.size()
-    plan = random_unit_plan(f"wire {seed}", 4)
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    plan = random_unit_plan(f"wire {seed} {world}", kv_heads)
+    heads = {"num_attention_heads": query_heads, "num_key_value_heads": kv_heads, "hidden_size": 8 * query_heads}
     model = apply_plan(use_chunked_loss(tiny("llama", **heads).double()), plan)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
-    rows, length = 2, 9
+    rows, length = 2, 9 if seed % 2 else 8
     tokens = torch.randint(0, VOCABULARY, (rows, length))
     with across_devices(model, mesh), Wire(rank, world) as wire:
         model(tokens, shift_labels=tokens).loss.backward()
@@ -221,12 +257,73 @@ def refusals(mesh):
             yield name, words in str(error)
         else:
             yield name, False
+    heads = [torch.ones(1, heads, 4, 4) for heads in (3, 1, 1)]
+    for name, words, span, options in (
+        ("a sink without weights", "its weights are missing", WindowSpan(99, constant_sink=True), {}),
+        ("a backend without pieces", "allowed: auto, flash, tiled", FullSpan(), {"backend": "flex"}),
+    ):
+        whole = SlicedPass(mesh, None, None, 1, 4, "cpu")
+        whole.begin(None)
+        try:
+            whole.attend(*heads, span, **options)
+        except MasformerError as error:
+            yield f"{name} in a ring", words in str(error)
+        else:
+            yield f"{name} in a ring", False
 
 
-def memory_case(plan, length, mesh):
+def turns_case(mesh):
+    """How many slices of keys a device holds beside its own, above two, in a ring; and what it says without a graph."""
+    rank, world = mesh.get_local_rank(), mesh.size()
+    held, most, send = [], [0], dist.all_to_all_single
+
+    def counted(output, *given, **options):
+        held.append(StorageWeakRef(output.untyped_storage()))
+        most[0] = max(most[0], sum(not each.expired() for each in held))
+        return send(output, *given, **options)
+
+    query, both = (torch.randn(1, heads, world * 4, 4, dtype=torch.double) for heads in (3, 1))
+    whole = SlicedPass(mesh, None, None, 1, 4, "cpu")
+    whole.begin(None)
+    dist.all_to_all_single = counted
+    try:
+        with torch.inference_mode():
+            found = whole.attend(*(part(x, rank, world, 2) for x in (query, both, both)), FullSpan())
+    finally:
+        dist.all_to_all_single = send
+    assert len(held) == world - 1, "all slices passed by"
+    error = float((found - part(attend(query, both, both, "full"), rank, world, 2)).abs().max())
+    return max(error, most[0] - 2.0)
+
+
+def dropout_case(mesh):
+    """How far a loss under dropout goes another way than its gradients say; of all devices together."""
+    rank, world = mesh.get_local_rank(), mesh.size()
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, heads, world * 5, 4, dtype=torch.double) for heads in (3, 1, 1)]
+    inputs = [part(x, rank, world, 2).clone().requires_grad_() for x in tensors]
+    steps = [torch.randn_like(x) for x in inputs]
+
+    def loss(size, dropout=0.5):
+        torch.manual_seed(3)
+        whole = SlicedPass(mesh, None, None, 2, 5, "cpu")
+        whole.begin(None)
+        moved = [x + size * step for x, step in zip(inputs, steps, strict=True)]
+        return whole.attend(*moved, FullSpan(), dropout=dropout).square().sum()
+
+    middle = loss(0.0)
+    grads = torch.autograd.grad(middle, inputs)
+    slope = sum((grad * step).sum() for grad, step in zip(grads, steps, strict=True))
+    with torch.no_grad():
+        found = summed((loss(1e-5) - loss(-1e-5)) / 2e-5)
+        assert abs(loss(0.0, 0.0) - middle) > 1e-3, "some weights are dropped"
+    return float((found - summed(slope)).abs())
+
+
+def memory_case(plan, length, mesh, **heads):
     """How much more a device keeps for the backward pass than its share of what one device keeps."""
     rank, world = mesh.get_local_rank(), mesh.size()
-    changes = {"hidden_size": 16, "head_dim": 4, "num_key_value_heads": 4, "num_hidden_layers": 2}
+    changes = {"hidden_size": 16, "head_dim": 4, "num_key_value_heads": 4, "num_hidden_layers": 2} | heads
     model = apply_plan(tiny("llama", **changes), AttentionPlan.parse(plan, 2)).model
 
     def kept(tokens):
@@ -249,13 +346,25 @@ def memory_case(plan, length, mesh):
 
 def main():
     """All cases; the first process says the largest error of each."""
-    # Norms and rotary tables of most models are float32 in any dtype: a last bit in float64 may be one of theirs.
-    torch.float32, torch.Tensor.float = torch.float64, torch.Tensor.double
     dist.init_process_group("gloo")
     world = dist.get_world_size()
     mesh = sequence_mesh(world, "cpu")
+    for seed in range(2):
+        report("rounding of bfloat16", attention_case(seed, mesh, wide_span, torch.bfloat16))
+    # Norms and rotary tables of most models are float32 in any dtype: a last bit in float64 may be one of theirs.
+    torch.float32, torch.Tensor.float = torch.float64, torch.Tensor.double
+    rings, attend_ring = [], Ring.attend
+    Ring.attend = lambda *given: rings.append(None) or attend_ring(*given)
     for seed in range(CASES):
         report(f"attention {seed}", attention_case(seed, mesh))
+    for seed in range(CASES // 2):
+        report(f"attention to all keys {seed}", attention_case(seed, mesh, wide_span))
+    report("rings", float(len(rings) < CASES // 4))
+    with flash_stand_in():
+        for seed in range(CASES, CASES + 6):
+            report(f"attention by FlashAttention {seed}", attention_case(seed, mesh, wide_span))
+    report("slices of keys in a ring", turns_case(mesh))
+    report("rounding of slopes under dropout", dropout_case(mesh))
     for number, kind in enumerate(ARCHITECTURES if world == 2 else ("llama", "gemma2", "gpt_neo", "phi3")):
         plan = random_unit_plan(f"{kind} {world}", kv_heads_of(kind)) if number % 2 else random_plan(f"{kind} {world}")
         report(f"{kind} {plan}", model_case(kind, plan, mesh, packed=number % 3 != 1))
@@ -263,13 +372,19 @@ def main():
     for kind, changes in ROTARY.items():
         report(f"{kind} of long texts", model_case(kind, plan, mesh, packed=False, **changes))
     report("llama of sinks", model_case("llama", AttentionPlan.parse("full,window:5+3,full,window:40+2"), mesh))
-    for seed in range(4):
-        report(f"bytes {seed}", wire_case(f"{seed} {world}", mesh, checkpointing=seed % 2 == 1))
+    report("llama of rings", model_case("llama", AttentionPlan.parse("full,window:5+3,full,window:90"), mesh, **ODD[0]))
+    plan = random_unit_plan(f"odd {world}", 3)
+    report(f"llama of rings {plan}", model_case("llama", plan, mesh, packed=False, checkpointing=True, **ODD[1]))
+    for name in ("2.self_attn.q", "2.self_attn.v"):
+        report(f"llama of which {name} is trained", model_case("llama", "full", mesh, trained=name, **ODD[1]))
+    for seed, heads in enumerate([(8, 4), (3, 1), (9, 3), (8, 4)]):
+        report(f"bytes {seed} {heads}", wire_case(seed, mesh, seed % 2 == 1, *heads))
     for name, right in refusals(mesh):
         report(f"refused: {name}", float(not right))
     if world != 3:
         report("memory of windows", memory_case("window:64+4,block:128x2", 32768, mesh))
         report("memory of full attention", memory_case("full,window:64", 2048, mesh))
+        report("memory of a ring", memory_case("full,window:64", 2048, mesh, **ODD[0]))
     dist.destroy_process_group()
 
 

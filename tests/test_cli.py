@@ -73,6 +73,8 @@ def test_plan_says_what_devices_send_that_share_a_sequence(capsys, folder, tmp_p
     code, out, _ = run(capsys, "plan", folder, *words, "--json", str(tmp_path / "plan.json"))
     assert code == 0
     assert "Sent for attention in a training step, 4 devices" in out
+    assert "full, by heads" in out
+    assert "window:8+2, edge" in out
     (figures,) = json.loads((tmp_path / "plan.json").read_text())["plans"]
     sent = figures["communication"]
     assert [(each["length"], each["devices"]) for each in sent] == [(64, 4), (128, 4)]

@@ -320,6 +320,8 @@ class Communication:
         length: tokens of the sequence.
         layers: of each layer, all devices together.
         spans: text of a span -> the same for all heads that have it, in the order of the plan.
+        ways: text of a span -> how they go: edge, by heads, ring (`masformer.parallel.slices.Traffic`), or several of
+            these, since layers may have other numbers of heads under a span.
         busiest: what the device sends or receives that does most, all layers together.
         positions: once a pass, all devices together: the sizes of slices, positions and padding.
         gathered: all devices together, if each fetched the keys of all others in every layer (all-gather).
@@ -331,6 +333,7 @@ class Communication:
     length: int
     layers: tuple[int, ...]
     spans: dict[str, int]
+    ways: dict[str, str]
     busiest: int
     positions: int
     gathered: int
@@ -382,23 +385,28 @@ def communication(
     plan = AttentionPlan.load(plan, shape.num_layers, shape.kv_heads)
     layers: list[int] = []
     spans = dict.fromkeys(map(str, plan.kinds), 0)
+    ways: dict[str, list[str]] = {span: [] for span in spans}
     out, into = [0] * devices, [0] * devices
     for units in plan.units(shape.kv_heads):
         layers.append(0)
         for span, heads in Counter(units).items():
             queries = heads * shape.query_heads // shape.kv_heads
-            leaves, comes = traffic(span, queries, heads, devices, each)
-            for device in range(devices):
-                out[device] += unit * (forward * leaves[device] + comes[device])
-                into[device] += unit * (forward * comes[device] + leaves[device])
-            layers[-1] += unit * (forward + 1) * sum(leaves)
-            spans[str(span)] += unit * (forward + 1) * sum(leaves)
+            way = traffic(span, queries, heads, devices, each)
+            for total, once, back in zip((out, into), way.forward, way.backward, strict=True):
+                for device in range(devices):
+                    total[device] += unit * (forward * once[device] + back[device])
+            size = unit * (way.total + recompute * sum(way.forward[0]))
+            layers[-1] += size
+            spans[str(span)] += size
+            if way.way not in ways[str(span)]:
+                ways[str(span)].append(way.way)
     keys = unit * shape.kv_heads * shape.num_layers * each * devices * (devices - 1)
     return Communication(
         devices=devices,
         length=each * devices,
         layers=tuple(layers),
         spans=spans,
+        ways={span: " and ".join(found) for span, found in ways.items()},
         busiest=max(*out, *into),
         positions=devices * (devices - 1) * (16 + 8 * rows * each),
         gathered=keys * (forward + 1),
@@ -413,8 +421,8 @@ def communication_table(found: Iterable[Communication]) -> Table:
         table.add_column(column, justify="left" if not column else "right")
     for each in found:
         table.title = f"Sent for attention in a training step, {each.devices} devices"
-        spans = {f"  {span}": size for span, size in each.spans.items()} if len(each.spans) > 1 else {}
-        rows = {"plan": each.total} | spans | {"all-gather": each.gathered, "ring": each.ring}
+        spans = {f"  {span}, {each.ways[span]}": size for span, size in each.spans.items()}
+        rows = {"plan": each.total} | spans | {"all-gather instead": each.gathered, "ring instead": each.ring}
         length = f"{each.length:,}"
         for name, size in rows.items():
             table.add_row(length, name, bytes_text(size), f"{size / each.gathered:.1%}")

@@ -74,9 +74,10 @@ def test_rows_that_devices_share_take_less_memory_and_the_bytes_they_send_are_sa
     assert alone["sent"] is None
     slices, full = shared["sent"]["plan"], shared["sent"]["full"]
     assert slices["total"] == sum(slices["layers"]) < 0.3 * full["total"]
-    assert f"8 devices share each row; for attention they send {bytes_text(slices['total'])} in a step" in (
-        capsys.readouterr().out
-    )
+    out = capsys.readouterr().out
+    assert f"8 devices share each row; for attention they send {bytes_text(slices['total'])} in a step" in out
+    assert f", full (by heads) {bytes_text(slices['spans']['full'])}" in out
+    assert "of that window:1024+4 (edge) " in out
     assert 1 / 8 < shared["memory"]["activations"] / alone["memory"]["activations"] < 1.05 / 8
 
 

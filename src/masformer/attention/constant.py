@@ -117,3 +117,20 @@ def gradients(
     if value is None:
         return share * slope, None
     return share * (slope + (grad * value).sum(-1)), share[..., None] * grad
+
+
+def weight_gradients(sinks: ConstantSinks, grad: Tensor, joined: Tensor, total: Tensor) -> list[Tensor]:
+    """The gradients of `sinks.tensors`.
+
+    Args:
+        sinks: that were joined.
+        grad: [tokens, heads, dim], of the output.
+        joined: [tokens, heads, dim], the output.
+        total: [tokens, heads], its log-sum-exps.
+    """
+    each = zip(gradients(grad, joined, total, *sinks.by_head()), sinks.tensors, strict=False)
+    return [
+        found.sum(0).view(len(weight), -1, *weight.shape[1:]).sum(1).to(weight.dtype)
+        for found, weight in each
+        if found is not None
+    ]

@@ -13,7 +13,7 @@ just such windows, so that each kind of call is held against dense attention at 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -129,18 +129,38 @@ class Flash(Backend):
             g, q, k, v, o = map(_end_to_end, (g, q, k, v, o))
             of_all = (x.view(like.shape) for x, like in zip(grads, (q, k, v), strict=True))
             sinks_beside.add_gradients(parts.sinks, g, q, k, v, o, sums, call.scale, *of_all)
-        return *map(_by_head, grads, call.tensors), *_constant_gradients(call, g, o, sums)
+        if call.sinks is None:
+            return tuple(map(_by_head, grads, call.tensors))
+        totals = _by_token(sums).T
+        constants = constant.weight_gradients(call.sinks, g.flatten(0, 1), o.flatten(0, 1), totals)
+        return *map(_by_head, grads, call.tensors), *constants
+
+    def piece(self, call: Call, causal: bool) -> tuple[Tensor, Tensor]:
+        """See `masformer.attention.pieces.attend_piece`."""
+        q, k, v = map(_in_rows, call.tensors)
+        out, sums = _forward(_piece(call, causal), q, k, v, call.scale)
+        totals = _by_token(sums).unflatten(1, (len(call.query), -1)).transpose(0, 1)
+        return _by_head(out, call.query), totals
+
+    def piece_gradients(
+        self, call: Call, causal: bool, grad: Tensor, out: Tensor, sums: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `masformer.attention.pieces.piece_gradients`."""
+        part = _piece(call, causal)
+        q, k, v, g, o = map(_in_rows, (*call.tensors, grad, out))
+        rows, heads, length = sums.shape
+        shape = (part.alike[0], heads, part.alike[1]) if part.alike else (1, heads, rows * length)
+        sums = _by_sequence(sums.transpose(0, 1).reshape(heads, -1), shape)
+        of_q, of_k, of_v = map(_by_head, _backward(part, g, q, k, v, o, sums, call.scale), call.tensors)
+        return of_q, of_k, of_v
 
 
-def _constant_gradients(call: Call, g: Tensor, out: Tensor, sums: Tensor) -> Iterator[Tensor]:
-    """Of logits and values of the constant sinks, if there are any."""
-    if call.sinks is None:
-        return
-    totals = sums.transpose(0, 1).reshape(sums.shape[1], -1).T
-    each = constant.gradients(g.flatten(0, 1), out.flatten(0, 1), totals, *call.sinks.by_head())
-    for found, weight in zip(each, call.sinks.tensors, strict=False):
-        assert found is not None
-        yield found.sum(0).view(len(weight), -1, *weight.shape[1:]).sum(1).to(weight.dtype)
+def _piece(call: Call, causal: bool) -> Part:
+    if causal:
+        return parts_of(call).parts[0]
+    queries, keys = (x.shape[:3:2].numel() for x in (call.query, call.key))
+    longest = call.query.shape[2], call.key.shape[2]
+    return Part(slice(0, queries), slice(0, keys), (len(call.query), *longest), None, longest, causal=False)
 
 
 class _Flash(torch.autograd.Function):

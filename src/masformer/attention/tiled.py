@@ -10,6 +10,7 @@ N * (window + tile).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -74,6 +75,37 @@ class Tiled(Backend):
                 room[row, :, done - past :] = 0
         return _join(made, 0) if room is None else room
 
+    def piece(self, call: Call, causal: bool) -> tuple[Tensor, Tensor]:
+        """See `masformer.attention.pieces.attend_piece`."""
+        kernel = Kernel(call.scale, call.dropout, call.softcap)
+        if call.layout is None:
+            return kernel.told(*call.tensors, causal=causal)
+        out = _room(call.query, call.value).zero_()
+        sums = out.new_zeros(out.shape[:3], dtype=torch.promote_types(out.dtype, torch.float32))
+        for here in _documents_of(call):
+            out[here], sums[here] = kernel.told(*(x[here] for x in call.tensors), causal=causal)
+        return out, sums
+
+    def piece_gradients(
+        self, call: Call, causal: bool, grad: Tensor, out: Tensor, sums: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `masformer.attention.pieces.piece_gradients`."""
+        kernel = Kernel(call.scale, call.dropout, call.softcap)
+        if call.layout is None:
+            return kernel.told_gradients(grad, *call.tensors, out, sums, causal=causal)
+        query, key, value = (torch.zeros_like(x) for x in call.tensors)
+        for here in _documents_of(call):
+            given = (x[here] for x in (grad, *call.tensors, out, sums))
+            query[here], key[here], value[here] = kernel.told_gradients(*given, causal=causal)
+        return query, key, value
+
+
+def _documents_of(call: Call) -> Iterator[tuple[slice, slice, slice]]:
+    """Where the documents of a layout lie in [batch, heads, length]."""
+    for row, segments in enumerate(call.layout.rows if call.layout else ()):
+        for segment in segments:
+            yield slice(row, row + 1), slice(None), slice(segment.start, segment.stop)
+
 
 def _room(query: Tensor, value: Tensor) -> Tensor:
     """[batch, heads, query_len, value_dim] to write into, in the order of `_join`."""
@@ -119,6 +151,10 @@ FLASH_CPU = "_scaled_dot_product_flash_attention_for_cpu"
 
 ALIGNED = 16
 """The keys of a tile are a multiple of so many: matrix products of other widths are up to a sixth slower on CPUs."""
+
+
+STRIP = 128
+"""Queries whose scores exist at a time, where torch has no kernel."""
 
 
 class Kernel:
@@ -215,6 +251,57 @@ class Kernel:
         flash = getattr(torch.ops.aten, FLASH_CPU)
         return flash(query, key, value, 0.0, is_causal, scale=self.scale, **mask)
 
+    def told(self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
+        """Attention to all keys, or causal to as many as there are queries, and its log-sum-exps; no graph is kept."""
+        if self._has_sums(query, value):
+            return self._with_sums(query, key, value, causal)  # type: ignore[no-any-return]
+        found = [
+            self._scored(query[:, :, rows], key[:, :, seen], value[:, :, seen], mask=mask)
+            for rows, seen, mask in _strips(query, key, causal)
+        ]
+        out, sums = (torch.cat(each, 2) for each in zip(*found, strict=True))
+        return out, sums
+
+    def told_gradients(
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, *, causal: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of query, key and value, from the output and log-sum-exps that were joined with those to other keys."""
+        if self._has_sums(query, value):
+            backward = getattr(torch.ops.aten, f"{FLASH_CPU}_backward")
+            given = grad, query, key, value, out, sums, 0.0, causal
+            return backward(*given, attn_mask=None, scale=self.scale)  # type: ignore[no-any-return]
+        grads = [torch.zeros_like(x, dtype=sums.dtype) for x in (query, key, value)]
+        for rows, seen, mask in _strips(query, key, causal):
+            places = rows, seen, seen
+            with torch.enable_grad():
+                inputs = [
+                    x[:, :, at].detach().requires_grad_() for x, at in zip((query, key, value), places, strict=True)
+                ]
+                own, own_sums = self._scored(*inputs, mask=mask)
+            slope = grad[:, :, rows] * (own_sums.detach() - sums[:, :, rows]).exp()[..., None]
+            of_sums = (slope * (own.detach() - out[:, :, rows])).sum(-1)
+            found = torch.autograd.grad((own, own_sums), inputs, (slope.to(own.dtype), of_sums))
+            for whole, at, part in zip(grads, places, found, strict=True):
+                whole[:, :, at] += part
+        of_query, of_key, of_value = grads
+        return of_query, of_key, of_value
+
+    def _scored(self, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Attention and its log-sum-exps from the scores of all pairs."""
+        folded = query.reshape(len(query), key.shape[1], -1, query.shape[3])
+        scores = self._scores(folded, key)
+        if mask is not None:
+            scores = scores.masked_fill(~mask.repeat(scores.shape[2] // len(mask), 1), -torch.inf)
+        scores = scores.to(torch.promote_types(query.dtype, torch.float32))
+        sums = scores.logsumexp(-1)
+        weights = (scores - sums[..., None]).exp().to(value.dtype)
+        out = F.dropout(weights, self.dropout) @ value
+        return out.reshape(*query.shape[:3], -1), sums.reshape(query.shape[:3])
+
+    def _scores(self, query: Tensor, key: Tensor) -> Tensor:
+        scores = (query @ key.transpose(-1, -2)) * self.scale
+        return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
+
     def masked(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """As many heads in `query` as in `key`, unless it `groups_heads`; scores are made anew in the backward pass."""
         if self.is_fused(query, value):
@@ -228,9 +315,7 @@ class Kernel:
         return self._plain(query, key, value, mask)
 
     def _plain(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        scores = (query @ key.transpose(-1, -2)) * self.scale
-        if self.softcap is not None:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
+        scores = self._scores(query, key)
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
         dtype = torch.promote_types(query.dtype, torch.float32)
@@ -242,6 +327,17 @@ class Kernel:
         weights = torch.cat([scores.to(dtype), column], -1).softmax(-1).to(value.dtype)
         out = F.dropout(weights[..., :-1], self.dropout) @ value
         return out if u is None else out + weights[..., -1:] * u
+
+
+def _strips(query: Tensor, key: Tensor, causal: bool) -> Iterator[tuple[slice, slice, Tensor | None]]:
+    """A few queries at a time, the keys that they see, and which of those each sees; None: all."""
+    for first in range(0, query.shape[2], STRIP):
+        rows = slice(first, min(first + STRIP, query.shape[2]))
+        if not causal:
+            yield rows, slice(0, key.shape[2]), None
+            continue
+        index = torch.arange(rows.stop, device=query.device)
+        yield rows, slice(0, rows.stop), index <= index[rows, None]
 
 
 class _BesideSink(torch.autograd.Function):

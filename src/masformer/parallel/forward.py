@@ -1,7 +1,7 @@
 """The attention of one slice: torch's own collectives around `masformer.attend`.
 
-All exchanges are `all_to_all_single`, whose gradient is the exchange back. Every device makes the same exchanges in the
-same order, forward and backward, also where it has nothing to send.
+All exchanges are `all_to_all_single`. Every device makes the same ones in the same order, forward and backward, also
+where it has nothing to send.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from masformer.attention import ConstantSinks, Layout, attend
 from masformer.attention.call import in_autocast
+from masformer.attention.constant import check_sinks
 from masformer.attention.units import attend_units
 from masformer.errors import MasformerError
-from masformer.parallel.slices import copies, goes_by_heads, needed, on_device, sent
+from masformer.parallel.ring import Options, Ring
+from masformer.parallel.slices import copies, needed, on_device, sent, traffic
 from masformer.spans import LayerSpan, Span, UnitSpans
 
 
@@ -80,6 +82,7 @@ class SlicedPass:
         self.real = None if bool(there.all()) else there
         self.layout: Layout | None = None
         self._routes: dict[Span, _Route] = {}
+        self._ring: Ring | None = None
 
     def _of_all(self, own: Tensor) -> Tensor:
         """[devices, ...], what each device has."""
@@ -131,8 +134,12 @@ class SlicedPass:
         query, key, value = in_autocast(query, key, value)
         if isinstance(span, UnitSpans):
             return attend_units(query, key, value, span, partial(self.attend, **options), sinks)
-        if goes_by_heads(span, query.shape[1], key.shape[1], self.devices, self.length):
+        way = traffic(span, query.shape[1], key.shape[1], self.devices, self.length).way
+        if way == "by heads":
             return self._by_heads(query, key, value, span, sinks, options)
+        if way == "ring":
+            check_sinks(sinks, span, query, value)
+            return self._by_ring(query, key, value, sinks, **options)
         route = self._route(span)
         key, value = self._fetched(key, value, route)
         return attend(query, key, value, span, layout=route.layout, sinks=sinks, **options)
@@ -146,7 +153,7 @@ class SlicedPass:
         """Keys and values with those before them, [batch, kv_heads, route.before + length, ...]."""
         if not route.is_used:
             return key, value
-        own = torch.cat([x.transpose(1, 2).flatten(2) for x in (key, value)], -1)
+        own = _side_by_side(key, value)
         tokens = own.flatten(0, 1)
         got = all_to_all_single_autograd(tokens[route.send], route.received, route.sent, self.mesh)
         if route.fills:
@@ -160,6 +167,26 @@ class SlicedPass:
             for part, x in zip(parts, (key, value), strict=True)
         )
         return key, value
+
+    def _by_ring(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: ConstantSinks | None,
+        *,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        softcap: float | None = None,
+        backend: str = "auto",
+    ) -> Tensor:
+        """Attention of heads that see all keys before them, and that the devices do not share."""
+        if self._ring is None:
+            self._ring = Ring(self.mesh, self.batch, self.length, self.layout)
+        scale = query.shape[3] ** -0.5 if scale is None else scale
+        sinks = None if sinks is None else sinks.like(query, value)
+        options = Options(key.shape[1], key.shape[3], scale, dropout, softcap, backend)
+        return self._ring.attend(query, _side_by_side(key, value), sinks, options)
 
     def _by_heads(
         self, query: Tensor, key: Tensor, value: Tensor, span: Span, sinks: ConstantSinks | None, options: Any
@@ -199,6 +226,11 @@ class SlicedPass:
         ones = [1] * self.devices
         found: Tensor = all_to_all_single_autograd(x.contiguous(), ones, ones, self.mesh)
         return found
+
+
+def _side_by_side(key: Tensor, value: Tensor) -> Tensor:
+    """Keys and values of all heads of each token, [batch, length, ...]."""
+    return torch.cat([x.transpose(1, 2).flatten(2) for x in (key, value)], -1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,7 +33,7 @@ from masformer.data.store import token_store
 from masformer.errors import MasformerError
 from masformer.files import missing
 from masformer.models.checkpoint import load_config
-from masformer.parallel.slices import fetched
+from masformer.parallel.slices import fetched, traffic
 from masformer.plan import AttentionPlan
 from masformer.plots import picture
 from masformer.spans import FullSpan
@@ -268,8 +268,7 @@ def sent_lines(sent: Communication, full: Communication) -> Iterator[str]:
         f"all-gather ({bytes_text(sent.gathered)}), {sent.total / sent.ring:.1%} of a ring ({bytes_text(sent.ring)}); "
         f"the busiest device {bytes_text(sent.busiest)}"
     )
-    if len(sent.spans) > 1:
-        yield "of that " + ", ".join(f"{span} {bytes_text(size)}" for span, size in sent.spans.items())
+    yield "of that " + ", ".join(f"{span} ({sent.ways[span]}) {bytes_text(size)}" for span, size in sent.spans.items())
 
 
 def _sent(recipe: Recipe, shape: ModelShape, plan: AttentionPlan) -> tuple[Communication, Communication]:
@@ -300,7 +299,8 @@ def estimate_memory(
     times the hidden size), queries, keys, values and the output of attention, and three times the inner size of the
     feed-forward part. Local spans with sinks keep a copy of the keys and values of each tile. With checkpointing it
     needs the input of each layer, and all of this for one layer at a time. Devices that share rows hold a slice of
-    each, and beside it the keys and values that they fetch, the last device the most.
+    each, and beside it the keys and values that they fetch, the last device the most; those that pass by in a ring are
+    held for one layer at a time.
     """
     training = recipe.training
     bits = 4 if recipe.model.dtype in ("auto", "float32") else 2
@@ -311,13 +311,16 @@ def estimate_memory(
     queries = shape.query_heads * (shape.head_dim + shape.value_dim)
     devices = training.sharing
     length = -(-recipe.data.length // devices)
-    layers = []
+    layers, passing = [], 0.0
     for units in plan.units(shape.kv_heads):
         copies = sum((span.max_visible or 0) / TILE + 1 if span.sinks else 1.0 for span in units) / len(units)
-        copies += sum(
-            heads * fetched(span, heads * shape.query_heads // shape.kv_heads, heads, devices, length) / length
-            for span, heads in Counter(units).items()
-        ) / len(units)
+        for span, heads in Counter(units).items():
+            given = span, heads * shape.query_heads // shape.kv_heads, heads, devices, length
+            held = heads / len(units) * fetched(*given) / length
+            if traffic(*given).way == "ring":
+                passing = max(passing, held)
+            else:
+                copies += held
         layers.append(6 * hidden + queries + keys * copies + 3 * inner)
     tokens = training.device_rows * length
     kept = len(layers) * hidden + max(layers) if training.checkpointing else sum(layers)
@@ -326,7 +329,7 @@ def estimate_memory(
         weights=total * bits,
         gradients=trained * bits,
         optimizer=2 * trained * bits,
-        activations=int(tokens * (kept + 2 * hidden) * width),
+        activations=int(tokens * (kept + 2 * hidden + keys * passing) * width),
         logits=positions * config.vocab_size * (width + 8),
     )
 
