@@ -1,8 +1,12 @@
-"""Verdicts follow from intervals alone."""
+"""Verdicts, and what a study says in short, follow from intervals alone."""
+
+from types import SimpleNamespace
 
 import pytest
 
 from masformer.evaluation.intervals import Interval
+from masformer.study.figures import by_cost
+from masformer.study.stages.language import _in_short
 from masformer.study.verdicts import (
     FAILS,
     HOLDS,
@@ -147,3 +151,26 @@ def test_nearness_is_asked_of_all_plans_between_the_ends():
     values = {"all full": FULL, "all local": LOCAL, "8 full": between(0.1)}
     assert set(nearness(values)) == {"8 full"}
     assert nearness({"all full": FULL, "8 full": between(0.1)}) == {}
+
+
+def test_lines_that_are_not_trained_on_yet_are_said_to_be_measured_before_training():
+    stage = SimpleNamespace(curves={line: {"25%": "full"} for line in ("heads", "layers", "middle")})
+    shares = {f"{line}, 25%": 0.25 for line in stage.curves}
+    losses = {"heads, 25%": Interval(0.2, 0.1, 0.3, 4), "layers, 25%": Interval(0.4, 0.3, 0.5, 4)}
+    for later, said in (
+        ({}, "nats lost before training: heads 0.200; layers 0.400."),
+        (
+            {"heads, 25%": Interval(0.1, 0.0, 0.2, 4)},
+            "before and after training: heads 0.200 and 0.100; layers 0.400 and -.",
+        ),
+    ):
+        over = {"before": losses, "after": later}
+        (short,) = _in_short(stage, {"before": {}, "after": {}}, over, shares)
+        assert short.endswith(said), "all local was not measured, so nothing is said of a quarter of it"
+
+
+def test_a_line_without_points_is_not_drawn():
+    (axes,) = by_cost(
+        {"before": {"heads": [(0.25, Interval(0.2, 0.1, 0.3, 4))], "middle": []}, "after": {"heads": []}}
+    ).axes
+    assert [each.get_text() for each in axes.get_legend().get_texts()] == ["heads"]

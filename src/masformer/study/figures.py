@@ -74,9 +74,10 @@ def by_cost(panels: Mapping[str, Mapping[str, Sequence[Point]]]) -> Figure:
     """What lines of plans lose against what they cost, on a scale of shares that each double.
 
     Args:
-        panels: title -> name of a line -> its points; a panel without points is left out.
+        panels: title -> name of a line -> its points; a panel or a line without points is left out.
     """
-    panels = {title: lines for title, lines in panels.items() if any(lines.values())}
+    drawn = {title: {name: points for name, points in lines.items() if points} for title, lines in panels.items()}
+    panels = {title: lines for title, lines in drawn.items() if lines}
     figure = new_figure(1.5 + 4.0 * len(panels), 4.0, layout="constrained")
     every = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
