@@ -18,9 +18,11 @@ from masformer.parallel.forward import SlicedPass, sequence_mesh
 from masformer.parallel.ring import Ring
 from masformer.spans import BlockSpan, FullSpan, UnitSpans, WindowSpan
 from masformer.training.loss import use_chunked_loss
-from tiny import ARCHITECTURES, VOCABULARY, kv_heads_of, random_plan, random_unit_plan, tiny
+from tiny import ARCHITECTURES, VOCABULARY, kv_heads_of, random_plan, random_unit_plan, tiny, with_sinks
 
 CASES = 24
+SINKS = AttentionPlan((WindowSpan(5, 2, True), FullSpan(), BlockSpan(6, 1, True), WindowSpan(90, constant_sink=True)))
+"""Whose constant sinks have weights, which are trained."""
 ODD = [{"num_attention_heads": heads, "num_key_value_heads": heads // 3, "hidden_size": 8 * heads} for heads in (3, 9)]
 """Heads that 2 and 4 devices, or none, share evenly."""
 ROTARY = {
@@ -149,11 +151,11 @@ def summed(x):
     return x
 
 
-def model_case(kind, plan, mesh, packed=True, rows=2, trained="", checkpointing=False, **changes):
+def model_case(kind, plan, mesh, packed=True, rows=2, trained="", checkpointing=False, padded=False, **changes):
     """The largest error of the loss and of any gradient of a model, of which the weights of these names are trained."""
     rank, world = mesh.get_local_rank(), mesh.size()
     model = tiny(kind, **changes).double()
-    apply_plan(model, plan)
+    apply_plan(with_sinks(model) if plan is SINKS else model, plan)
     use_chunked_loss(model, 5)
     for name, weight in model.named_parameters():
         weight.requires_grad_(trained in name)
@@ -175,6 +177,9 @@ def model_case(kind, plan, mesh, packed=True, rows=2, trained="", checkpointing=
     given = {"input_ids": tokens, "shift_labels": labels, "position_ids": positions}
     if not packed:
         del given["position_ids"]
+    if padded:  # on the left; in the second row more than a slice
+        real = torch.arange(length) >= torch.arange(rows)[:, None] * (length // world + 1)
+        given |= {"attention_mask": real.long(), "shift_labels": labels.where(real, -100)}
     with across_devices(model, mesh):
         found = list(map(summed, gradients(**{name: part(x, rank, world) for name, x in given.items()})))
     if rank:
@@ -211,16 +216,15 @@ class Wire(TorchDispatchMode):
         return found
 
 
-def wire_case(seed, mesh, checkpointing, query_heads, kv_heads):
-    """The bytes that a training step sends, beside those of the cost model."""
+def wire_case(plan, length, mesh, checkpointing, query_heads, kv_heads):
+    """The bytes that a training step sends, counted, and those of the cost model; of slices of a length."""
     rank, world = mesh.get_local_rank(), mesh.size()
-    plan = random_unit_plan(f"wire {seed} {world}", kv_heads)
     heads = {"num_attention_heads": query_heads, "num_key_value_heads": kv_heads, "hidden_size": 8 * query_heads}
     model = apply_plan(use_chunked_loss(tiny("llama", **heads).double()), plan)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
-    rows, length = 2, 9 if seed % 2 else 8
+    rows = 2
     tokens = torch.randint(0, VOCABULARY, (rows, length))
     with across_devices(model, mesh), Wire(rank, world) as wire:
         model(tokens, shift_labels=tokens).loss.backward()
@@ -230,7 +234,7 @@ def wire_case(seed, mesh, checkpointing, query_heads, kv_heads):
     dist.all_reduce(busiest, op=dist.ReduceOp.MAX)
     found = [int(summed(torch.tensor(x))) for x in (wire.sent, wire.received, wire.gathered)]
     wanted = [expected.total, expected.total, expected.positions, expected.busiest]
-    return max(abs(one - two) for one, two in zip([*found, int(busiest)], wanted, strict=True))
+    return [*found, int(busiest)], wanted
 
 
 def refusals(mesh):
@@ -321,7 +325,7 @@ def dropout_case(mesh):
 
 
 def memory_case(plan, length, mesh, **heads):
-    """How much more a device keeps for the backward pass than its share of what one device keeps."""
+    """How much more the device that keeps most for the backward pass keeps than its share of what one device keeps."""
     rank, world = mesh.get_local_rank(), mesh.size()
     changes = {"hidden_size": 16, "head_dim": 4, "num_key_value_heads": 4, "num_hidden_layers": 2} | heads
     model = apply_plan(tiny("llama", **changes), AttentionPlan.parse(plan, 2)).model
@@ -340,8 +344,9 @@ def memory_case(plan, length, mesh, **heads):
 
     tokens = torch.zeros(1, length, dtype=torch.long)
     with across_devices(model, mesh):
-        mine = kept(part(tokens, rank, world))
-    return kept(tokens) and mine * world / kept(tokens) - 1 if rank == 0 else 0.0
+        most = torch.tensor(kept(part(tokens, rank, world)))
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most) * world / kept(tokens) - 1 if rank == 0 else 0.0
 
 
 def main():
@@ -365,20 +370,27 @@ def main():
             report(f"attention by FlashAttention {seed}", attention_case(seed, mesh, wide_span))
     report("slices of keys in a ring", turns_case(mesh))
     report("rounding of slopes under dropout", dropout_case(mesh))
-    for number, kind in enumerate(ARCHITECTURES if world == 2 else ("llama", "gemma2", "gpt_neo", "phi3")):
+    for number, kind in enumerate(ARCHITECTURES):
         plan = random_unit_plan(f"{kind} {world}", kv_heads_of(kind)) if number % 2 else random_plan(f"{kind} {world}")
         report(f"{kind} {plan}", model_case(kind, plan, mesh, packed=number % 3 != 1))
     plan = random_plan(f"rotary {world}")
     for kind, changes in ROTARY.items():
         report(f"{kind} of long texts", model_case(kind, plan, mesh, packed=False, **changes))
     report("llama of sinks", model_case("llama", AttentionPlan.parse("full,window:5+3,full,window:40+2"), mesh))
+    report("llama of constant sinks", model_case("llama", SINKS, mesh))
+    for kind in ("llama", "gpt2"):
+        report(f"{kind} of padded rows", model_case(kind, plan, mesh, packed=False, padded=True))
     report("llama of rings", model_case("llama", AttentionPlan.parse("full,window:5+3,full,window:90"), mesh, **ODD[0]))
     plan = random_unit_plan(f"odd {world}", 3)
     report(f"llama of rings {plan}", model_case("llama", plan, mesh, packed=False, checkpointing=True, **ODD[1]))
     for name in ("2.self_attn.q", "2.self_attn.v"):
         report(f"llama of which {name} is trained", model_case("llama", "full", mesh, trained=name, **ODD[1]))
     for seed, heads in enumerate([(8, 4), (3, 1), (9, 3), (8, 4)]):
-        report(f"bytes {seed} {heads}", wire_case(seed, mesh, seed % 2 == 1, *heads))
+        plan = random_unit_plan(f"wire {seed} {world}", heads[1])
+        found, wanted = wire_case(plan, 8 + seed % 2, mesh, seed % 2 == 1, *heads)
+        report(f"bytes {seed} {heads}", max(abs(one - two) for one, two in zip(found, wanted, strict=True)))
+    windows = [wire_case("window:7+2", length, mesh, False, 4, 2)[0] for length in (8, 32)]
+    report("bytes of windows in four times the tokens", abs(windows[0][0] - windows[1][0]) or float(not windows[0][0]))
     for name, right in refusals(mesh):
         report(f"refused: {name}", float(not right))
     if world != 3:
