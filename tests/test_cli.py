@@ -367,7 +367,12 @@ def test_the_demo_counts_the_fastest_rounds_where_the_machine_is_busy(seconds, b
         (["plan", "MODEL", "--json", "nowhere/plan.json"], "cannot write nowhere/plan.json: folder"),
         (["plan", "MODEL", "--cache-dtype", "int8"], "--cache-dtype 'int8' is not allowed; allowed: float32, bfloat16"),
         (["plan", "MODEL", "--devices", "1"], "devices must be at least 2, got 1"),
-        (["generate", "MODEL", "--prompt", "a", "--sequence-devices", "2"], "--sequence-devices"),
+        (
+            ["generate", "MODEL", "--prompt", "a", "--sequence-devices", "2"],
+            "generate does not take '--sequence-devices 2': devices share a sequence in training alone",
+        ),
+        (["serve", "MODEL", "--sequence-devices=2"], "a cache across them would need another layout"),
+        ([*PERPLEXITY, "--sequence-devices", "2"], "eval perplexity does not take '--sequence-devices 2': devices"),
         (["plan", "MODEL", "--plan", "full@0-2"], "does not say what the other layers do"),
         (["plan", "missing.gguf"], "model file missing.gguf does not exist"),
         (["plan"], "masformer plan needs MODEL; see masformer plan --help"),

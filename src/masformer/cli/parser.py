@@ -67,6 +67,13 @@ ABOUT = {
 SHELLS = ("bash", "zsh", "fish")
 """That commands can be completed in."""
 
+NOWHERE = {
+    "--sequence-devices": "devices share a sequence in training alone (training.sequence_devices; masformer plan "
+    "--devices counts what they send): a cache across them would need another layout, and local layers keep only their "
+    "window anyway"
+}
+"""Options that no command has -> why."""
+
 WIDTH = 80
 """Columns that the help fits into."""
 
@@ -319,6 +326,8 @@ def _strange(left: str, words: Sequence[str], commands: Commands) -> str:
         name.append(word)
     option = left.split()[0].partition("=")[0]
     line = f"{' '.join(name)} does not take {shown(left)}"
+    if option in NOWHERE:
+        return f"{line}: {NOWHERE[option]}"
     if callable(found) and (hint := meant(option, [*option_names(found), "--help"])):
         return f"{line}; {hint}"
     return f"{line}; see {' '.join(name)} --help"
