@@ -78,6 +78,8 @@ def test_rows_that_devices_share_take_less_memory_and_the_bytes_they_send_are_sa
     assert f"8 devices share each row; for attention they send {bytes_text(slices['total'])} in a step" in out
     assert f", full (by heads) {bytes_text(slices['spans']['full'])}" in out
     assert "of that window:1024+4 (edge) " in out
+    assert "weights, gradients and optimizer are shared by the processes; here by 8" in out
+    assert all(shared["memory"][name] * 8 == alone["memory"][name] for name in ("weights", "gradients", "optimizer"))
     assert 1 / 8 < shared["memory"]["activations"] / alone["memory"]["activations"] < 1.05 / 8
 
 

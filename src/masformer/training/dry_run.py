@@ -58,7 +58,10 @@ PRODUCT, ROUNDS = 1024, 5
 
 @dataclass(frozen=True)
 class Memory:
-    """An estimate of what one process holds, in bytes; with `training.sharding fsdp`, the first three are shared.
+    """An estimate of what one process holds, in bytes.
+
+    With `training.sharding fsdp` the processes share the first three. How many they are is known where they share rows:
+    one row's devices at least.
 
     Attributes:
         weights: all weights.
@@ -255,7 +258,8 @@ def forecast_lines(forecast: Forecast, recipe: Recipe) -> Iterator[str]:
     if forecast.sent is not None:
         yield from sent_lines(*forecast.sent)
     if training.sharding == "fsdp":
-        yield "weights, gradients and optimizer are shared by the processes"
+        counted = f"; here by {training.sharing}, beside what is whole while a layer runs" * (training.sharing > 1)
+        yield f"weights, gradients and optimizer are shared by the processes{counted}"
     for note in forecast.notes:
         yield f"note: {note}"
 
@@ -325,10 +329,11 @@ def estimate_memory(
     tokens = training.device_rows * length
     kept = len(layers) * hidden + max(layers) if training.checkpointing else sum(layers)
     positions = min(training.loss_chunk, tokens)
+    shards = devices if training.sharding == "fsdp" else 1
     return Memory(
-        weights=total * bits,
-        gradients=trained * bits,
-        optimizer=2 * trained * bits,
+        weights=total * bits // shards,
+        gradients=trained * bits // shards,
+        optimizer=2 * trained * bits // shards,
         activations=int(tokens * (kept + 2 * hidden + keys * passing) * width),
         logits=positions * config.vocab_size * (width + 8),
     )
