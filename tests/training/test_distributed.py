@@ -91,7 +91,7 @@ def test_rows_that_cannot_be_shared_are_named(tmp_path):
     assert "training.rows 3 cannot be shared by 2 processes of 1 rows at a time; give a multiple of 2" in result.stderr
 
 
-def test_accelerate_launch_shards_as_well(place, single):
+def test_accelerate_launch_shards_and_shares_rows_as_well(place, single):
     folder = place / "accelerate"
     folder.mkdir()
     file = recipe_file(folder, **TIED, data__cache=str(place / "cache"))
@@ -99,9 +99,14 @@ def test_accelerate_launch_shards_as_well(place, single):
     options += " --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP --rdzv_backend c10d"
     launch = [sys.executable, "-m", "accelerate.commands.launch", *options.split(), "-m", "masformer"]
     result = subprocess.run(
-        [*launch, "train", "--config", str(file)], env=environment(), capture_output=True, text=True, timeout=300
+        [*launch, "train", "--config", str(file), "--training.sequence_devices", "2"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     check_follows(folder, single)
     assert "(FSDP2)" in result.stdout
+    assert "each row is shared by 2 of 2 processes" in result.stdout
     assert json.loads((folder / "out" / "data.json").read_text())["separate"]

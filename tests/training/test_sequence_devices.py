@@ -29,7 +29,8 @@ SETTINGS = {
     "data__packing": "separate",
     "checkpoints__every": 5,
     "evaluation__sources": {"held": {"builtin": "python-topics", "skip": 3, "limit": 1}},
-    "evaluation__max_tokens": 200,
+    "evaluation__lengths": [63, 101],
+    "evaluation__max_tokens": 202,
     "evaluation__every": 10,
 }
 
@@ -45,12 +46,12 @@ def single(place):
     return place / "single"
 
 
-def check_follows(folder, single, steps=STEPS):
-    for name in ("loss", "grad_norm", "eval_held_63_loss"):
+def check_follows(folder, single):
+    for name, count in (("loss", STEPS), ("grad_norm", STEPS), ("eval_held_63_loss", 3), ("eval_held_101_loss", 3)):
         expected, actual = metrics(single, name), metrics(folder, name)
-        compared = {step for step in expected if step <= steps}
-        assert compared <= actual.keys()
-        for step in compared:
+        assert len(expected) == count
+        assert actual.keys() == expected.keys()
+        for step in expected:
             assert actual[step] == pytest.approx(expected[step], rel=1e-4, abs=1e-4), (name, step)
 
 
@@ -68,20 +69,28 @@ def test_twenty_steps_follow_one_process_and_a_killed_run_goes_on_with_any_numbe
     result = forked.run(forked.interrupted, int(signal.SIGKILL), step, STEPS, *killed, count=2)
     assert result.returncode == -signal.SIGKILL
     assert steps_saved(place / "killed" / "out")[0][0] >= 5
-    shutil.copytree(place / "killed", place / "moved")
+    for processes in (3, 4):
+        shutil.copytree(place / "killed", place / f"moved-{processes}")
     assert "going on from" in trained(place / "killed", SETTINGS, "--resume", *two, processes=2)
     one, again = weights(place / "two"), weights(place / "killed")
     assert all(torch.equal(one[name], again[name]) for name in one)
 
-    said = trained(place / "moved", SETTINGS, "--resume", "--training.sequence_devices", 3, processes=3)
+    said = trained(place / "moved-3", SETTINGS, "--resume", "--training.sequence_devices", 3, processes=3)
     assert "training.sequence_devices was 2 and is 3" in said
-    check_follows(place / "moved", single)
+    check_follows(place / "moved-3", single)
+    # two rows at a time, by DDP
+    said = trained(place / "moved-4", SETTINGS, "--resume", *two, processes=4)
+    assert "each row is shared by 2 of 4 processes" in said
+    check_follows(place / "moved-4", single)
 
 
-def test_sequences_and_data_share_a_mesh_beside_fsdp(place, single):
-    words = ("--training.sequence_devices", 2, "--training.sharding", "fsdp", "--training.steps", STEPS // 4)
-    trained(place / "four", SETTINGS, *words, processes=4)
-    check_follows(place / "four", single, STEPS // 4)
+@pytest.mark.parametrize(("processes", "devices", "sharding"), [(3, 3, "none"), (4, 4, "none"), (4, 2, "fsdp")])
+def test_more_processes_follow_one_as_well(place, single, processes, devices, sharding):
+    words = ("--training.sequence_devices", devices, "--training.sharding", sharding)
+    folder = place / f"{processes}-{devices}"
+    said = trained(folder, SETTINGS, *words, processes=processes)
+    assert (f"shared by {processes} processes (FSDP2)" in said) == (sharding == "fsdp")
+    check_follows(folder, single)
 
 
 def test_slices_of_a_batch_are_the_batch():
