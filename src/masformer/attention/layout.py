@@ -79,6 +79,12 @@ class Layout:
             _rows[documents] = tuple(tuple(_segments(row)) for row in documents.cpu())
         return cls(documents, _rows[documents], skipped)
 
+    @classmethod
+    def within(cls, documents: Tensor) -> Layout | None:
+        """Of some tokens' `documents`; None where every row is one document without padding."""
+        alike = (documents == documents[:, :1]) & (documents >= 0)
+        return None if bool(alike.all()) else cls.known(documents)
+
     @property
     def has_holes(self) -> bool:
         """Whether padding lies between the tokens of a document."""

@@ -136,7 +136,7 @@ def convert(
         loaded, tokenizer = options.to_write(model).load(model, chosen)
     else:
         texts = [document.text for document in read_documents(data or (), field=field, limit=documents)]
-        wanted = {"length": 2048 if length is None else length, "windows": documents or 8}
+        wanted = {name: each for name, each in (("length", length), ("windows", documents)) if each is not None}
         loaded, tokenizer = _fitted(model, options, chosen, texts, **wanted)
     say(f"{out}: {chosen}; {weights_text(loaded)}")
     save_model(loaded, out, tokenizer, overwrite=overwrite, source=model)
@@ -144,7 +144,7 @@ def convert(
 
 
 def _fitted(
-    model: str, options: StoredModelOptions, plan: AttentionPlan, texts: list[str], length: int, windows: int
+    model: str, options: StoredModelOptions, plan: AttentionPlan, texts: list[str], **wanted: int
 ) -> tuple[Any, Any]:
     """The model with the plan's constant sinks, fitted where and as models are run, and its tokenizer."""
     from masformer.benchmarks import DTYPES, default_device
@@ -153,7 +153,7 @@ def _fitted(
     loaded, tokenizer = options.load_both(model, with_first_tokens(plan))
     with stage_progress() as progress:
         loaded.to(default_device())
-        fit_sinks(loaded, tokenizer, texts, plan, length=length, windows=windows, progress=progress)
+        fit_sinks(loaded, tokenizer, texts, plan, progress=progress, **wanted)
         loaded.cpu()
     written = options.to_write(model).dtype
     return (loaded if written == "auto" else loaded.to(DTYPES[written])), tokenizer

@@ -22,7 +22,7 @@ from masformer.attention.call import in_autocast
 from masformer.attention.constant import check_sinks
 from masformer.attention.units import attend_units
 from masformer.errors import MasformerError
-from masformer.parallel.ring import Options, Ring
+from masformer.parallel.ring import Options, Ring, apart, side_by_side
 from masformer.parallel.slices import copies, needed, on_device, sent, traffic
 from masformer.spans import LayerSpan, Span, UnitSpans
 
@@ -153,7 +153,7 @@ class SlicedPass:
         """Keys and values with those before them, [batch, kv_heads, route.before + length, ...]."""
         if not route.is_used:
             return key, value
-        own = _side_by_side(key, value)
+        own = side_by_side(key, value)
         tokens = own.flatten(0, 1)
         got = all_to_all_single_autograd(tokens[route.send], route.received, route.sent, self.mesh)
         if route.fills:
@@ -161,12 +161,8 @@ class SlicedPass:
         if route.place is not None:
             got = got[route.place]
         both = torch.cat([got.view(self.batch, route.before, own.shape[2]), own], 1)
-        parts = both.split([key.shape[1] * key.shape[3], value.shape[1] * value.shape[3]], -1)
-        key, value = (
-            part.unflatten(2, (x.shape[1], -1)).transpose(1, 2).to(x.dtype)
-            for part, x in zip(parts, (key, value), strict=True)
-        )
-        return key, value
+        every_key, every_value = apart(both, key.shape[1], key.shape[3])
+        return every_key.to(key.dtype), every_value.to(value.dtype)
 
     def _by_ring(
         self,
@@ -186,7 +182,7 @@ class SlicedPass:
         scale = query.shape[3] ** -0.5 if scale is None else scale
         sinks = None if sinks is None else sinks.like(query, value)
         options = Options(key.shape[1], key.shape[3], scale, dropout, softcap, backend)
-        return self._ring.attend(query, _side_by_side(key, value), sinks, options)
+        return self._ring.attend(query, side_by_side(key, value), sinks, options)
 
     def _by_heads(
         self, query: Tensor, key: Tensor, value: Tensor, span: Span, sinks: ConstantSinks | None, options: Any
@@ -226,11 +222,6 @@ class SlicedPass:
         ones = [1] * self.devices
         found: Tensor = all_to_all_single_autograd(x.contiguous(), ones, ones, self.mesh)
         return found
-
-
-def _side_by_side(key: Tensor, value: Tensor) -> Tensor:
-    """Keys and values of all heads of each token, [batch, length, ...]."""
-    return torch.cat([x.transpose(1, 2).flatten(2) for x in (key, value)], -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -315,8 +306,7 @@ def _layout(whole: SlicedPass, needs: Sequence[tuple[range, ...]], before: int) 
         tokens = torch.cat([_index(range(0)), *map(_index, parts)]).to(documents.device)
         early[row, before - len(tokens) :] = documents[row, tokens]
     here = torch.cat([early, documents[:, start : start + whole.length]], 1)
-    alike = (here == here[:, :1]) & (here >= 0)
-    return None if bool(alike.all()) else Layout.known(here)
+    return Layout.within(here)
 
 
 def _index(part: range) -> Tensor:

@@ -91,12 +91,20 @@ class Options:
     backend: str
 
     def split(self, both: Tensor) -> tuple[Tensor, Tensor]:
-        """[batch, tokens, values of all heads] -> keys and values [batch, kv_heads, tokens, ...]."""
-        wide = self.kv_heads * self.head_dim
-        key, value = (
-            x.unflatten(2, (self.kv_heads, -1)).transpose(1, 2) for x in both.split([wide, both.shape[2] - wide], -1)
-        )
-        return key, value
+        """See `apart`."""
+        return apart(both, self.kv_heads, self.head_dim)
+
+
+def side_by_side(key: Tensor, value: Tensor) -> Tensor:
+    """Keys and values of all heads of each token, [batch, tokens, ...], of those by head."""
+    return torch.cat([x.transpose(1, 2).flatten(2) for x in (key, value)], -1)
+
+
+def apart(both: Tensor, kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """The inverse of `side_by_side`: keys [batch, kv_heads, tokens, head_dim], and values."""
+    wide = kv_heads * head_dim
+    key, value = (x.unflatten(2, (kv_heads, -1)).transpose(1, 2) for x in both.split([wide, both.shape[2] - wide], -1))
+    return key, value
 
 
 class Ring:
@@ -241,9 +249,7 @@ def _within(layout: Layout | None, part: range) -> Layout | None:
     """The documents of some tokens alone."""
     if layout is None:
         return None
-    here = layout.documents[:, part.start : part.stop]
-    alike = (here == here[:, :1]) & (here >= 0)
-    return None if bool(alike.all()) else Layout.known(here)
+    return Layout.within(layout.documents[:, part.start : part.stop])
 
 
 class _Attention(torch.autograd.Function):

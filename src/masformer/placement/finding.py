@@ -55,6 +55,8 @@ ROUNDS = 1
 """Of the method gradient, where nothing is said."""
 MOST_POINTS, MOST_ROUNDS = 100, 10
 CRITERIA = ("tail", "kl", "retrieval")
+USUAL = "tail,retrieval"
+"""Criteria of the method gradient, where nothing is said."""
 POINTS = {"tail": 2, "kl": 4, "retrieval": 4}
 """Of the path, where nothing is said. The loss of running text falls evenly along it, that of answers in one place."""
 RANDOM_PLACEMENTS, MOST_RANDOM = 20, 10_000
@@ -218,7 +220,7 @@ def search_layers(
     layers: int = model.config.num_hidden_layers
     gradient = method == "gradient"
     if criteria is None:
-        criteria = "tail,retrieval" if gradient else "tail"
+        criteria = USUAL if gradient else "tail"
     criteria = parse_criteria(criteria) if isinstance(criteria, str) else _check_criteria(criteria)
     budget = Budget.parse(str(budget)) if not isinstance(budget, Budget) else budget
     if method not in METHODS:
@@ -242,8 +244,8 @@ def search_layers(
     rounds = ROUNDS if rounds is None else rounds
     points_by = {name: POINTS[name] if points is None else points for name in criteria}
     check_int("rounds", rounds, 1, MOST_ROUNDS)
-    for each in points_by.values():
-        check_int("points", each, 1, MOST_POINTS)
+    if points is not None:
+        check_int("points", points, 1, MOST_POINTS)
     counts = {"windows": (windows, 1), "held-out windows": (held_out_windows, 0), "probes": (probes, 1)}
     for name, (number, least) in {**counts, "length": (length, 2)}.items():
         check_int(name, number, least)

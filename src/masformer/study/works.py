@@ -24,7 +24,7 @@ from masformer.evaluation.retrieval import TASKS, Prober, retrieve, training_pai
 from masformer.evaluation.summarization import summarize
 from masformer.files import parse_json, read_text, write_whole
 from masformer.placement import parse_criteria, search_layers
-from masformer.placement.finding import POINTS, ROUNDS
+from masformer.placement.finding import POINTS, ROUNDS, USUAL
 from masformer.plan import AttentionPlan
 from masformer.spans import Span
 from masformer.study.models import forget, forward_estimate, layers_of, load, plan_of, unpacked
@@ -278,9 +278,8 @@ class Search(Work):
     def estimate(self) -> Estimate:
         """Of one by gradient a pass, forward and backward, is taken for four forward passes."""
         if self.method == "gradient":
-            criteria = parse_criteria(self.criteria) if self.criteria else ("tail", "retrieval")
             again = (ROUNDS if self.rounds is None else self.rounds) - 1
-            passes = sum((self.points or POINTS[each]) + again for each in criteria)
+            passes = sum((self.points or POINTS[each]) + again for each in parse_criteria(self.criteria or USUAL))
             return forward_estimate(self.model, None, [self.length], 4 * self.windows * passes)
         return forward_estimate(self.model, None, [self.length], self.windows * (layers_of(self.model) + 1))
 
