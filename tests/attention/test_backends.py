@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 from masformer import BlockSpan, FullSpan, MasformerError, WindowSpan, attend
 from masformer.attention import BACKENDS
@@ -81,6 +82,14 @@ def test_without_gradients_after_a_past_with_values_of_any_width(span, value_dim
     value = torch.randn(2, 2, 211, value_dim, dtype=torch.float64)
     expected = attend(query, key, value, span, backend="reference")
     torch.testing.assert_close(attend(query, key, value, span, backend=backend), expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(("dtype", "heads"), [(torch.float32, 9), (torch.bfloat16, 3)])
+def test_keys_are_repeated_for_the_float32_kernel_of_cuda(dtype, heads):
+    """Given grouped heads in float32, torch falls back to writing all scores to memory."""
+    with FakeTensorMode():
+        query, key = (torch.empty(1, count, 32, 64, dtype=dtype, device="cuda") for count in (9, 3))
+        assert [x.shape[1] for x in spread(query, key, key)] == [heads, heads]
 
 
 @pytest.mark.parametrize(("threads", "heads"), [(1, 2), (2, 2), (2, 3), (8, 2), (2, 9)])

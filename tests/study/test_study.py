@@ -524,7 +524,7 @@ def test_recipes_of_the_paper_are_written_for_other_machines(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--scale", "huge"], "unknown scale 'huge'; allowed: tiny, small, gpu, curves, paper, or a .yaml file"),
+        (["--scale", "huge"], "unknown scale 'huge'; allowed: tiny, small, gpu, paper, or a .yaml file"),
         (["--scale", "no.yaml"], "scale no.yaml does not exist"),
         (["--scale", "tiny", "--stage", "why"], "--stage 'why' is not allowed; allowed: recall, where"),
         (["--scale", "tiny", "--stage", "where"], "this scale has no stage where; it has recall, cost, language"),

@@ -89,7 +89,11 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, dr
 
 
 def spread(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values as torch's kernel for CPUs is fast with them."""
+    """Keys and values as torch's kernels are fast with them: repeated for the heads of their group where that pays."""
+    if query.is_cuda and query.dtype == torch.float32:
+        # Of torch's kernels that do not write all scores to memory, the one for float32 takes no grouped heads.
+        group = query.shape[1] // key.shape[1]
+        return (key, value) if group == 1 else (key.repeat_interleave(group, 1), value.repeat_interleave(group, 1))
     if query.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # The backward pass gives each thread whole key heads: where they do not go round, threads wait and spin.
         group, heads, threads = query.shape[1] // key.shape[1], key.shape[0] * key.shape[1], torch.get_num_threads()

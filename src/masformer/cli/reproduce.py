@@ -29,8 +29,8 @@ def reproduce(
     """Runs the paper's experiments and reports them: report.md and report.html, and a record of each stage.
 
     Args:
-        scale: tiny (minutes on 2 cores, no download), small (hours on 2 cores), gpu and curves (one GPU), paper
-            (GPT-Neo-1.3B at 8k), or a .yaml file.
+        scale: tiny (minutes on 2 cores, no download), small (a day of 2 cores or minutes on a GPU), gpu (one GPU, 8192
+            tokens), paper (GPT-Neo-1.3B at 8k), or a .yaml file.
         out: folder for results, models and the report; what is there is not done again.
         stage: do these stages alone: recall, where, spans, pretrained, cost, language, training, generation.
         data: texts that the scale asks for, as NAME=FILE; a file alone is the text of the name that it begins with.

@@ -18,7 +18,7 @@ from masformer.schema import Named, Settings, Several, build
 from masformer.settings import check_choice, read_settings
 from masformer.training.recipe import ModelRecipe
 
-SCALES = ("tiny", "small", "gpu", "curves", "paper")
+SCALES = ("tiny", "small", "gpu", "paper")
 """Scales that come with the package."""
 DATA = "@"
 """Before a name in `files` of a source: the files that `--data NAME=FILE` gives."""

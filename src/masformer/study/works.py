@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -157,7 +156,10 @@ class Train(Work):
     def run(self, place: Place, name: str) -> dict[str, Any]:
         began = time.monotonic()
         forget()
-        recipe = replace(self.recipe, model=unpacked(self.recipe.model, place))
+        model = unpacked(self.recipe.model, place)
+        if _exact(benchmarks.default_device().type, model.dtype, self.recipe.training.precision):
+            model = replace(model, backend=EXACT)
+        recipe = replace(self.recipe, model=model)
         outcome = train(recipe, resume=True, console=Console(quiet=True))
         if outcome.signal is not None:
             raise StoppedError(name, outcome.signal)
@@ -199,14 +201,18 @@ class UnderPlan(Work):
         return plan, *load(self.model, place, plan)
 
 
-def backend_of(model: Any, precision: str = "float32") -> str:
-    """The backend of passes in a precision: on CUDA in float32 the tiles, else that of `auto`.
+EXACT = "tiled"
+"""The backend on CUDA in float32. `auto` takes FlexAttention there, which compiles a kernel for each span and number of
+heads: that takes longer than to measure each plan once, or to train it briefly."""
 
-    `auto` takes FlexAttention there, which compiles a kernel for each span and number of heads: that takes longer than
-    to measure each plan once.
-    """
-    exact = model.device.type == "cuda" and model.dtype == torch.float32 and precision == "float32"
-    return "tiled" if exact else "auto"
+
+def _exact(device: str, dtype: str, precision: str) -> bool:
+    return (device, dtype, precision) == ("cuda", "float32", "float32")
+
+
+def backend_of(model: Any, precision: str = "float32") -> str:
+    """The backend of passes in a precision: on CUDA in float32 the tiles, else that of `auto`."""
+    return EXACT if _exact(model.device.type, str(model.dtype).removeprefix("torch."), precision) else "auto"
 
 
 @dataclass(frozen=True)
