@@ -1,7 +1,10 @@
 """FlashAttention: exact through a stand-in for torch's two operators on the CPU, and on a GPU with its kernels."""
 
-import dataclasses
 import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 
 import aten_flash
 from masformer import BlockSpan, FullSpan, SpanCache, WindowSpan, attend
-from masformer.attention import flash, parts, sinks
+from masformer.attention import flash, parts
 from masformer.attention.call import Call
 from masformer.attention.flash import Flash
 from masformer.attention.layout import Layout
@@ -122,7 +125,8 @@ def test_how_a_span_is_cut():
     assert ragged.ends[0].tolist() == [0, 20, 40, 50]
     packed = Layout.of(torch.tensor([[0] * 5 + [1] * 45]), torch.tensor([[0] * 30 + [1] * 20]))
     assert cut(FullSpan(), 1, 50, packed).parts[0].ends[0].tolist() == [0, 5, 30, 50]
-    assert cut(WindowSpan(8, 2), 1, 50, packed).sinks.keys.tolist() == [5, 30]
+    assert cut(WindowSpan(8, 2), 1, 50, packed).sinks.chunks.tolist() == [[13, 17, 8, 5], [38, 12, 8, 30]]
+    assert cut(WindowSpan(8, 2), 2, 100).sinks.ends.tolist() == [0, 2, 4]
     assert cut(WindowSpan(60, 2), 1, 50).sinks is None
 
 
@@ -157,6 +161,14 @@ def test_a_kernel_that_is_wrong_is_found_out_and_named(monkeypatch):
             with pytest.warns(UserWarning, match="FlashAttention is wrong for window:20, head width 8"):
                 assert not flash._tried(*arguments, WindowSpan(20))
     flash._tried.cache_clear()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which is not installed")
+def test_the_kernels_of_sinks_against_torch_in_tritons_interpreter():
+    script = Path(__file__).parents[1] / "sinks_kernels.py"
+    surroundings = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, script], env=surroundings, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 # On a GPU
@@ -201,28 +213,10 @@ def test_kernels_on_padded_and_packed_rows_and_after_a_past(span):
 
 @pytest.mark.gpu
 def test_the_kernels_of_sinks_against_torch():
-    layout = Layout.of(None, torch.tensor([[0] * 300 + [1] * 213, [0] * 20 + [1] * 493]))
-    for given_layout in (None, layout):
-        query, key, value = tensors(2, 2, 3, 513, 513, 64, "cpu", torch.float32)
-        call = Call(query, key, value, WindowSpan(33, 5), 0.2, given_layout)
-        flat = [x.detach().transpose(1, 2) for x in (query, key, value)]
-        table = parts.parts_of(call).sinks
-        there = dataclasses.replace(
-            table, **{name: x.cuda() for name, x in vars(table).items() if isinstance(x, torch.Tensor)}
-        )
-        out, grad = torch.randn(2, 2, 513, 6, 64)
-        sums = torch.randn(2, 6, 513) if given_layout is None else torch.randn(1, 6, 1026)
-        on_gpu = [x.cuda() for x in (*flat, out, sums, grad)]
-        sinks.join(table, *flat, out, sums, 0.2)
-        sinks.join(there, *on_gpu[:5], 0.2)
-        torch.testing.assert_close(on_gpu[3].cpu(), out, atol=1e-4, rtol=0)
-        torch.testing.assert_close(on_gpu[4].cpu(), sums, atol=1e-4, rtol=0)
-        grads = [torch.randn_like(x) for x in flat]
-        more = [x.cuda() for x in grads]
-        sinks.add_gradients(table, grad, *flat, out, sums, 0.2, *grads)
-        sinks.add_gradients(there, on_gpu[5], *on_gpu[:5], 0.2, *more)
-        for a, b in zip(more, grads, strict=True):
-            torch.testing.assert_close(a.cpu(), b, atol=1e-3, rtol=1e-4)
+    import sinks_kernels  # it needs Triton
+
+    for case in sinks_kernels.CASES:
+        sinks_kernels.check(case, "cuda")
 
 
 @pytest.mark.gpu

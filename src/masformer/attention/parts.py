@@ -216,4 +216,4 @@ def _sinks(span: Span, stretches: list[_Stretch], query_len: int, key_len: int, 
             position = first - stretch.start + stretch.skipped
             query, key = stretch.row * query_len + first - past, stretch.row * key_len + stretch.start
             documents.append((query, stretch.stop - first, position, key))
-    return Sinks.of(documents, size, span.sinks, key_len, device) if documents else None
+    return Sinks.of(documents, size, span.sinks, device) if documents else None

@@ -24,41 +24,31 @@ class Sinks:
         count: the most sinks that a query sees.
         chunks: [chunks, 4] int32: of up to `CHUNK` queries of one document the first query, how many there are, the
             position of the first in its document, and the document's first key.
-        documents: [chunks] int64, the number of each chunk's document.
-        keys: [documents] int64, the first key of each document.
-        row: keys of a row, where the documents are the first rows and have as many chunks; else 0.
+        ends: [documents + 1] int32, the cumulative numbers of chunks of the documents.
     """
 
     size: int
     count: int
     chunks: Tensor
-    documents: Tensor
-    keys: Tensor
-    row: int
+    ends: Tensor
 
     @classmethod
-    def of(
-        cls, documents: list[tuple[int, int, int, int]], size: int, count: int, row: int, device: torch.device
-    ) -> Sinks:
+    def of(cls, documents: list[tuple[int, int, int, int]], size: int, count: int, device: torch.device) -> Sinks:
         """Makes the chunks.
 
         Args:
             documents: of each its first query, the number of queries, the first one's position, and its first key.
             size: keys of the window.
             count: the most sinks that a query sees.
-            row: keys of a row.
             device: where the tensors shall lie.
         """
-        chunks, numbers = [], []
-        for number, (query, queries, position, key) in enumerate(documents):
+        chunks = []
+        for query, queries, position, key in documents:
             done = torch.arange(0, queries, CHUNK)
             columns = query + done, (queries - done).clamp(max=CHUNK), position + done, torch.full_like(done, key)
             chunks.append(torch.stack(columns, 1))
-            numbers.append(torch.full_like(done, number))
-        keys = torch.tensor([key for *_, key in documents])
-        alike = len({len(each) for each in chunks}) == 1 and torch.equal(keys, torch.arange(len(keys)) * row)
-        table, belongs = torch.cat(chunks).to(device, torch.int32), torch.cat(numbers).to(device)
-        return cls(size, count, table, belongs, keys.to(device), row if alike else 0)
+        ends = torch.tensor([0, *map(len, chunks)]).cumsum(0)
+        return cls(size, count, *(x.to(device, torch.int32) for x in (torch.cat(chunks), ends)))
 
 
 def join(sinks: Sinks, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, scale: float) -> None:

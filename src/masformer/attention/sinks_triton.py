@@ -1,4 +1,4 @@
-"""`masformer.attention.sinks` as two kernels for CUDA, in Triton: memory is read and written once."""
+"""`masformer.attention.sinks` as kernels for CUDA, in Triton: what is as large as the queries is read once."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from masformer.attention.sinks import CHUNK, Sinks
 
 NARROWEST = 16
 """Triton multiplies matrices at least so wide: few sinks, or few queries of a key head, are filled up to it."""
+TILE = 4096
+"""Numbers that a program reads at once of what the chunks give to a sink."""
 
 
 @triton.jit
@@ -21,30 +23,29 @@ def _join(
     GROUP: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     chunk, head = tl.program_id(0), tl.program_id(1)
-    first = tl.load(CHUNKS + chunk * 4).to(tl.int64)
+    first = tl.load(CHUNKS + chunk * 4)
     count = tl.load(CHUNKS + chunk * 4 + 1)
     position = tl.load(CHUNKS + chunk * 4 + 2)
     start = tl.load(CHUNKS + chunk * 4 + 3).to(tl.int64)
-    row, column, sink = tl.arange(0, ROWS), tl.arange(0, WIDE), tl.arange(0, PLACES)
-    there = (row < count)[:, None] & (column < WIDTH)[None, :]
-    near = (sink < tl.minimum(position + count - SIZE, SINKS))[:, None] & (column < WIDTH)[None, :]
-    token, key = (first + row)[:, None], (start + sink)[:, None]
-    place = OUT + token * out_token + head * out_head + column[None, :]
-    total_place = SUMS + ((first // length) * tl.num_programs(1) + head) * length + first % length + row
-    q = tl.load(Q + token * q_token + head * q_head + column[None, :], there, 0.0)
-    k = tl.load(K + key * k_token + (head // GROUP) * k_head + column[None, :], near, 0.0)
-    v = tl.load(V + key * v_token + (head // GROUP) * v_head + column[None, :], near, 0.0)
-    out = tl.load(place, there, 0.0).to(tl.float32)
-    total = tl.load(total_place, row < count, 0.0)
+    row, column, sink = tl.arange(0, ROWS), tl.arange(0, WIDE)[None, :], tl.arange(0, PLACES)
+    there = (row < count)[:, None] & (column < WIDTH)
+    near = (sink < tl.minimum(position + count - SIZE, SINKS))[:, None] & (column < WIDTH)
     seen = sink[None, :] < tl.minimum(position + row - SIZE + 1, SINKS)[:, None]
+    sequence, token, kv_head = first // length, first.to(tl.int64), head // GROUP
+    place = OUT + token * out_token + head * out_head + (row[:, None] * out_token + column)
+    sums = SUMS + (sequence * tl.num_programs(1) + head).to(tl.int64) * length + first % length + row
+    q = tl.load(Q + token * q_token + head * q_head + (row[:, None] * q_token + column), there, 0.0)
+    k = tl.load(K + start * k_token + kv_head * k_head + (sink[:, None] * k_token + column), near, 0.0)
+    v = tl.load(V + start * v_token + kv_head * v_head + (sink[:, None] * v_token + column), near, 0.0)
+    out = tl.load(place, there, 0.0).to(tl.float32)
+    before = tl.load(sums, row < count, 0.0)
     scores = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
-    most = tl.maximum(total, tl.max(scores, 1))
-    weights = tl.exp(scores - most[:, None])
-    rest = tl.exp(total - most)
-    whole = rest + tl.sum(weights, 1)
-    out = out * rest[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-    tl.store(place, (out / whole[:, None]).to(OUT.dtype.element_ty), there)
-    tl.store(total_place, most + tl.log(whole), row < count)
+    most = tl.maximum(before, tl.max(scores, 1))
+    after = most + tl.log(tl.exp(before - most) + tl.sum(tl.exp(scores - most[:, None]), 1))
+    weights = tl.exp(scores - after[:, None])
+    out = out * tl.exp(before - after)[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+    tl.store(place, out.to(OUT.dtype.element_ty), there)
+    tl.store(sums, after, row < count)
 
 
 @triton.jit
@@ -55,38 +56,69 @@ def _gradients(
     GROUP: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     chunk, head = tl.program_id(0), tl.program_id(1)
-    first = tl.load(CHUNKS + chunk * 4).to(tl.int64)
+    first = tl.load(CHUNKS + chunk * 4)
     count = tl.load(CHUNKS + chunk * 4 + 1)
     position = tl.load(CHUNKS + chunk * 4 + 2)
     start = tl.load(CHUNKS + chunk * 4 + 3).to(tl.int64)
-    row, column, sink = tl.arange(0, ROWS), tl.arange(0, WIDE), tl.arange(0, PLACES)
-    there = (row < count)[:, None] & (column < WIDTH)[None, :]
-    near = (sink < tl.minimum(position + count - SIZE, SINKS))[:, None] & (column < WIDTH)[None, :]
-    token, key = (first + row)[:, None], (start + sink)[:, None]
-    q = tl.load(Q + token * q_token + head * q_head + column[None, :], there, 0.0)
-    g = tl.load(G + token * g_token + head * g_head + column[None, :], there, 0.0)
-    out = tl.load(OUT + token * out_token + head * out_head + column[None, :], there, 0.0)
-    k = tl.load(K + key * k_token + (head // GROUP) * k_head + column[None, :], near, 0.0)
-    v = tl.load(V + key * v_token + (head // GROUP) * v_head + column[None, :], near, 0.0)
-    total_place = SUMS + ((first // length) * tl.num_programs(1) + head) * length + first % length + row
-    total = tl.load(total_place, row < count, 0.0)
-    delta = tl.sum(g.to(tl.float32) * out.to(tl.float32), 1)
+    row, column, sink = tl.arange(0, ROWS), tl.arange(0, WIDE)[None, :], tl.arange(0, PLACES)
+    there = (row < count)[:, None] & (column < WIDTH)
+    near = (sink < tl.minimum(position + count - SIZE, SINKS))[:, None] & (column < WIDTH)
     seen = sink[None, :] < tl.minimum(position + row - SIZE + 1, SINKS)[:, None]
     seen = seen & (row < count)[:, None]
+    sequence, token, kv_head = first // length, first.to(tl.int64), head // GROUP
+    k = tl.load(K + start * k_token + kv_head * k_head + (sink[:, None] * k_token + column), near, 0.0)
+    v = tl.load(V + start * v_token + kv_head * v_head + (sink[:, None] * v_token + column), near, 0.0)
+    place = DQ + token * dq_token + head * dq_head + (row[:, None] * dq_token + column)
+    sums = SUMS + (sequence * tl.num_programs(1) + head).to(tl.int64) * length + first % length + row
+    q = tl.load(Q + token * q_token + head * q_head + (row[:, None] * q_token + column), there, 0.0)
+    g = tl.load(G + token * g_token + head * g_head + (row[:, None] * g_token + column), there, 0.0)
+    out = tl.load(OUT + token * out_token + head * out_head + (row[:, None] * out_token + column), there, 0.0)
+    dq = tl.load(place, there, 0.0)
+    total = tl.load(sums, row < count, 0.0)
+    delta = tl.sum(g.to(tl.float32) * out.to(tl.float32), 1)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     weights = tl.where(seen, tl.exp(scores - total[:, None]), 0.0)
     slopes = weights * (tl.dot(g, tl.trans(v), input_precision="ieee") - delta[:, None]) * scale
-    place = DQ + token * dq_token + head * dq_head + column[None, :]
-    dq = tl.load(place, there, 0.0).to(tl.float32) + tl.dot(slopes.to(k.dtype), k, input_precision="ieee")
+    dq = dq.to(tl.float32) + tl.dot(slopes.to(k.dtype), k, input_precision="ieee")
     tl.store(place, dq.to(DQ.dtype.element_ty), there)
     dk = tl.dot(tl.trans(slopes.to(q.dtype)), q, input_precision="ieee")
     dv = tl.dot(tl.trans(weights.to(g.dtype)), g, input_precision="ieee")
     programs = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
-    part = (chunk * tl.num_programs(1) + head).to(tl.int64)
-    inside = (sink < SINKS)[:, None] & (column < WIDTH)[None, :]
-    at = sink[:, None] * WIDTH + column[None, :]
+    part = chunk.to(tl.int64) * tl.num_programs(1) + head
+    inside = (sink < SINKS)[:, None] & (column < WIDTH)
+    at = sink[:, None] * WIDTH + column
     tl.store(PARTS + part * SINKS * WIDTH + at, dk, inside)
     tl.store(PARTS + (programs + part) * SINKS * WIDTH + at, dv, inside)
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def _sum_parts(
+    PARTS, CHUNKS, ENDS, DK, DV, chunks, dk_token, dk_head, dv_token, dv_head,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    document, kv_head, sink = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    kv_heads, sinks = tl.num_programs(1), tl.num_programs(2)
+    begin, end = tl.load(ENDS + document), tl.load(ENDS + document + 1)
+    count = tl.load(CHUNKS + (end - 1) * 4 + 1)
+    position = tl.load(CHUNKS + (end - 1) * 4 + 2)
+    start = tl.load(CHUNKS + (end - 1) * 4 + 3).to(tl.int64)
+    column = tl.arange(0, WIDE)
+    dk = tl.zeros([WIDE], tl.float32)
+    dv = tl.zeros([WIDE], tl.float32)
+    at, stop = begin * GROUP, end * GROUP
+    while at < stop:
+        share = at + tl.arange(0, STEP)
+        part = (share // GROUP * kv_heads + kv_head).to(tl.int64) * GROUP + share % GROUP
+        place = PARTS + ((part * sinks + sink) * WIDTH)[:, None] + column[None, :]
+        there = (share < stop)[:, None] & (column < WIDTH)[None, :]
+        dk += tl.sum(tl.load(place, there, 0.0), 0)
+        dv += tl.sum(tl.load(place + chunks.to(tl.int64) * kv_heads * GROUP * sinks * WIDTH, there, 0.0), 0)
+        at += STEP
+    inside = (column < WIDTH) & (sink < position + count - SIZE)  # a document may be shorter than its sinks
+    for_keys = DK + (start + sink) * dk_token + kv_head * dk_head + column
+    for_values = DV + (start + sink) * dv_token + kv_head * dv_head + column
+    tl.store(for_keys, (tl.load(for_keys, inside, 0.0).to(tl.float32) + dk).to(DK.dtype.element_ty), inside)
+    tl.store(for_values, (tl.load(for_values, inside, 0.0).to(tl.float32) + dv).to(DV.dtype.element_ty), inside)
 
 
 def join(sinks: Sinks, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, scale: float) -> None:
@@ -110,24 +142,16 @@ def add_gradients(
     v_grad: Tensor,
 ) -> None:
     """See `masformer.attention.sinks.add_gradients`."""
-    (rows, length, kv_heads, dim), heads, chunks = k.shape, q.shape[2], sinks.chunks.shape[0]
+    (kv_heads, dim), heads, chunks, documents = k.shape[2:], q.shape[2], len(sinks.chunks), len(sinks.ends) - 1
     parts = torch.empty(2, chunks, heads, sinks.count, dim, device=q.device)  # of keys, and of values
     strides = [x.stride(i) for x in (g, q, k, v, out, q_grad) for i in (1, 2)]
     made = g, q, k, v, out, sums, sinks.chunks, q_grad, parts
-    _gradients[chunks, heads](*made, scale, sums.shape[2], *strides, **_shape(sinks, q, k))
-    documents = sinks.keys.shape[0]
-    if sinks.row == length >= sinks.count and documents == rows:
-        by_document = parts.view(2, documents, -1, kv_heads, heads // kv_heads, sinks.count, dim).sum((2, 4))
-        for grad, more in zip((k_grad, v_grad), by_document.transpose(2, 3), strict=True):
-            grad[:, : sinks.count].add_(more)
-        return
-    by_chunk = parts.view(2, chunks, kv_heads, -1, sinks.count, dim).sum(3)
-    by_document = by_chunk.new_zeros(2, documents, *by_chunk.shape[2:])
-    by_document.index_add_(1, sinks.documents, by_chunk)
-    columns = sinks.keys[:, None] + torch.arange(sinks.count, device=q.device)
-    columns = columns.clamp(max=rows * length - 1).flatten()  # a document shorter than its sinks adds zeros there
-    for grad, more in zip((k_grad, v_grad), by_document.transpose(2, 3).flatten(1, 2).to(k_grad.dtype), strict=True):
-        grad.view(-1, kv_heads, dim).index_add_(0, columns, more)
+    shape = _shape(sinks, q, k)
+    _gradients[chunks, heads](*made, scale, sums.shape[2], *strides, **shape)
+    strides = [x.stride(i) for x in (k_grad, v_grad) for i in (1, 2)]
+    summed = parts, sinks.chunks, sinks.ends, k_grad, v_grad
+    rest = {name: shape[name] for name in ("SIZE", "GROUP", "WIDTH", "WIDE")}
+    _sum_parts[documents, kv_heads, sinks.count](*summed, chunks, *strides, **rest, STEP=TILE // shape["WIDE"])
 
 
 def _shape(sinks: Sinks, q: Tensor, k: Tensor) -> dict[str, int]:
