@@ -11,8 +11,8 @@ from masformer.attention.sinks import CHUNK, Sinks
 
 NARROWEST = 16
 """Triton multiplies matrices at least so wide: few sinks, or few queries of a key head, are filled up to it."""
-TILE = 4096
-"""Numbers that a program reads at once of what the chunks give to a sink."""
+STEP = 32
+"""Chunks of a document whose gradients are read at once."""
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def _gradients(
     SIZE: tl.constexpr, SINKS: tl.constexpr, PLACES: tl.constexpr,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    chunk, head = tl.program_id(0), tl.program_id(1)
+    chunk, kv_head = tl.program_id(0), tl.program_id(1)
     first = tl.load(CHUNKS + chunk * 4)
     count = tl.load(CHUNKS + chunk * 4 + 1)
     position = tl.load(CHUNKS + chunk * 4 + 2)
@@ -65,26 +65,30 @@ def _gradients(
     near = (sink < tl.minimum(position + count - SIZE, SINKS))[:, None] & (column < WIDTH)
     seen = sink[None, :] < tl.minimum(position + row - SIZE + 1, SINKS)[:, None]
     seen = seen & (row < count)[:, None]
-    sequence, token, kv_head = first // length, first.to(tl.int64), head // GROUP
+    sequence, token, heads = first // length, first.to(tl.int64), tl.num_programs(1) * GROUP
     k = tl.load(K + start * k_token + kv_head * k_head + (sink[:, None] * k_token + column), near, 0.0)
     v = tl.load(V + start * v_token + kv_head * v_head + (sink[:, None] * v_token + column), near, 0.0)
-    place = DQ + token * dq_token + head * dq_head + (row[:, None] * dq_token + column)
-    sums = SUMS + (sequence * tl.num_programs(1) + head).to(tl.int64) * length + first % length + row
-    q = tl.load(Q + token * q_token + head * q_head + (row[:, None] * q_token + column), there, 0.0)
-    g = tl.load(G + token * g_token + head * g_head + (row[:, None] * g_token + column), there, 0.0)
-    out = tl.load(OUT + token * out_token + head * out_head + (row[:, None] * out_token + column), there, 0.0)
-    dq = tl.load(place, there, 0.0)
-    total = tl.load(sums, row < count, 0.0)
-    delta = tl.sum(g.to(tl.float32) * out.to(tl.float32), 1)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    weights = tl.where(seen, tl.exp(scores - total[:, None]), 0.0)
-    slopes = weights * (tl.dot(g, tl.trans(v), input_precision="ieee") - delta[:, None]) * scale
-    dq = dq.to(tl.float32) + tl.dot(slopes.to(k.dtype), k, input_precision="ieee")
-    tl.store(place, dq.to(DQ.dtype.element_ty), there)
-    dk = tl.dot(tl.trans(slopes.to(q.dtype)), q, input_precision="ieee")
-    dv = tl.dot(tl.trans(weights.to(g.dtype)), g, input_precision="ieee")
+    dk = tl.zeros([PLACES, WIDE], tl.float32)
+    dv = tl.zeros([PLACES, WIDE], tl.float32)
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
+        place = DQ + token * dq_token + head * dq_head + (row[:, None] * dq_token + column)
+        sums = SUMS + (sequence * heads + head).to(tl.int64) * length + first % length + row
+        q = tl.load(Q + token * q_token + head * q_head + (row[:, None] * q_token + column), there, 0.0)
+        g = tl.load(G + token * g_token + head * g_head + (row[:, None] * g_token + column), there, 0.0)
+        out = tl.load(OUT + token * out_token + head * out_head + (row[:, None] * out_token + column), there, 0.0)
+        dq = tl.load(place, there, 0.0)
+        total = tl.load(sums, row < count, 0.0)
+        delta = tl.sum(g.to(tl.float32) * out.to(tl.float32), 1)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        weights = tl.where(seen, tl.exp(scores - total[:, None]), 0.0)
+        slopes = weights * (tl.dot(g, tl.trans(v), input_precision="ieee") - delta[:, None]) * scale
+        dq = dq.to(tl.float32) + tl.dot(slopes.to(k.dtype), k, input_precision="ieee")
+        tl.store(place, dq.to(DQ.dtype.element_ty), there)
+        dk += tl.dot(tl.trans(slopes.to(q.dtype)), q, input_precision="ieee")
+        dv += tl.dot(tl.trans(weights.to(g.dtype)), g, input_precision="ieee")
     programs = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
-    part = chunk.to(tl.int64) * tl.num_programs(1) + head
+    part = (chunk * tl.num_programs(1) + kv_head).to(tl.int64)
     inside = (sink < SINKS)[:, None] & (column < WIDTH)
     at = sink[:, None] * WIDTH + column
     tl.store(PARTS + part * SINKS * WIDTH + at, dk, inside)
@@ -94,25 +98,23 @@ def _gradients(
 @triton.jit(do_not_specialize=["chunks"])
 def _sum_parts(
     PARTS, CHUNKS, ENDS, DK, DV, chunks, dk_token, dk_head, dv_token, dv_head,
-    SIZE: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     document, kv_head, sink = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_heads, sinks = tl.num_programs(1), tl.num_programs(2)
-    begin, end = tl.load(ENDS + document), tl.load(ENDS + document + 1)
+    at, end = tl.load(ENDS + document), tl.load(ENDS + document + 1)
     count = tl.load(CHUNKS + (end - 1) * 4 + 1)
     position = tl.load(CHUNKS + (end - 1) * 4 + 2)
     start = tl.load(CHUNKS + (end - 1) * 4 + 3).to(tl.int64)
     column = tl.arange(0, WIDE)
     dk = tl.zeros([WIDE], tl.float32)
     dv = tl.zeros([WIDE], tl.float32)
-    at, stop = begin * GROUP, end * GROUP
-    while at < stop:
-        share = at + tl.arange(0, STEP)
-        part = (share // GROUP * kv_heads + kv_head).to(tl.int64) * GROUP + share % GROUP
-        place = PARTS + ((part * sinks + sink) * WIDTH)[:, None] + column[None, :]
-        there = (share < stop)[:, None] & (column < WIDTH)[None, :]
-        dk += tl.sum(tl.load(place, there, 0.0), 0)
-        dv += tl.sum(tl.load(place + chunks.to(tl.int64) * kv_heads * GROUP * sinks * WIDTH, there, 0.0), 0)
+    while at < end:  # Triton's interpreter counts to no number that it loaded
+        chunk = at + tl.arange(0, STEP)
+        part = PARTS + (((chunk.to(tl.int64) * kv_heads + kv_head) * sinks + sink) * WIDTH)[:, None] + column[None, :]
+        there = (chunk < end)[:, None] & (column < WIDTH)[None, :]
+        dk += tl.sum(tl.load(part, there, 0.0), 0)
+        dv += tl.sum(tl.load(part + chunks.to(tl.int64) * kv_heads * sinks * WIDTH, there, 0.0), 0)
         at += STEP
     inside = (column < WIDTH) & (sink < position + count - SIZE)  # a document may be shorter than its sinks
     for_keys = DK + (start + sink) * dk_token + kv_head * dk_head + column
@@ -142,16 +144,16 @@ def add_gradients(
     v_grad: Tensor,
 ) -> None:
     """See `masformer.attention.sinks.add_gradients`."""
-    (kv_heads, dim), heads, chunks, documents = k.shape[2:], q.shape[2], len(sinks.chunks), len(sinks.ends) - 1
-    parts = torch.empty(2, chunks, heads, sinks.count, dim, device=q.device)  # of keys, and of values
+    (kv_heads, dim), chunks, documents = k.shape[2:], len(sinks.chunks), len(sinks.ends) - 1
+    parts = torch.empty(2, chunks, kv_heads, sinks.count, dim, device=q.device)  # of keys, and of values
     strides = [x.stride(i) for x in (g, q, k, v, out, q_grad) for i in (1, 2)]
     made = g, q, k, v, out, sums, sinks.chunks, q_grad, parts
     shape = _shape(sinks, q, k)
-    _gradients[chunks, heads](*made, scale, sums.shape[2], *strides, **shape)
+    _gradients[chunks, kv_heads](*made, scale, sums.shape[2], *strides, **shape, num_stages=1)
     strides = [x.stride(i) for x in (k_grad, v_grad) for i in (1, 2)]
     summed = parts, sinks.chunks, sinks.ends, k_grad, v_grad
-    rest = {name: shape[name] for name in ("SIZE", "GROUP", "WIDTH", "WIDE")}
-    _sum_parts[documents, kv_heads, sinks.count](*summed, chunks, *strides, **rest, STEP=TILE // shape["WIDE"])
+    rest = {name: shape[name] for name in ("SIZE", "WIDTH", "WIDE")}
+    _sum_parts[documents, kv_heads, sinks.count](*summed, chunks, *strides, **rest, STEP=STEP)
 
 
 def _shape(sinks: Sinks, q: Tensor, k: Tensor) -> dict[str, int]:

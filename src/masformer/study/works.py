@@ -30,7 +30,7 @@ from masformer.study.models import forget, forward_estimate, layers_of, load, pl
 from masformer.study.units import Estimate, Place, Work
 from masformer.training.dry_run import forecast
 from masformer.training.model import END
-from masformer.training.recipe import ModelRecipe, Recipe
+from masformer.training.recipe import Backend, ModelRecipe, Recipe
 from masformer.training.run import train
 from masformer.training.trainer import METRICS, read_metrics
 
@@ -201,7 +201,7 @@ class UnderPlan(Work):
         return plan, *load(self.model, place, plan)
 
 
-EXACT = "tiled"
+EXACT: Backend = "tiled"
 """The backend on CUDA in float32. `auto` takes FlexAttention there, which compiles a kernel for each span and number of
 heads: that takes longer than to measure each plan once, or to train it briefly."""
 
@@ -210,7 +210,7 @@ def _exact(device: str, dtype: str, precision: str) -> bool:
     return (device, dtype, precision) == ("cuda", "float32", "float32")
 
 
-def backend_of(model: Any, precision: str = "float32") -> str:
+def backend_of(model: Any, precision: str = "float32") -> Backend:
     """The backend of passes in a precision: on CUDA in float32 the tiles, else that of `auto`."""
     return EXACT if _exact(model.device.type, str(model.dtype).removeprefix("torch."), precision) else "auto"
 
