@@ -102,6 +102,7 @@ MINI = {
         "better": [["heads by gain", "layers"], ["heads by gain", "windows"]],
         "untrained": True,
         "untouched": ["windows", "heads by gain, 80%"],
+        "once": ["all block"],
         "models_stay": False,
         "equal": [["all block", "all local"]],
         "seeds": [0, 1],
@@ -240,12 +241,14 @@ def test_every_stage_runs_and_reports(language, tmp_path, monkeypatch):
     pretrained = json.loads((tmp_path / "study/pretrained.json").read_text())
     assert {row["step"] for row in pretrained["curves"]} >= {1, 2}
     claims = {verdict["claim"]: verdict["why"] for verdict in pretrained["verdicts"]}
-    assert next(why for claim, why in claims.items() if claim.startswith("Blocks")).startswith(
-        "all block less all local ("
-    )
+    blocks = next(each for each in pretrained["verdicts"] if each["claim"].startswith("Blocks"))
+    assert blocks["why"].startswith("all block less all local (")
+    assert ("one seed of all block" in blocks["why"]) == (blocks["answer"] != "not decidable at this scale")
     assert [(row["name"], row["task"], row["length"]) for row in pretrained["retrieval"]] == [
         (name, "passkey", 800) for name in ("all full", "all local", "layers, 50%")
     ]
+    seeds = {row["name"]: row["seeds"] for row in pretrained["results"]}
+    assert seeds == dict.fromkeys(seeds, 2) | {"all block": 1}
     names = {key: {row["name"] for row in pretrained[key]} for key in ("results", "before training")}
     assert names["before training"] - names["results"] == {"windows, 80%", "heads by gain, 80%"}, (
         "these are not trained on"
@@ -558,6 +561,8 @@ def test_what_cannot_be_done_is_named_in_one_line(words, message, tmp_path, monk
         ({"untouched": ["1 full"]}, "language.untouched plans are measured before training; set language.untrained"),
         ({"untrained": True}, "language.untrained is of a pretrained model; leave out language.start"),
         ({"untouched": ["2 full"]}, "language.untouched '2 full' is not allowed; allowed: all full"),
+        ({"once": ["2 full"]}, "language.once '2 full' is not allowed; allowed: all full"),
+        ({"once": ["1 full"]}, "language.once does nothing with one seed; leave it out"),
         ({"better": [["heads", "layers"]]}, "language.better must hold pairs of lines, got ['heads', 'layers']"),
     ],
 )

@@ -147,6 +147,13 @@ def test_what_comes_close_by_the_loss_of_text_must_do_so_by_what_it_writes():
     assert writes_as_well("c", {}, {}, "points").why == "nothing was measured"
 
 
+def test_what_has_one_seed_is_held_against_that_seed_alone():
+    two = {"all full": [FULL[0], [value + 9 for value in FULL[0]]], "all local": [LOCAL[0], LOCAL[0]]}
+    one = {"all full": FULL[:1], "all local": LOCAL[:1]}
+    mix = {"8 full": between(0.1)[:1]}
+    assert nearness(two | mix) == nearness(one | mix)
+
+
 def test_nearness_is_asked_of_all_plans_between_the_ends():
     values = {"all full": FULL, "all local": LOCAL, "8 full": between(0.1)}
     assert set(nearness(values)) == {"8 full"}

@@ -11,7 +11,7 @@ from masformer.evaluation.perplexity import exp_or_inf
 from masformer.evaluation.perplexity.measure import exp_interval
 from masformer.study.findings import Row
 from masformer.study.scale import FULL
-from masformer.study.verdicts import Nearness, Values, difference, interval, nearness
+from masformer.study.verdicts import Nearness, Values, alike, difference, interval, nearness
 
 
 class Losses:
@@ -39,11 +39,12 @@ class Losses:
     def over(self, base: Losses, length: int) -> Interval:
         """The loss in the second half less that of another plan, in nats, paired by seed and document.
 
-        Where one was measured on the first documents alone, on these.
+        Where one was measured with the first seeds, or on the first documents, alone: of these.
         """
         mine, theirs, weights = self.late(length), base.late(length), self.weights(length)
         count = min(len(mine[0]), len(theirs[0]))
-        return difference([row[:count] for row in mine], [row[:count] for row in theirs], weights[:count])
+        mine, theirs = alike([row[:count] for row in each] for each in (mine, theirs))
+        return difference(mine, theirs, weights[:count])
 
     def row(self, length: int, **bases: Losses | None) -> Row:
         """Perplexity of all tokens and of the second half, with intervals, and how many seeds and documents.

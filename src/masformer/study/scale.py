@@ -165,6 +165,7 @@ class LanguageStage(Settings):
         better: pairs of lines, the first of which should lose less at every share that both have.
         untrained: whether every plan is measured before training, too.
         untouched: names of plans and lines that are not trained on, and measured before training alone.
+        once: names of plans that are trained with the first seed alone.
         models_stay: whether trained models stay once everything was measured of them.
     """
 
@@ -184,6 +185,7 @@ class LanguageStage(Settings):
     better: Several[Several[str]] = field(default_factory=list)
     untrained: bool = False
     untouched: Several[str] = field(default_factory=list)
+    once: Several[str] = field(default_factory=list)
     models_stay: bool = True
 
     @property
@@ -201,6 +203,10 @@ class LanguageStage(Settings):
         }
         return [name for name in self.every if name not in left]
 
+    def seeds_of(self, name: str) -> list[int]:
+        """The seeds that a plan is trained with."""
+        return list(self.seeds[:1] if name in self.once else self.seeds)
+
     def __post_init__(self) -> None:
         if self.retrieval is not None and self.retrieval.searches is not None:
             raise MasformerError("language.retrieval.searches is of the stage where; name trained plans in plans")
@@ -208,6 +214,10 @@ class LanguageStage(Settings):
             check_choice("language.retrieval.plans", name, self.trained)
         for name in self.untouched:
             check_choice("language.untouched", name, [*self.every, *self.curves])
+        for name in self.once:
+            check_choice("language.once", name, self.trained)
+        if self.once and len(self.seeds) < 2:
+            raise MasformerError("language.once does nothing with one seed; leave it out")
         if self.untouched and not self.untrained:
             raise MasformerError("language.untouched plans are measured before training; set language.untrained")
         if self.untrained and self.start is not None:

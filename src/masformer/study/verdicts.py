@@ -5,7 +5,7 @@ Values are losses, or scores with the sign turned: higher is worse. Plans are co
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -59,6 +59,13 @@ def interval(values: Values, weights: Sequence[float] | None = None) -> Interval
     return Interval(found.mean, min(found.low, seeds.min()), max(found.high, seeds.max()), found.count)
 
 
+def alike(values: Iterable[Values]) -> list[Values]:
+    """As many seeds of each, the first ones: what was measured with one seed is held against that seed."""
+    found = list(values)
+    count = min(map(len, found))
+    return [each[:count] for each in found]
+
+
 def difference(values: Values, base: Values, weights: Sequence[float] | None = None) -> Interval:
     """`values` less `base`, paired by seed and document."""
     return interval((np.asarray(values) - np.asarray(base)).tolist(), weights)
@@ -81,8 +88,8 @@ class Nearness:
     @classmethod
     def of(cls, full: Values, local: Values, plan: Values, weights: Sequence[float] | None = None) -> Nearness:
         """From the values of three plans."""
-        whole = np.asarray(full)
-        gap, left = np.asarray(local) - whole, np.asarray(plan) - whole
+        whole, ends, mine = map(np.asarray, alike((full, local, plan)))
+        gap, left = ends - whole, mine - whole
         return cls(*(interval(each.tolist(), weights) for each in (gap, left, left - CLOSE * gap)))
 
     @property

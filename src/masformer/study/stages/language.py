@@ -6,7 +6,7 @@ with a model that is there. `training` says more of the first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -77,7 +77,8 @@ def units(stage: LanguageStage, place: Place, group: str = LANGUAGE) -> list[Uni
             start = Unit(_start(seed), LANGUAGE, Train(_start_recipe(stage, place, seed)), needs, turn)
             found.append(start)
             before = (start.name,)
-        runs = [(group, "train", name) for name in stage.trained] + [(TRAINING, "long", name) for name in stage.long]
+        runs = [(group, "train", name) for name in stage.trained if seed in stage.seeds_of(name)]
+        runs += [(TRAINING, "long", name) for name in stage.long if seed in stage.seeds_of(name)]
         for belongs, kind, name in runs:
             made = _name(belongs, kind, name, seed)
             recipe = (
@@ -182,11 +183,12 @@ def language_findings(stage: LanguageStage, place: Place, results: Results, grou
     for when, said in ((AFTER, of), (BEFORE, " (a pretrained model, before training)")):
         if FULL in measured[when] and LOCAL in measured[when]:
             mixes = {name: each for name, each in near[when].items() if name in cheap}
-            made.verdicts.append(_known(comes_close(f"{CLAIM}{said}.", mixes, "nats"), stage, when == AFTER))
+            made.verdicts.append(_known(comes_close(f"{CLAIM}{said}.", mixes, "nats"), stage, mixes, when == AFTER))
     if stage.equal:
         claim = "Blocks, which the paper takes, are as good as windows of equal cost (trained under each)."
         found = over_each_other(losses, stage.equal, length, lambda name: shares[name])
-        made.verdicts.append(_known(is_no_worse(claim, found), stage))
+        names = [name for pair in stage.equal for name in pair]
+        made.verdicts.append(_known(is_no_worse(claim, found), stage, names))
     if stage.curves:
         _add_curves_by_cost(made, stage, measured, over, shares)
     if group == PRETRAINED:
@@ -251,7 +253,8 @@ def _add_curves_by_cost(
             }
             if apart:
                 verdict = are_better(f"At equal cost, {one} lose less than {other} ({when} training).", apart)
-                made.verdicts.append(_known(verdict, stage, when == AFTER))
+                names = [f"{line}, {at.removeprefix('at ')}" for at in apart for line in (one, other)]
+                made.verdicts.append(_known(verdict, stage, names, when == AFTER))
 
 
 def _in_short(
@@ -305,16 +308,16 @@ def _add_retrieval(
     here: dict[str, dict[str, list[dict[str, Any]]]] = {task: {} for task in asked.tasks}
     for task, by_plan in here.items():
         for name in stage.trained:
-            parts = done(results, [f"{_name(group, 'train', name, seed)}/{task}" for seed in stage.seeds])
+            parts = done(results, [f"{_name(group, 'train', name, seed)}/{task}" for seed in stage.seeds_of(name)])
             if parts is not None:
                 by_plan[name] = parts
     for task, scores in add_answers(made, f"{group} retrieval", here, asked.length or max(stage.lengths)).items():
         near = nearness(scores)
         if near:
             claim = f"Of {task}, a mix comes close to full attention (trained under each)."
-            made.verdicts.append(_known(comes_close(claim, near, "points"), stage))
+            made.verdicts.append(_known(comes_close(claim, near, "points"), stage, near))
             claim = f"What comes close by the loss of text does so at {task} (trained under each)."
-            made.verdicts.append(_known(writes_as_well(claim, likely, near, "points"), stage))
+            made.verdicts.append(_known(writes_as_well(claim, likely, near, "points"), stage, near))
 
 
 def pretrained_findings(stage: LanguageStage, place: Place, results: Results) -> Findings:
@@ -357,7 +360,7 @@ def training_findings(stage: LanguageStage, place: Place, results: Results) -> F
     if stage.long:
         claim = "Training short and then converting is as good as training long from the beginning."
         named = {f"{name}, converted less long": each for name, each in differences.items()}
-        made.verdicts.append(_known(is_no_worse(claim, named), stage))
+        made.verdicts.append(_known(is_no_worse(claim, named), stage, long))
     return made
 
 
@@ -366,7 +369,7 @@ def _add_curves(made: Findings, stage: LanguageStage, results: Results, group: s
     series: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
     rows: list[Row] = []
     for name in stage.trained:
-        parts = done(results, [_name(group, "train", name, seed) for seed in stage.seeds])
+        parts = done(results, [_name(group, "train", name, seed) for seed in stage.seeds_of(name)])
         if parts is None:
             continue
         curve = _curve(parts, max(stage.lengths))
@@ -379,11 +382,13 @@ def _add_curves(made: Findings, stage: LanguageStage, results: Results, group: s
         made.draw("curves" if group == LANGUAGE else f"curves {group}", drawn)
 
 
-def _known(verdict: Verdict, stage: LanguageStage, trained: bool = True) -> Verdict:
-    """With one seed it is said that nothing is known of others."""
-    if not trained or len(stage.seeds) > 1 or verdict.answer == OPEN:
+def _known(verdict: Verdict, stage: LanguageStage, names: Iterable[str], trained: bool = True) -> Verdict:
+    """Says of which of these plans one seed alone is known, and so nothing of others."""
+    alone = [name for name in names if len(stage.seeds_of(name)) == 1]
+    if not trained or not alone or verdict.answer == OPEN:
         return verdict
-    return replace(verdict, why=f"{verdict.why} (one seed: the intervals know documents alone)")
+    whose = "" if len(stage.seeds) == 1 else f" of {', '.join(alone)}"
+    return replace(verdict, why=f"{verdict.why} (one seed{whose}: the intervals know documents alone)")
 
 
 def _what(stage: LanguageStage) -> str:
@@ -399,7 +404,7 @@ def _losses(
 ) -> dict[str, Losses]:
     found = {}
     for name in plans:
-        parts = done(results, [f"{_name(group, kind, name, seed)}/perplexity" for seed in stage.seeds])
+        parts = done(results, [f"{_name(group, kind, name, seed)}/perplexity" for seed in stage.seeds_of(name)])
         if parts is not None:
             found[name] = Losses(parts)
     return found
