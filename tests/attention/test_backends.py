@@ -7,7 +7,7 @@ from torch._subclasses import FakeTensorMode
 from masformer import BlockSpan, FullSpan, MasformerError, WindowSpan, attend
 from masformer.attention import BACKENDS
 from masformer.attention.call import Call, spread
-from masformer.attention.tiled import Tiled
+from masformer.attention.tiled import Kernel, Tiled
 from strategies import spans
 
 
@@ -82,6 +82,23 @@ def test_without_gradients_after_a_past_with_values_of_any_width(span, value_dim
     value = torch.randn(2, 2, 211, value_dim, dtype=torch.float64)
     expected = attend(query, key, value, span, backend="reference")
     torch.testing.assert_close(attend(query, key, value, span, backend=backend), expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_full_attention_after_a_past_in_wide_tiles_as_on_cuda(monkeypatch, padded):
+    """There, tiles of full attention are launched one by one: few and wide ones, not a tile for 64 queries."""
+    query, key, value = tensors(2, 2, 3, 2300, 2500, 8)
+    mask = torch.ones(2, 2500, dtype=torch.bool)
+    mask[1, :700] = not padded
+    expected = attend(query, key, value, "full", padding_mask=mask, backend="reference")
+    for name, answer in (("takes_wide_tiles", True), ("tells_sums", False), ("groups_heads", False)):
+        monkeypatch.setattr(Kernel, name, lambda *args, answer=answer: answer)
+    calls, real = [], Kernel.masked
+    monkeypatch.setattr(Kernel, "masked", lambda *args: calls.append(1) or real(*args))
+    torch.testing.assert_close(
+        attend(query, key, value, "full", padding_mask=mask, backend="tiled"), expected, atol=1e-12, rtol=0
+    )
+    assert len(calls) <= 6
 
 
 @pytest.mark.parametrize(("dtype", "heads"), [(torch.float32, 9), (torch.bfloat16, 3)])

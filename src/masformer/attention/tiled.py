@@ -153,6 +153,9 @@ ALIGNED = 16
 """The keys of a tile are a multiple of so many: matrix products of other widths are up to a sixth slower on CPUs."""
 
 
+WIDE = 1024
+"""Queries of a tile of full attention where scores take no memory: narrow ones are launched one after the other."""
+
 STRIP = 128
 """Queries whose scores exist at a time, where torch has no kernel."""
 
@@ -171,6 +174,10 @@ class Kernel:
         if self.sinks is not None:
             return self._has_sums(query, value)
         return self.softcap is None and (not self.dropout or query.is_cuda)
+
+    def takes_wide_tiles(self, query: Tensor, value: Tensor) -> bool:
+        """Whether tiles as wide as `WIDE` cost no memory, and save launches."""
+        return query.is_cuda and self.is_fused(query, value)
 
     def causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self.sinks is not None:
@@ -401,6 +408,8 @@ def _document(
     at = start = end - query.shape[2]
     head = end if span.max_visible is None else min(end, span.max_visible)
     outputs: list[Tensor] = []
+    if span.max_visible is None and kernel.takes_wide_tiles(query, value):
+        tile = WIDE
 
     def put(part: Tensor, first: int, stop: int) -> None:
         if room is None:
