@@ -1,8 +1,8 @@
 """A stand-in for the two operators of torch's FlashAttention, on the CPU: dense, in any dtype, with log-sum-exps.
 
 It does what their kernels do on a GPU, down to what they leave to the caller: the last queries and keys of a sequence
-lie together, a query without keys gets zeros and a log-sum-exp of infinity, and the backward pass takes output and
-log-sum-exps as they are given.
+lie together, a query without keys gets zeros and a log-sum-exp of infinity, the backward pass takes output and
+log-sum-exps as they are given, and what is returned lies in memory in the order of what was given.
 """
 
 import math
@@ -62,6 +62,7 @@ def forward(
         sums = torch.cat([each for _, each in found], 1)
         assert len(out) == len(query)
     state = torch.zeros(2, dtype=torch.uint64)
+    out = torch.empty_like(query).copy_(out)
     return out, sums, state, torch.zeros((), dtype=torch.uint64), torch.zeros(0)
 
 
@@ -85,12 +86,14 @@ def backward(
 
     if cum_seq_q is None:
         rows = zip(grad_out, query, key, value, out, logsumexp, strict=True)
-        return tuple(torch.stack(each) for each in zip(*(run(*row) for row in rows), strict=True))
-    found = [
-        run(grad_out[a], query[a], key[b], value[b], out[a], logsumexp[:, a])
-        for a, b in _sequences(cum_seq_q, cum_seq_k)
-    ]
-    return tuple(torch.cat(each) for each in zip(*found, strict=True))
+        grads = [torch.stack(each) for each in zip(*(run(*row) for row in rows), strict=True)]
+    else:
+        found = [
+            run(grad_out[a], query[a], key[b], value[b], out[a], logsumexp[:, a])
+            for a, b in _sequences(cum_seq_q, cum_seq_k)
+        ]
+        grads = [torch.cat(each) for each in zip(*found, strict=True)]
+    return tuple(torch.empty_like(like).copy_(x) for like, x in zip((query, key, value), grads, strict=True))
 
 
 def register():

@@ -18,6 +18,7 @@ from masformer.attention.call import Call
 from masformer.attention.flash import Flash
 from masformer.attention.layout import Layout
 from masformer.attention.reference import Reference
+from masformer.spans import UnitSpans
 from strategies import spans
 from tiny import PLAN
 
@@ -31,11 +32,13 @@ def stand_in():
     library._destroy()
 
 
-def tensors(batch, heads, group, query_len, key_len, dim=4, device="cpu", dtype=torch.float64):
+def tensors(batch, heads, group, query_len, key_len, dim=4, device="cpu", dtype=torch.float64, by_head=False):
+    """In memory as models have them, token by token, or head by head."""
     make = torch.Generator().manual_seed(key_len * 31 + query_len)
     shapes = [(heads * group, query_len), (heads, key_len), (heads, key_len)]
-    made = [torch.randn(batch, length, count, dim, generator=make) for count, length in shapes]
-    return [x.to(device, dtype).transpose(1, 2).requires_grad_() for x in made]
+    made = [torch.randn(batch, length, count, dim, generator=make).to(device, dtype) for count, length in shapes]
+    made = [x.transpose(1, 2) for x in made]
+    return [(x.contiguous() if by_head else x).requires_grad_() for x in made]
 
 
 def ends(batch, length, data):
@@ -55,7 +58,7 @@ def test_equal_to_reference_in_float64(span, batch, heads, group, key_len, data)
     token = st.lists(st.lists(st.integers(0, 3), min_size=key_len, max_size=key_len), min_size=batch, max_size=batch)
     documents = torch.tensor(data.draw(token)).sort(-1)[0] if data.draw(st.booleans()) else None
     layout = Layout.of(mask, documents)
-    inputs = tensors(batch, heads, group, query_len, key_len)
+    inputs = tensors(batch, heads, group, query_len, key_len, by_head=data.draw(st.booleans()))
     call = Call(*inputs, span, 0.6, layout)
     expected = Reference().run(call)
     with torch.no_grad():
@@ -66,6 +69,22 @@ def test_equal_to_reference_in_float64(span, batch, heads, group, key_len, data)
         left, right = (torch.autograd.grad((out * weight).sum(), inputs) for out in (expected, actual))
         for a, b in zip(left, right, strict=True):
             torch.testing.assert_close(b, a, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("span", SPANS)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_tensors_that_lie_head_by_head(span, padded, batch):
+    """The kernels write output and gradients in the order of what they are given."""
+    inputs = tensors(batch, 2, 3, 301, 301, by_head=True)
+    mask = torch.ones(batch, 301)
+    mask[-1, :40] = not padded
+    call = Call(*inputs, span, 0.6, Layout.of(mask, None))
+    outs = [backend.run(call) for backend in (Reference(), Flash())]
+    weight = torch.randn_like(outs[0])
+    grads = [torch.autograd.grad((out * weight).sum(), inputs) for out in outs]
+    for a, b in zip((outs[0], *grads[0]), (outs[1], *grads[1]), strict=True):
+        torch.testing.assert_close(b, a, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("span", [WindowSpan(9, 3), WindowSpan(5), BlockSpan(6, 1)])
@@ -191,7 +210,8 @@ def compare(inputs, span, **options):
 def test_kernels_against_float64(span):
     for dim, dtype in ((64, torch.bfloat16), (128, torch.bfloat16), (80, torch.float16)):
         for batch, heads, group, length in ((2, 2, 4, 1111), (1, 1, 3, 1300), (3, 2, 1, 77)):
-            compare(tensors(batch, heads, group, length, length, dim, "cuda", dtype), span)
+            for by_head in (False, True):
+                compare(tensors(batch, heads, group, length, length, dim, "cuda", dtype, by_head), span)
 
 
 @pytest.mark.gpu
@@ -209,6 +229,13 @@ def test_kernels_on_padded_and_packed_rows_and_after_a_past(span):
             expected = attend(query.double(), *(x.double() for x in inputs[1:]), span, backend="reference", **options)
             actual = attend(query, *inputs[1:], span, backend="flash", **options)
             assert (actual.double() - expected).norm() / expected.norm() < 8e-3
+
+
+@pytest.mark.gpu
+def test_a_layer_whose_heads_differ():
+    for heads in ((0,), (1, 2), (0, 2), (1, 3)):
+        spans = UnitSpans(tuple(FullSpan() if head in heads else WindowSpan(100, 4) for head in range(4)))
+        compare(tensors(3, 4, 3, 700, 700, 64, "cuda", torch.bfloat16), spans)
 
 
 @pytest.mark.gpu

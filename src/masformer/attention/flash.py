@@ -83,6 +83,7 @@ class Flash(Backend):
         q, k, v = map(_in_rows, call.tensors)
         parts = parts_of(call)
         out, sums = _forward(parts.parts[0], q, k, v, call.scale)
+        out = _end_to_end(out)  # the kernel writes in the order of the queries, which may be that of heads
         if len(parts.parts) > 1:
             flat, shape, totals = out.flatten(0, 1), sums.shape, _by_token(sums)
             for part in parts.parts[1:]:
@@ -114,7 +115,7 @@ class Flash(Backend):
         g = g if parts.dead is None else g.masked_fill(parts.dead.view(*g.shape[:2], 1, 1), 0)
         first = parts.parts[0]
         sums = sums.view(-1, q.shape[2], first.alike[1] if first.alike else q.shape[:2].numel())
-        grads = _backward(first, g, q, k, v, o, sums, call.scale)
+        grads = tuple(map(_end_to_end, _backward(first, g, q, k, v, o, sums, call.scale)))
         if len(parts.parts) > 1:
             totals = _by_token(sums)
             for part in parts.parts[1:]:

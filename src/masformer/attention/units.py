@@ -27,7 +27,8 @@ def split(x: Tensor, spans: UnitSpans) -> list[Tensor]:
         spans: the layer's.
 
     Returns:
-        For each of `spans.groups` [batch, its heads, length, dim]: views where the heads are neighbours.
+        For each of `spans.groups` [batch, its heads, length, dim]: views where the heads are neighbours, else copies
+        that lie in memory as [batch, length, heads, dim].
     """
     per = x.shape[1] // len(spans)
     return [_taken(x, group.heads, per) for group in spans.groups]
@@ -79,7 +80,7 @@ def join(parts: Sequence[Tensor], spans: UnitSpans) -> Tensor:
 def _taken(x: Tensor, heads: tuple[int, ...], per: int) -> Tensor:
     if heads[-1] - heads[0] == len(heads) - 1:
         return x[:, heads[0] * per : (heads[-1] + 1) * per]
-    return x.index_select(1, _index(heads, per, x.device))
+    return x.transpose(1, 2).index_select(2, _index(heads, per, x.device)).transpose(1, 2)
 
 
 def _index(heads: tuple[int, ...], per: int, device: torch.device) -> Tensor:
