@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from masformer.evaluation.intervals import Interval
@@ -55,6 +56,11 @@ class Findings:
         """Adds a drawing, if there is one."""
         if drawn is not None:
             self.drawings.append((name, *drawn))
+
+
+def begun(results: Results, names: Sequence[str]) -> list[dict[str, Any]] | None:
+    """Results of units up to the first that is missing; None where that is the first of all."""
+    return [results[name] for name in takewhile(results.__contains__, names)] or None
 
 
 def done(results: Results, names: Sequence[str]) -> list[dict[str, Any]] | None:

@@ -24,6 +24,11 @@ class Losses:
     def __init__(self, parts: Sequence[dict[str, Any]]) -> None:
         self._by_length = [{row["length"]: row for row in part["results"]} for part in parts]
 
+    @property
+    def seeds(self) -> int:
+        """How many."""
+        return len(self._by_length)
+
     def _documents(self, length: int, key: str) -> list[dict[str, Any]]:
         return [rows[length][key] for rows in self._by_length]
 
@@ -56,7 +61,7 @@ class Losses:
         whole = self._documents(length, "by_document")
         found: Row = {"perplexity": exp_interval(interval(_means(whole), whole[0]["tokens"]))}
         found["second_half"] = exp_interval(interval(self.late(length), self.weights(length)))
-        found |= {"seeds": len(whole), "documents": len(whole[0]["tokens"])}
+        found |= {"seeds": self.seeds, "documents": len(whole[0]["tokens"])}
         others = {key: base for key, base in bases.items() if base is not None and base is not self}
         return found | {key: self.over(base, length) for key, base in others.items()}
 

@@ -19,7 +19,7 @@ from masformer.reports.document import slug
 from masformer.reports.figures import curves, draw
 from masformer.study.asked import add_answers, asking
 from masformer.study.figures import by_cost, pareto
-from masformer.study.findings import Findings, Results, Row, done
+from masformer.study.findings import Findings, Results, Row, begun
 from masformer.study.losses import Losses, near_full, over_each_other
 from masformer.study.models import attention_share, config_of, model_of, plan_of, recipe_of
 from masformer.study.scale import FULL, LOCAL, FindPart, LanguageStage
@@ -178,17 +178,18 @@ def language_findings(stage: LanguageStage, place: Place, results: Results, grou
     made.rows["positions"] = [
         {"name": name, "length": length, **row} for name, each in losses.items() for row in each.positions(length)
     ]
+    seeds = {name: each.seeds for name, each in losses.items()}
     cheap = [name for name, share in shares.items() if name not in (FULL, LOCAL) and share <= CHEAP]
     of = " (a pretrained model)" if group == PRETRAINED else ""
     for when, said in ((AFTER, of), (BEFORE, " (a pretrained model, before training)")):
         if FULL in measured[when] and LOCAL in measured[when]:
             mixes = {name: each for name, each in near[when].items() if name in cheap}
-            made.verdicts.append(_known(comes_close(f"{CLAIM}{said}.", mixes, "nats"), stage, mixes, when == AFTER))
+            made.verdicts.append(_known(comes_close(f"{CLAIM}{said}.", mixes, "nats"), seeds, mixes, when == AFTER))
     if stage.equal:
         claim = "Blocks, which the paper takes, are as good as windows of equal cost (trained under each)."
         found = over_each_other(losses, stage.equal, length, lambda name: shares[name])
         names = [name for pair in stage.equal for name in pair]
-        made.verdicts.append(_known(is_no_worse(claim, found), stage, names))
+        made.verdicts.append(_known(is_no_worse(claim, found), seeds, names))
     if stage.curves:
         _add_curves_by_cost(made, stage, measured, over, shares)
     if group == PRETRAINED:
@@ -254,7 +255,8 @@ def _add_curves_by_cost(
             if apart:
                 verdict = are_better(f"At equal cost, {one} lose less than {other} ({when} training).", apart)
                 names = [f"{line}, {at.removeprefix('at ')}" for at in apart for line in (one, other)]
-                made.verdicts.append(_known(verdict, stage, names, when == AFTER))
+                seeds = {name: each.seeds for name, each in measured[AFTER].items()}
+                made.verdicts.append(_known(verdict, seeds, names, when == AFTER))
 
 
 def _in_short(
@@ -303,21 +305,20 @@ def _add_retrieval(
     group: str,
     likely: dict[str, Nearness],
 ) -> None:
-    """What the trained models find, where all seeds of a plan were asked; and whether the mixes come close, above all
-    those that do by the loss of text."""
+    """What the trained models find, and whether the mixes come close, above all those that do by the loss of text."""
     here: dict[str, dict[str, list[dict[str, Any]]]] = {task: {} for task in asked.tasks}
     for task, by_plan in here.items():
         for name in stage.trained:
-            parts = done(results, [f"{_name(group, 'train', name, seed)}/{task}" for seed in stage.seeds_of(name)])
+            parts = begun(results, [f"{_name(group, 'train', name, seed)}/{task}" for seed in stage.seeds_of(name)])
             if parts is not None:
                 by_plan[name] = parts
     for task, scores in add_answers(made, f"{group} retrieval", here, asked.length or max(stage.lengths)).items():
-        near = nearness(scores)
+        near, seeds = nearness(scores), {name: len(each) for name, each in scores.items()}
         if near:
             claim = f"Of {task}, a mix comes close to full attention (trained under each)."
-            made.verdicts.append(_known(comes_close(claim, near, "points"), stage, near))
+            made.verdicts.append(_known(comes_close(claim, near, "points"), seeds, near))
             claim = f"What comes close by the loss of text does so at {task} (trained under each)."
-            made.verdicts.append(_known(writes_as_well(claim, likely, near, "points"), stage, near))
+            made.verdicts.append(_known(writes_as_well(claim, likely, near, "points"), seeds, near))
 
 
 def pretrained_findings(stage: LanguageStage, place: Place, results: Results) -> Findings:
@@ -360,7 +361,7 @@ def training_findings(stage: LanguageStage, place: Place, results: Results) -> F
     if stage.long:
         claim = "Training short and then converting is as good as training long from the beginning."
         named = {f"{name}, converted less long": each for name, each in differences.items()}
-        made.verdicts.append(_known(is_no_worse(claim, named), stage, long))
+        made.verdicts.append(_known(is_no_worse(claim, named), {name: each.seeds for name, each in long.items()}, long))
     return made
 
 
@@ -369,7 +370,7 @@ def _add_curves(made: Findings, stage: LanguageStage, results: Results, group: s
     series: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
     rows: list[Row] = []
     for name in stage.trained:
-        parts = done(results, [_name(group, "train", name, seed) for seed in stage.seeds_of(name)])
+        parts = begun(results, [_name(group, "train", name, seed) for seed in stage.seeds_of(name)])
         if parts is None:
             continue
         curve = _curve(parts, max(stage.lengths))
@@ -382,12 +383,12 @@ def _add_curves(made: Findings, stage: LanguageStage, results: Results, group: s
         made.draw("curves" if group == LANGUAGE else f"curves {group}", drawn)
 
 
-def _known(verdict: Verdict, stage: LanguageStage, names: Iterable[str], trained: bool = True) -> Verdict:
+def _known(verdict: Verdict, seeds: Mapping[str, int], names: Iterable[str], trained: bool = True) -> Verdict:
     """Says of which of these plans one seed alone is known, and so nothing of others."""
-    alone = [name for name in names if len(stage.seeds_of(name)) == 1]
+    alone = [name for name in names if seeds.get(name) == 1]
     if not trained or not alone or verdict.answer == OPEN:
         return verdict
-    whose = "" if len(stage.seeds) == 1 else f" of {', '.join(alone)}"
+    whose = f" of {', '.join(alone)}" if max(seeds.values()) > 1 else ""
     return replace(verdict, why=f"{verdict.why} (one seed{whose}: the intervals know documents alone)")
 
 
@@ -404,7 +405,7 @@ def _losses(
 ) -> dict[str, Losses]:
     found = {}
     for name in plans:
-        parts = done(results, [f"{_name(group, kind, name, seed)}/perplexity" for seed in stage.seeds_of(name)])
+        parts = begun(results, [f"{_name(group, kind, name, seed)}/perplexity" for seed in stage.seeds_of(name)])
         if parts is not None:
             found[name] = Losses(parts)
     return found
