@@ -1,14 +1,19 @@
 """Attention of one query per row to what a cache stores, where tensors say which slots hold what."""
 
-import random
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import stored_kernels
 from masformer import BlockSpan, FullSpan, SpanCache, WindowSpan
 from masformer.attention import ConstantSinks
 from masformer.attention.reference import dense_attention
-from masformer.attention.stored import Slots, attend_slots
+from masformer.attention.stored import attend_slots
 from masformer.cache.token import TokenCache
 
 SPANS = [WindowSpan(5), WindowSpan(4, 3), BlockSpan(4), BlockSpan(3, 2), FullSpan()]
@@ -46,29 +51,16 @@ def test_the_slots_of_a_cache_show_what_the_span_shows(span, recording):
         cache.count()
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which is not installed")
+def test_the_kernels_of_slots_against_float64_in_tritons_interpreter():
+    script = Path(__file__).parents[1] / "stored_kernels.py"
+    surroundings = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, script], env=surroundings, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_kernels_of_slots_against_float64(dtype):
-    chosen = random.Random(0)
-    for _ in range(14):
-        rows, kv_heads, group = chosen.choice([1, 2, 3]), chosen.choice([1, 2, 8]), chosen.choice([1, 3, 4])
-        dim, value_dim = chosen.choice([(64, 64), (80, 32), (256, 256)])
-        length, full = chosen.choice([3, 60, 300, 1500, 9000]), chosen.random() < 0.5
-        count, ring = (0, None) if full else (chosen.choice([0, 4]), chosen.choice([5, 70, 1024]))
-        slots = length + 9 if full else min(length + 5, count + ring)
-        newest = torch.tensor([length - 1 - chosen.randint(0, length // 2) for _ in range(rows)])
-        low = torch.tensor([max(0, int(p) - chosen.randint(0, int(p) if full else ring - 1)) for p in newest])
-        make = torch.Generator().manual_seed(length)
-        query = torch.randn(rows, 1, kv_heads * group, dim, generator=make).transpose(1, 2).cuda().to(dtype)
-        key = torch.randn(rows, kv_heads, slots, dim, generator=make).cuda().to(dtype)
-        value = torch.randn(rows, kv_heads, slots, value_dim, generator=make).cuda().to(dtype)
-        logit, fixed = torch.randn(kv_heads * group, generator=make), torch.randn(kv_heads, value_dim, generator=make)
-        sinks = chosen.choice([None, ConstantSinks(logit.cuda(), fixed.cuda()), ConstantSinks(logit.cuda())])
-        softcap = chosen.choice([None, 5.0])
-        places = Slots(newest.cuda(), low.cuda(), count, ring)
-        visible = Slots(newest, low, count, ring).visible(slots).cuda()
-        options = {"scale": dim**-0.5, "softcap": softcap, "sinks": sinks}
-        exact = dense_attention(query.double(), key.double(), value.double(), visible, dim**-0.5, 0.0, softcap, sinks)
-        actual = attend_slots(query, key, value, places, **options)
-        bound = 8e-3 if dtype == torch.bfloat16 else 1e-5
-        assert (actual.double() - exact).norm() / exact.norm() < bound
+    for seed in range(10):
+        stored_kernels.check(seed, "cuda", dtype)

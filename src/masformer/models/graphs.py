@@ -197,11 +197,13 @@ class _Tokens:
         out = self.written(*args, **kwargs)
         if not state.graph.snapshot.still_holds():
             return self._refuse("parts of the model are changed by a pass", args, kwargs, out)
-        state.trusted = _apart(logits, out.logits) < APART and state.graph.take_output(out, cache)  # a NaN is apart
+        is_close, gives_more = (apart := _apart(logits, out.logits)) < APART, not state.graph.take_output(out, cache)
+        state.trusted = is_close and not gives_more  # a NaN is not close
         if not state.trusted and state.was_trusted:
             self.states[cache] = _State(cache)  # of a model that has changed
         elif not state.trusted:
-            return self._refuse("they give other logits, or the model gives more than logits", args, kwargs, out)
+            other = f"they give other logits, which are {apart:.2g} of the spread of the model's apart"
+            return self._refuse("the model gives more than logits" if is_close else other, args, kwargs, out)
         state.was_trusted = True
         return out
 
