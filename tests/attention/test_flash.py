@@ -1,10 +1,6 @@
 """FlashAttention: exact through a stand-in for torch's two operators on the CPU, and on a GPU with its kernels."""
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -180,14 +176,6 @@ def test_a_kernel_that_is_wrong_is_found_out_and_named(monkeypatch):
             with pytest.warns(UserWarning, match="FlashAttention is wrong for window:20, head width 8"):
                 assert not flash._tried(*arguments, WindowSpan(20))
     flash._tried.cache_clear()
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which is not installed")
-def test_the_kernels_of_sinks_against_torch_in_tritons_interpreter():
-    script = Path(__file__).parents[1] / "sinks_kernels.py"
-    surroundings = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run([sys.executable, script], env=surroundings, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
 
 
 # On a GPU

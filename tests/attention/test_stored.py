@@ -1,11 +1,5 @@
 """Attention of one query per row to what a cache stores, where tensors say which slots hold what."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -49,14 +43,6 @@ def test_the_slots_of_a_cache_show_what_the_span_shows(span, recording):
         torch.testing.assert_close(actual, expected, atol=1e-12, rtol=0)
         cache.begin(rows, 1, real[:, : at + 1])
         cache.count()
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which is not installed")
-def test_the_kernels_of_slots_against_float64_in_tritons_interpreter():
-    script = Path(__file__).parents[1] / "stored_kernels.py"
-    surroundings = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run([sys.executable, script], env=surroundings, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.gpu
