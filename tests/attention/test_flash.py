@@ -83,6 +83,23 @@ def test_tensors_that_lie_head_by_head(span, padded, batch):
         torch.testing.assert_close(b, a, atol=1e-12, rtol=1e-12)
 
 
+def test_tokens_end_to_end_lie_at_one_distance_through_all_rows():
+    whole = torch.randn(3, 6, 5, 8)
+    one = torch.randn(3, 1, 6, 8).as_strided((3, 1, 6, 8), (48, 8, 8, 1))  # a query a row, as rotary positions give it
+    for x in (whole.transpose(1, 2), whole[:, :, :1].transpose(1, 2), whole[:1].expand(3, 6, 5, 8), one):
+        found = flash._end_to_end(x)
+        assert torch.equal(found, x)
+        assert found.stride(0) == found.shape[1] * found.stride(1)
+
+
+def test_parts_lie_where_their_calls_do():
+    layout = Layout.of((torch.arange(40) >= torch.tensor([[7], [0]])).long(), None)
+    for device in ("cpu", "meta"):
+        q, k, v = (torch.zeros(2, heads, 40, 8, device=device) for heads in (6, 2, 2))
+        made = parts.parts_of(Call(q, k, v, WindowSpan(9, 3), 0.5, layout))
+        assert made.sinks.chunks.device.type == made.parts[0].ends[0].device.type == device
+
+
 @pytest.mark.parametrize("span", [WindowSpan(9, 3), WindowSpan(5), BlockSpan(6, 1)])
 def test_keys_out_of_a_cache_that_has_dropped_some(span):
     real = torch.ones(2, 61, dtype=torch.long)

@@ -188,8 +188,9 @@ def _in_rows(x: Tensor) -> Tensor:
 
 
 def _end_to_end(x: Tensor) -> Tensor:
-    """[batch, length, heads, dim] whose tokens lie at one distance through all rows."""
-    return x if len(x) == 1 or x.stride(0) == x.shape[1] * x.stride(1) else x.contiguous()
+    """[batch, length, heads, dim] whose tokens lie at one distance through all rows; a copy where they do not."""
+    flat = x.flatten(0, 1)
+    return flat.view(*x.shape[:2], *flat.shape[1:])  # with the distance as stride, also of rows of one token
 
 
 def _by_head(x: Tensor, like: Tensor) -> Tensor:
@@ -312,11 +313,11 @@ def _tried(device: torch.device, dtype: torch.dtype, dim: int, group: int, span:
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         make = torch.Generator(device).manual_seed(0)
         query, key, value, weight = (
-            torch.randn(1, length, heads, dim, generator=make, device=device, dtype=dtype).transpose(1, 2)
+            torch.randn(2, length, heads, dim, generator=make, device=device, dtype=dtype).transpose(1, 2)
             for heads in (2 * group, 2, 2, 2 * group)
         )
         past = 50 if isinstance(span, FullSpan) else 0  # without one, torch's own choice of a kernel runs
-        query, weight = query[:, :, past:], weight[:, :, past:]
+        query, weight = query[:, :, past:].contiguous(), weight[:, :, past:]  # queries lie head by head
         found = []
         for backend, precision in ((Reference(), torch.float32), (Flash(), dtype)):
             q, k, v = tensors = [x.detach().to(precision).requires_grad_() for x in (query, key, value)]

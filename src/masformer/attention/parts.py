@@ -64,7 +64,7 @@ class Parts:
 
 
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""The documents of a layout -> (span, query length, keys that are missing) -> parts."""
+"""The documents of a layout -> (span, query length, keys that are missing, device) -> parts."""
 
 
 def parts_of(call: Call) -> Parts:
@@ -74,7 +74,7 @@ def parts_of(call: Call) -> Parts:
     if call.layout is None:
         return _plain_parts(*shape, call.query.device)
     known = _known.setdefault(call.layout.documents, {})
-    name = call.span, query_len, call.layout.skipped
+    name = call.span, query_len, call.layout.skipped, call.query.device
     if name not in known:
         known[name] = _made(*shape, call.layout, call.query.device)
     return known[name]  # type: ignore[no-any-return]

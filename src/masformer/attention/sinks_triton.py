@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from masformer.attention.launching import on
 from masformer.attention.sinks import CHUNK, Sinks
 
 NARROWEST = 16
@@ -22,7 +23,7 @@ def _join(
     SIZE: tl.constexpr, SINKS: tl.constexpr, PLACES: tl.constexpr,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    chunk, head = tl.program_id(0), tl.program_id(1)
+    chunk, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first = tl.load(CHUNKS + chunk * 4)
     count = tl.load(CHUNKS + chunk * 4 + 1)
     position = tl.load(CHUNKS + chunk * 4 + 2)
@@ -55,7 +56,7 @@ def _gradients(
     SIZE: tl.constexpr, SINKS: tl.constexpr, PLACES: tl.constexpr,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    chunk, kv_head = tl.program_id(0), tl.program_id(1)
+    chunk, kv_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first = tl.load(CHUNKS + chunk * 4)
     count = tl.load(CHUNKS + chunk * 4 + 1)
     position = tl.load(CHUNKS + chunk * 4 + 2)
@@ -100,7 +101,7 @@ def _sum_parts(
     PARTS, CHUNKS, ENDS, DK, DV, chunks, dk_token, dk_head, dv_token, dv_head,
     SIZE: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    document, kv_head, sink = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    document, kv_head, sink = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     kv_heads, sinks = tl.num_programs(1), tl.num_programs(2)
     at, end = tl.load(ENDS + document), tl.load(ENDS + document + 1)
     count = tl.load(CHUNKS + (end - 1) * 4 + 1)
@@ -127,7 +128,8 @@ def join(sinks: Sinks, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tenso
     """See `masformer.attention.sinks.join`."""
     strides = [x.stride(i) for x in (q, k, v, out) for i in (1, 2)]
     grid = sinks.chunks.shape[0], q.shape[2]
-    _join[grid](q, k, v, out, sums, sinks.chunks, scale, sums.shape[2], *strides, **_shape(sinks, q, k))
+    with on(q.device):
+        _join[grid](q, k, v, out, sums, sinks.chunks, scale, sums.shape[2], *strides, **_shape(sinks, q, k))
 
 
 def add_gradients(
@@ -149,11 +151,12 @@ def add_gradients(
     strides = [x.stride(i) for x in (g, q, k, v, out, q_grad) for i in (1, 2)]
     made = g, q, k, v, out, sums, sinks.chunks, q_grad, parts
     shape = _shape(sinks, q, k)
-    _gradients[chunks, kv_heads](*made, scale, sums.shape[2], *strides, **shape, num_stages=1)
-    strides = [x.stride(i) for x in (k_grad, v_grad) for i in (1, 2)]
+    others = [x.stride(i) for x in (k_grad, v_grad) for i in (1, 2)]
     summed = parts, sinks.chunks, sinks.ends, k_grad, v_grad
     rest = {name: shape[name] for name in ("SIZE", "WIDTH", "WIDE")}
-    _sum_parts[documents, kv_heads, sinks.count](*summed, chunks, *strides, **rest, STEP=STEP)
+    with on(q.device):
+        _gradients[chunks, kv_heads](*made, scale, sums.shape[2], *strides, **shape, num_stages=1)
+        _sum_parts[documents, kv_heads, sinks.count](*summed, chunks, *others, **rest, STEP=STEP)
 
 
 def _shape(sinks: Sinks, q: Tensor, k: Tensor) -> dict[str, int]:

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from masformer.attention.constant import ConstantSinks
+from masformer.attention.launching import on
 from masformer.attention.sinks_triton import NARROWEST
 from masformer.attention.stored import Slots
 
@@ -57,7 +58,7 @@ def _part(
     whole = tl.zeros([PLACES], tl.float32)
     out = tl.zeros([PLACES, V_WIDE], tl.float32)
     for at in range(begin, end, KEYS):
-        slot = at + place
+        slot = (at + place).to(tl.int64)
         there = slot < end
         seen = there
         if IS_RING:
@@ -140,32 +141,34 @@ def attend(
     sums = query.new_empty(rows * heads * pieces, 2, dtype=torch.float32)
     out = query.new_empty(rows, heads, 1, v_width)
     strides = query.stride()[:2], key.stride()[:3], value.stride()[:3]
-    _part[rows, kv_heads, pieces](
-        *(query, key, value, slots.newest, slots.low, parts, sums, scale, softcap or 1.0),
-        *(stride for each in strides for stride in each),
-        *(slots.sinks, slots.ring or 0, group),
-        IS_RING=slots.ring is not None,
-        CAPPED=softcap is not None,
-        PLACES=max(NARROWEST, triton.next_power_of_2(group)),
-        WIDTH=width,
-        WIDE=wide,
-        V_WIDTH=v_width,
-        V_WIDE=v_wide,
-        KEYS=keys,
-        num_warps=4,
-    )
-    logit = sums if sinks is None else sinks.logit
+    newest, low = slots.newest.contiguous(), slots.low.contiguous()
+    logit = sums if sinks is None else sinks.logit.contiguous()
     sink_value = sums if sinks is None or sinks.value is None else sinks.value.contiguous()
-    _join[rows, heads](
-        *(parts, sums, out, logit, sink_value),
-        PIECES=pieces,
-        GROUP=group,
-        V_WIDTH=v_width,
-        V_WIDE=v_wide,
-        SINK=sinks is not None,
-        SINK_VALUE=sinks is not None and sinks.value is not None,
-        num_warps=4,
-    )
+    with on(query.device):
+        _part[rows, kv_heads, pieces](
+            *(query, key, value, newest, low, parts, sums, scale, softcap or 1.0),
+            *(stride for each in strides for stride in each),
+            *(slots.sinks, slots.ring or 0, group),
+            IS_RING=slots.ring is not None,
+            CAPPED=softcap is not None,
+            PLACES=max(NARROWEST, triton.next_power_of_2(group)),
+            WIDTH=width,
+            WIDE=wide,
+            V_WIDTH=v_width,
+            V_WIDE=v_wide,
+            KEYS=keys,
+            num_warps=4,
+        )
+        _join[rows, heads](
+            *(parts, sums, out, logit, sink_value),
+            PIECES=pieces,
+            GROUP=group,
+            V_WIDTH=v_width,
+            V_WIDE=v_wide,
+            SINK=sinks is not None,
+            SINK_VALUE=sinks is not None and sinks.value is not None,
+            num_warps=4,
+        )
     return out
 
 
