@@ -184,7 +184,9 @@ def language_findings(stage: LanguageStage, place: Place, results: Results, grou
     for when, said in ((AFTER, of), (BEFORE, " (a pretrained model, before training)")):
         if FULL in measured[when] and LOCAL in measured[when]:
             mixes = {name: each for name, each in near[when].items() if name in cheap}
-            made.verdicts.append(_known(comes_close(f"{CLAIM}{said}.", mixes, "nats"), seeds, mixes, when == AFTER))
+            verdict = comes_close(f"{CLAIM}{said}.", mixes, "nats")
+            shown = [name for name in mixes if f"{name} loses" in verdict.why]
+            made.verdicts.append(_known(verdict, seeds, shown, when == AFTER))
     if stage.equal:
         claim = "Blocks, which the paper takes, are as good as windows of equal cost (trained under each)."
         found = over_each_other(losses, stage.equal, length, lambda name: shares[name])
