@@ -153,9 +153,9 @@ attention 45 attention-smollm2 "${smollm2_heads[@]}" "${smollm2_spans[@]}" --len
 whole 90 train-smollm2 train smollm2-135m "${training[@]}" --batch $rows --plan "$smollm2_local" --peers none ${compile[@]+"${compile[@]}"}
 whole 80 decode-llama-1b decode llama-1b "${llama[@]}" --lengths $short,$middle,$long --new $new
 whole 60 decode-llama-1b-rows decode llama-1b "${llama[@]}" --lengths $middle,$long --new $new --batch $many --peers none
-whole 90 decode-llama-1b-compiled decode llama-1b "${llama[@]}" --lengths $middle,$long --new $new --peers none ${compile[@]+"${compile[@]}"}
+whole 60 decode-llama-1b-compiled decode llama-1b "${llama[@]}" --lengths $middle,$long --new $new --peers none ${compile[@]+"${compile[@]}"}
 # What a second run is for
-whole 90 train-smollm2-rows train smollm2-135m "${training[@]}" --batch $many --peers none ${compile[@]+"${compile[@]}"}
+whole 60 train-smollm2-rows train smollm2-135m "${training[@]}" --batch $many --peers none ${compile[@]+"${compile[@]}"}
 attention 45 attention-llama-1b "${llama_heads[@]}" "${llama_spans[@]}" --lengths $short,$middle --peers torch-flash
 whole 60 eval-smollm2 eval smollm2-135m --dtype float32 --lengths $eval_lengths --tokens $eval_tokens --plan "$smollm2_plan"
 whole 60 prefill-llama-1b prefill llama-1b "${llama[@]}" --lengths $short,$middle
