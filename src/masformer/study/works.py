@@ -157,7 +157,9 @@ class Train(Work):
         began = time.monotonic()
         forget()
         model = unpacked(self.recipe.model, place)
-        if _exact(benchmarks.default_device().type, model.dtype, self.recipe.training.precision):
+        if model.backend == "auto" and _exact(
+            benchmarks.default_device().type, model.dtype, self.recipe.training.precision
+        ):
             model = replace(model, backend=EXACT)
         recipe = replace(self.recipe, model=model)
         outcome = train(recipe, resume=True, console=Console(quiet=True))
