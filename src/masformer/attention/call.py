@@ -90,17 +90,16 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, dr
 
 def spread(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values as torch's kernels are fast with them: repeated for the heads of their group where that pays."""
+    group, pays = query.shape[1] // key.shape[1], False
     if query.is_cuda and query.dtype == torch.float32:
         # Of torch's kernels that do not write all scores to memory, the one for float32 takes no grouped heads.
-        group = query.shape[1] // key.shape[1]
-        return (key, value) if group == 1 else (key.repeat_interleave(group, 1), value.repeat_interleave(group, 1))
-    if query.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        pays = group > 1
+    elif query.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # The backward pass gives each thread whole key heads: where they do not go round, threads wait and spin.
-        group, heads, threads = query.shape[1] // key.shape[1], key.shape[0] * key.shape[1], torch.get_num_threads()
+        heads, threads = key.shape[0] * key.shape[1], torch.get_num_threads()
         turns, even = group * -(-heads // threads), -(-group * heads // threads)
-        if even < 0.9 * turns:  # worth the copies
-            return key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    return key, value
+        pays = even < 0.9 * turns  # it is worth the copies
+    return (key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)) if pays else (key, value)
 
 
 def in_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

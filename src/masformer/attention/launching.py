@@ -1,10 +1,13 @@
-"""Where kernels of our own run."""
+"""What kernels of our own in Triton have in common."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+
+NARROWEST = 16
+"""Triton multiplies matrices at least so wide: few sinks, or few queries of a key head, are filled up to it."""
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:

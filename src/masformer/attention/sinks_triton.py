@@ -7,11 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from masformer.attention.launching import on
+from masformer.attention.launching import NARROWEST, on
 from masformer.attention.sinks import CHUNK, Sinks
 
-NARROWEST = 16
-"""Triton multiplies matrices at least so wide: few sinks, or few queries of a key head, are filled up to it."""
 STEP = 32
 """Chunks of a document whose gradients are read at once."""
 
@@ -34,7 +32,7 @@ def _join(
     seen = sink[None, :] < tl.minimum(position + row - SIZE + 1, SINKS)[:, None]
     sequence, token, kv_head = first // length, first.to(tl.int64), head // GROUP
     place = OUT + token * out_token + head * out_head + (row[:, None] * out_token + column)
-    sums = SUMS + (sequence * tl.num_programs(1) + head).to(tl.int64) * length + first % length + row
+    sums = SUMS + (sequence * tl.num_programs(1) + head) * length + first % length + row
     q = tl.load(Q + token * q_token + head * q_head + (row[:, None] * q_token + column), there, 0.0)
     k = tl.load(K + start * k_token + kv_head * k_head + (sink[:, None] * k_token + column), near, 0.0)
     v = tl.load(V + start * v_token + kv_head * v_head + (sink[:, None] * v_token + column), near, 0.0)
@@ -74,7 +72,7 @@ def _gradients(
     for member in range(GROUP):
         head = kv_head * GROUP + member
         place = DQ + token * dq_token + head * dq_head + (row[:, None] * dq_token + column)
-        sums = SUMS + (sequence * heads + head).to(tl.int64) * length + first % length + row
+        sums = SUMS + (sequence * heads + head) * length + first % length + row
         q = tl.load(Q + token * q_token + head * q_head + (row[:, None] * q_token + column), there, 0.0)
         g = tl.load(G + token * g_token + head * g_head + (row[:, None] * g_token + column), there, 0.0)
         out = tl.load(OUT + token * out_token + head * out_head + (row[:, None] * out_token + column), there, 0.0)
@@ -89,7 +87,7 @@ def _gradients(
         dk += tl.dot(tl.trans(slopes.to(q.dtype)), q, input_precision="ieee")
         dv += tl.dot(tl.trans(weights.to(g.dtype)), g, input_precision="ieee")
     programs = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
-    part = (chunk * tl.num_programs(1) + kv_head).to(tl.int64)
+    part = chunk * tl.num_programs(1) + kv_head
     inside = (sink < SINKS)[:, None] & (column < WIDTH)
     at = sink[:, None] * WIDTH + column
     tl.store(PARTS + part * SINKS * WIDTH + at, dk, inside)

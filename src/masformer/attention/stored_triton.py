@@ -15,8 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from masformer.attention.constant import ConstantSinks
-from masformer.attention.launching import on
-from masformer.attention.sinks_triton import NARROWEST
+from masformer.attention.launching import NARROWEST, on
 from masformer.attention.stored import Slots
 
 TILE, MOST_KEYS = 16384, 128

@@ -120,6 +120,8 @@ def tile_size(call: Call, kernel: Kernel) -> int:
     are sinks, additions in the backward pass, and calls where query heads become rows.
     """
     query, value, span = call.query, call.value, call.span
+    if span.max_visible is None and kernel.takes_wide_tiles(query, value):
+        return WIDE
     if not kernel.groups_heads(query, value):
         return 128 if call.trains or span.sinks else 64
     if not call.trains and (not span.sinks or kernel.tells_sums(query, value)):
@@ -151,7 +153,6 @@ FLASH_CPU = "_scaled_dot_product_flash_attention_for_cpu"
 
 ALIGNED = 16
 """The keys of a tile are a multiple of so many: matrix products of other widths are up to a sixth slower on CPUs."""
-
 
 WIDE = 1024
 """Queries of a tile of full attention where scores take no memory: narrow ones are launched one after the other."""
@@ -408,8 +409,6 @@ def _document(
     at = start = end - query.shape[2]
     head = end if span.max_visible is None else min(end, span.max_visible)
     outputs: list[Tensor] = []
-    if span.max_visible is None and kernel.takes_wide_tiles(query, value):
-        tile = WIDE
 
     def put(part: Tensor, first: int, stop: int) -> None:
         if room is None:

@@ -197,8 +197,9 @@ class _Tokens:
         out = self.written(*args, **kwargs)
         if not state.graph.snapshot.still_holds():
             return self._refuse("parts of the model are changed by a pass", args, kwargs, out)
-        is_close, gives_more = (apart := _apart(logits, out.logits)) < APART, not state.graph.take_output(out, cache)
-        state.trusted = is_close and not gives_more  # a NaN is not close
+        apart = _apart(logits, out.logits)
+        is_close = apart < APART  # a NaN is not
+        state.trusted = is_close and state.graph.take_output(out, cache)
         if not state.trusted and state.was_trusted:
             self.states[cache] = _State(cache)  # of a model that has changed
         elif not state.trusted:

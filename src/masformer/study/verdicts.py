@@ -121,6 +121,11 @@ def nearness(values: Mapping[str, Values], weights: Sequence[float] | None = Non
     return {name: Nearness.of(values[FULL], values[LOCAL], each, weights) for name, each in mixes.items()}
 
 
+def decisive(plans: Mapping[str, Nearness]) -> list[str]:
+    """Names of those that come close to full attention; where none does, of all."""
+    return [name for name, each in plans.items() if each.answer == HOLDS] or list(plans)
+
+
 def comes_close(claim: str, plans: dict[str, Nearness], unit: str) -> Verdict:
     """Whether any of the plans comes close to full attention; not, where none does for certain.
 
@@ -129,11 +134,9 @@ def comes_close(claim: str, plans: dict[str, Nearness], unit: str) -> Verdict:
         plans: name -> how near; none: nothing was measured that the claim is about.
         unit: of the values.
     """
-    answers = {name: each.answer for name, each in plans.items()}
-    good = [name for name, answer in answers.items() if answer == HOLDS]
-    answer = HOLDS if good else FAILS if answers and all(each == FAILS for each in answers.values()) else OPEN
-    shown = good or list(plans)
-    lines = dict.fromkeys(plans[name].text(name, unit) for name in shown)
+    answers = {each.answer for each in plans.values()}
+    answer = HOLDS if HOLDS in answers else FAILS if answers == {FAILS} else OPEN
+    lines = dict.fromkeys(plans[name].text(name, unit) for name in decisive(plans))
     return Verdict(claim, answer, "; ".join(lines) or "nothing was measured")
 
 

@@ -31,6 +31,7 @@ from masformer.study.verdicts import (
     Verdict,
     are_better,
     comes_close,
+    decisive,
     interval,
     is_no_worse,
     nearness,
@@ -185,15 +186,14 @@ def language_findings(stage: LanguageStage, place: Place, results: Results, grou
         if FULL in measured[when] and LOCAL in measured[when]:
             mixes = {name: each for name, each in near[when].items() if name in cheap}
             verdict = comes_close(f"{CLAIM}{said}.", mixes, "nats")
-            shown = [name for name in mixes if f"{name} loses" in verdict.why]
-            made.verdicts.append(_known(verdict, seeds, shown, when == AFTER))
+            made.verdicts.append(_known(verdict, seeds, decisive(mixes), when == AFTER))
     if stage.equal:
         claim = "Blocks, which the paper takes, are as good as windows of equal cost (trained under each)."
         found = over_each_other(losses, stage.equal, length, lambda name: shares[name])
         names = [name for pair in stage.equal for name in pair]
         made.verdicts.append(_known(is_no_worse(claim, found), seeds, names))
     if stage.curves:
-        _add_curves_by_cost(made, stage, measured, over, shares)
+        _add_curves_by_cost(made, stage, measured, over, shares, seeds)
     if group == PRETRAINED:
         made.short += _in_short(stage, near, over, shares)
     if (asked := stage.retrieval) is not None:
@@ -223,6 +223,7 @@ def _add_curves_by_cost(
     measured: Mapping[str, Mapping[str, Losses]],
     over: Mapping[str, Mapping[str, Interval]],
     shares: Mapping[str, float],
+    seeds: Mapping[str, int],
 ) -> None:
     """What lines of plans lose by their cost, and which of them loses less; a table and a drawing open the report."""
     every = list(dict.fromkeys(share for points in stage.curves.values() for share in points))
@@ -249,15 +250,15 @@ def _add_curves_by_cost(
         made.opening = (BY_COST, BY_COST)
     for one, other in stage.better:
         for when, here in measured.items():
+            pairs = {share: (f"{one}, {share}", f"{other}, {share}") for share in stage.curves[one]}
+            pairs = {share: pair for share, pair in pairs.items() if here.keys() >= set(pair)}
             apart = {
-                f"at {share}": here[f"{one}, {share}"].over(here[f"{other}, {share}"], max(stage.lengths))
-                for share in stage.curves[one]
-                if f"{one}, {share}" in here and f"{other}, {share}" in here
+                f"at {share}": here[mine].over(here[theirs], max(stage.lengths))
+                for share, (mine, theirs) in pairs.items()
             }
             if apart:
                 verdict = are_better(f"At equal cost, {one} lose less than {other} ({when} training).", apart)
-                names = [f"{line}, {at.removeprefix('at ')}" for at in apart for line in (one, other)]
-                seeds = {name: each.seeds for name, each in measured[AFTER].items()}
+                names = [name for pair in pairs.values() for name in pair]
                 made.verdicts.append(_known(verdict, seeds, names, when == AFTER))
 
 
