@@ -115,6 +115,7 @@ MINI = {
             "examples": 2,
             "length": 800,
             "plans": ["all full", "all local", "layers, 50%"],
+            "seeds": [0],
         },
     },
     "generation": {
@@ -548,6 +549,10 @@ def test_what_cannot_be_done_is_named_in_one_line(words, message, tmp_path, monk
     assert err.count("\n") == 1
 
 
+ASKED = {"tasks": ["passkey"], "depths": [50], "examples": 1}
+ONCE = {"all full": "full", "all local": "window:4", "2 full": "full@0-1; window:4"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -563,6 +568,12 @@ def test_what_cannot_be_done_is_named_in_one_line(words, message, tmp_path, monk
         ({"untouched": ["2 full"]}, "language.untouched '2 full' is not allowed; allowed: all full"),
         ({"once": ["2 full"]}, "language.once '2 full' is not allowed; allowed: all full"),
         ({"once": ["1 full"]}, "language.once does nothing with one seed; leave it out"),
+        ({"retrieval": ASKED | {"seeds": [0, 7]}}, "language.retrieval.seeds must be of 0, got [0, 7]"),
+        (
+            {"seeds": [0, 1], "once": ["2 full"], "plans": ONCE, "long": [], "retrieval": ASKED | {"seeds": [1]}},
+            "language.retrieval.seeds [1] holds no seed of 2 full: 0",
+        ),
+        ({"retrieval": ASKED | {"seeds": []}}, "language.retrieval.seeds must be different whole numbers"),
         ({"better": [["heads", "layers"]]}, "language.better must hold pairs of lines, got ['heads', 'layers']"),
     ],
 )
@@ -575,6 +586,33 @@ def test_wrong_scales_are_named_in_one_line(change, message, tmp_path):
         study.load_scale(str(path))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("stage", "part", "setting", "message"),
+    [
+        ("where", (), "plans", "where.retrieval.plans is of stages that train; name searches in searches"),
+        ("where", (), "seeds", "where.retrieval.seeds is of stages that train; name searches in searches"),
+        (
+            "generation",
+            ("beside",),
+            "seeds",
+            "generation.beside.retrieval.seeds is of other stages; every plan is asked",
+        ),
+        ("language", (), "searches", "language.retrieval.searches is of the stage where; name trained plans in plans"),
+    ],
+)
+def test_what_retrieval_of_another_stage_takes_is_refused(stage, part, setting, message, tmp_path):
+    path = mini(tmp_path, stage)
+    settings = yaml.safe_load(path.read_text())
+    owner = settings[stage]
+    for name in part:
+        owner = owner[name]
+    owner["retrieval"] = owner.get("retrieval", ASKED) | {setting: [0] if setting == "seeds" else ["all full"]}
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    with pytest.raises(MasformerError) as error:
+        study.load_scale(str(path), check=False)
+    assert str(error.value).endswith(message)
 
 
 def test_several_processes_are_refused(tmp_path, monkeypatch):

@@ -121,6 +121,7 @@ class FindPart(Settings):
         length: of prompt and answer; None: that of the stage's windows.
         searches: of the stage `where`, names of those whose plans are asked; None: all.
         plans: of a stage that trains, names of those whose models are asked; None: all.
+        seeds: of a stage that trains, those whose models are asked; None: all.
         room: tokens of an answer; None: the task's.
         chat: whether the question stands in the tokenizer's chat template; None: where there is one.
     """
@@ -131,6 +132,7 @@ class FindPart(Settings):
     length: int | None = None
     searches: Several[str] | None = None
     plans: Several[str] | None = None
+    seeds: Several[int] | None = None
     room: int | None = None
     chat: bool | None = None
 
@@ -207,6 +209,13 @@ class LanguageStage(Settings):
         """The seeds that a plan is trained with."""
         return list(self.seeds[:1] if name in self.once else self.seeds)
 
+    def asked_seeds(self, name: str) -> list[int]:
+        """The seeds with which a trained plan is asked for what is hidden."""
+        if self.retrieval is None or (self.retrieval.plans is not None and name not in self.retrieval.plans):
+            return []
+        wanted = self.retrieval.seeds
+        return [seed for seed in self.seeds_of(name) if wanted is None or seed in wanted]
+
     def __post_init__(self) -> None:
         if self.retrieval is not None and self.retrieval.searches is not None:
             raise MasformerError("language.retrieval.searches is of the stage where; name trained plans in plans")
@@ -225,6 +234,7 @@ class LanguageStage(Settings):
         check_pairs("language.better", self.better, "lines", set(self.curves))
         check_plans("language", self.plans)
         check_seeds("language", self.seeds)
+        self._check_asked()
         check_int("language.max_tokens", self.max_tokens, max(self.lengths, default=1))
         if not self.lengths:
             raise MasformerError("language.lengths needs at least one length")
@@ -237,6 +247,22 @@ class LanguageStage(Settings):
         if self.long and self.start is None:
             raise MasformerError("language.long is held against training that starts short; give language.start")
         check_pairs("language.equal", self.equal, "plans", set(self.trained))
+
+    def _check_asked(self) -> None:
+        """Raises MasformerError where `retrieval.seeds` asks for models that are not trained."""
+        if self.retrieval is None or self.retrieval.seeds is None:
+            return
+        check_seeds("language.retrieval", self.retrieval.seeds)
+        if not set(self.retrieval.seeds) <= set(self.seeds):
+            known = ", ".join(map(str, self.seeds))
+            raise MasformerError(f"language.retrieval.seeds must be of {known}, got {shown(self.retrieval.seeds)}")
+        plans = self.trained if self.retrieval.plans is None else self.retrieval.plans
+        for name in plans:
+            if not self.asked_seeds(name):
+                known = ", ".join(map(str, self.seeds_of(name)))
+                raise MasformerError(
+                    f"language.retrieval.seeds {shown(self.retrieval.seeds)} holds no seed of {name}: {known}"
+                )
 
 
 @dataclass(frozen=True)
@@ -312,8 +338,9 @@ class WhereStage(Settings):
                 raise MasformerError(f"where.{name} must hold something")
         for name in (self.retrieval.searches if self.retrieval else None) or ():
             check_choice("where.retrieval.searches", name, self.searches)
-        if self.retrieval is not None and self.retrieval.plans is not None:
-            raise MasformerError("where.retrieval.plans is of stages that train; name searches in searches")
+        for name in ("plans", "seeds"):
+            if self.retrieval is not None and getattr(self.retrieval, name) is not None:
+                raise MasformerError(f"where.retrieval.{name} is of stages that train; name searches in searches")
         for name in ("better", "as_good"):
             check_pairs(f"where.{name}", getattr(self, name), "searches", set(self.searches))
 
@@ -455,7 +482,7 @@ class BesidePart(Settings):
     def __post_init__(self) -> None:
         check_plans("generation.beside", self.plans)
         check_int("generation.beside.length", self.length, 2)
-        for name in ("searches", "plans"):
+        for name in ("searches", "plans", "seeds"):
             if getattr(self.retrieval, name) is not None:
                 raise MasformerError(f"generation.beside.retrieval.{name} is of other stages; every plan is asked")
 

@@ -90,7 +90,7 @@ def units(stage: LanguageStage, place: Place, group: str = LANGUAGE) -> list[Uni
             trains = Train(recipe, stage.models_stay)
             found.append(Unit(made, belongs, trains, before if kind == "train" else needs, when))
             found.append(Unit(f"{made}/perplexity", belongs, work, (made,), when))
-            if (asked := stage.retrieval) is not None and (asked.plans is None or name in asked.plans):
+            if (asked := stage.retrieval) is not None and seed in stage.asked_seeds(name):
                 for task in asked.tasks:
                     asks = asking(asked, model_of(recipe), stage.every[name], task, max(stage.lengths))
                     found.append(Unit(f"{made}/{task}", belongs, asks, (made,), when))
@@ -312,7 +312,7 @@ def _add_retrieval(
     here: dict[str, dict[str, list[dict[str, Any]]]] = {task: {} for task in asked.tasks}
     for task, by_plan in here.items():
         for name in stage.trained:
-            parts = begun(results, [f"{_name(group, 'train', name, seed)}/{task}" for seed in stage.seeds_of(name)])
+            parts = begun(results, [f"{_name(group, 'train', name, seed)}/{task}" for seed in stage.asked_seeds(name)])
             if parts is not None:
                 by_plan[name] = parts
     for task, scores in add_answers(made, f"{group} retrieval", here, asked.length or max(stage.lengths)).items():
