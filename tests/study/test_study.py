@@ -290,6 +290,7 @@ def test_every_stage_runs_and_reports(language, tmp_path, monkeypatch):
     ]
     assert len(generation["found as it is"]) == 3 * 2
     assert {row["answers"] for row in generation["answers"]} == {6}, "two queries about each of three documents"
+    assert all(0 <= row["blank"] <= 6 for row in generation["answers"])
     assert len(where["retrieval"]) == 2 + 2
     asked = [each["claim"] for each in where["verdicts"] if each["claim"].startswith("Of passkey")]
     assert [claim.split("what ")[1].split(" finds")[0] for claim in asked] == ["heads by tail", "layers by tail"]

@@ -6,6 +6,7 @@ import pytest
 
 from masformer.evaluation.intervals import Interval
 from masformer.study.figures import by_cost
+from masformer.study.stages import generation
 from masformer.study.stages.language import _in_short
 from masformer.study.verdicts import (
     FAILS,
@@ -74,6 +75,16 @@ def test_nothing_is_claimed_where_local_attention_loses_nothing_for_certain():
     assert near.answer == OPEN
     assert "nothing to win back" in near.text("mixed", "nats")
     assert comes_close("c", {"mixed": near}, "nats").answer == OPEN
+
+
+def test_a_plan_that_loses_where_local_attention_does_not_is_not_close_to_full():
+    better = [[value - 0.4 for value in FULL[0]]]
+    near = Nearness.of(FULL, better, shifted(FULL, 0.3))
+    assert near.answer == FAILS
+    assert near.text("mixed", "points").startswith("mixed loses 0.30")
+    assert writes_as_well("c", {"mixed": Nearness.of(FULL, LOCAL, FULL)}, {"mixed": near}, "points").answer == FAILS
+    assert Nearness.of(FULL, better, shifted(FULL, -0.2)).answer == OPEN, "a gain is no loss"
+    assert comes_close("c", {"mixed": near, "other": Nearness.of(FULL, better, FULL)}, "points").answer == OPEN
 
 
 def test_nothing_is_claimed_of_one_measurement():
@@ -145,6 +156,25 @@ def test_what_comes_close_by_the_loss_of_text_must_do_so_by_what_it_writes():
     assert "bottom" not in writes_as_well("c", likely, {"8 full": good, "bottom": bad}, "points").why
     assert writes_as_well("c", {"bottom": bad}, {"bottom": good}, "points").why.startswith("no plan comes close")
     assert writes_as_well("c", {}, {}, "points").why == "nothing was measured"
+
+
+def test_the_first_page_says_of_what_is_written_only_what_was_measured():
+    good, bad = Nearness.of(FULL, LOCAL, between(0.1)), Nearness.of(FULL, LOCAL, between(0.9))
+    better = [[value - 0.4 for value in FULL[0]]]
+    nothing, worse = Nearness.of(FULL, better, FULL), Nearness.of(FULL, better, shifted(FULL, 0.3))
+    likely = {"24 heads": good, "8 layers": good, "bottom": bad}
+    written = {
+        "keys": {"24 heads": bad, "8 layers": good},
+        "values": {},
+        "answers": {"24 heads": worse, "8 layers": nothing},
+    }
+    (short,) = generation._in_short(likely, written)
+    assert short == (
+        "Of 2 plans that come close by the loss of text, so many write as well: keys 1; at answers local attention "
+        "loses nothing for certain; at answers 24 heads lose to all full for certain."
+    )
+    assert generation._in_short(likely, {"values": {}, "keys": {"bottom": bad}}) == []
+    assert generation._in_short({"bottom": bad}, written) == []
 
 
 def test_what_has_one_seed_is_held_against_that_seed_alone():

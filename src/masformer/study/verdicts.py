@@ -94,16 +94,18 @@ class Nearness:
 
     @property
     def answer(self) -> str:
-        """Whether it comes close; open where local attention loses nothing for certain."""
-        if self.gap.low <= 0 or _lone(self.gap):
+        """Whether it comes close; where local attention loses nothing for certain, a plan can only fail."""
+        if _lone(self.gap):
             return OPEN
+        if self.gap.low <= 0:
+            return FAILS if self.left.low > 0 and self.excess.low > 0 else OPEN
         return HOLDS if self.excess.high <= 0 else FAILS if self.excess.low > 0 else OPEN
 
     def text(self, name: str, unit: str) -> str:
         """The figures in words."""
         if _lone(self.gap):
             return f"{name}: one measurement gives no interval"
-        if self.gap.low <= 0:
+        if self.gap.low <= 0 and self.answer == OPEN:
             return f"all local loses {self.gap} {unit}: no certain loss, so there is nothing to win back"
         return f"{name} loses {self.left} {unit} where all local loses {self.gap}"
 

@@ -14,7 +14,7 @@ from masformer.study.losses import Losses, document_scores, near_full, prompt_sc
 from masformer.study.models import attention_share, model_of, recipe_of
 from masformer.study.scale import FULL, BesidePart, GenerationStage, RetrievalPart, SummarizationPart
 from masformer.study.units import Place, Unit
-from masformer.study.verdicts import HOLDS, Nearness, comes_close, difference, nearness, writes_as_well
+from masformer.study.verdicts import FAILS, HOLDS, Nearness, comes_close, difference, nearness, writes_as_well
 from masformer.study.works import Perplexity, Retrieval, Summaries, Train
 from masformer.training.recipe import Recipe
 
@@ -148,6 +148,7 @@ def _answer_rows(answered: Mapping[str, dict[str, Any]]) -> list[Row]:
     for name, result in answered.items():
         (found,) = result["results"]
         row: Row = {"name": name, "length": found["length"], "answers": found["examples"]}
+        row["blank"] = sum(not words for words in found["by_example"]["words"])
         row |= {metric: Interval(**found[metric]) for metric in ANSWERS}
         if name != FULL and FULL in answered:
             mine, counts = document_scores(result, METRIC)
@@ -158,18 +159,28 @@ def _answer_rows(answered: Mapping[str, dict[str, Any]]) -> list[Row]:
 
 def _in_short(likely: Mapping[str, Nearness], written: Mapping[str, Mapping[str, Nearness]]) -> list[str]:
     good = [name for name, near in likely.items() if near.answer == HOLDS]
-    if not good or not written:
+    asked = {what: near for what, near in written.items() if any(name in near for name in good)}
+    if not asked:
         return []
-    decided = {what: near for what, near in written.items() if any(each.gap.low > 0 for each in near.values())}
-    kept = {
-        what: [name for name in good if name in near and near[name].answer == HOLDS] for what, near in decided.items()
-    }
-    parts = [f"{what} {len(names)}" for what, names in kept.items()]
-    nothing = [what for what in written if what not in decided]
-    said = (
-        f"Of {len(good)} plans that come close by the loss of text, so many do by what they write: {', '.join(parts)}"
-    )
-    return [said + (f"; at {', '.join(nothing)} local attention loses nothing for certain." if nothing else ".")]
+
+    def those(what: str, answer: str) -> list[str]:
+        return [name for name in good if name in asked[what] and asked[what][name].answer == answer]
+
+    lost = {what for what, near in asked.items() if any(each.gap.low > 0 for each in near.values())}
+    said = []
+    if kept := [f"{what} {len(those(what, HOLDS))}" for what in asked if what in lost]:
+        said.append(
+            f"of {len(good)} plans that come close by the loss of text, so many write as well: {', '.join(kept)}"
+        )
+    if nothing := [what for what in asked if what not in lost]:
+        said.append(f"at {', '.join(nothing)} local attention loses nothing for certain")
+    said += [
+        f"at {what} {', '.join(worse)} lose to all full for certain"
+        for what in asked
+        if what not in lost and (worse := those(what, FAILS))
+    ]
+    text = "; ".join(said)
+    return [f"{text[0].upper()}{text[1:]}."]
 
 
 def _add_summaries(made: Findings, part: SummarizationPart, place: Place, results: Results) -> None:
