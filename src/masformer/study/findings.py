@@ -61,8 +61,3 @@ class Findings:
 def begun(results: Results, names: Sequence[str]) -> list[dict[str, Any]] | None:
     """Results of units up to the first that is missing; None where that is the first of all."""
     return [results[name] for name in takewhile(results.__contains__, names)] or None
-
-
-def done(results: Results, names: Sequence[str]) -> list[dict[str, Any]] | None:
-    """Results of units, if all of them are there."""
-    return [results[name] for name in names] if all(name in results for name in names) else None

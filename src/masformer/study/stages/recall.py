@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from masformer.reports.figures import heat_map
-from masformer.study.findings import Findings, Results, Row, done
+from masformer.study.findings import Findings, Results, Row, begun
 from masformer.study.models import attention_share, layers_of, model_of, recipe_of
 from masformer.study.scale import RecallStage
 from masformer.study.units import DATA, Place, Unit
@@ -58,16 +58,15 @@ def findings(stage: RecallStage, place: Place, results: Results) -> Findings:
     layers = layers_of(model)
     rows: list[Row] = []
     scores: dict[str, Values] = {}
-    seeds = stage.seeds
     for name, plan in stage.plans.items():
-        parts = done(results, [_test(name, seed) for seed in seeds])
+        parts = begun(results, [_test(name, seed) for seed in stage.seeds])
         if parts is None:
             continue
         share = attention_share(model, plan, stage.length)
         for depth in (None, *stage.depths):
             here = [[row["score"]["mean"]] for part in parts for row in part["results"] if row["depth"] == depth]
             row = {"name": name, "plan": plan, "length": stage.length, "depth": depth, "score": interval(here)}
-            rows.append(row | {"seeds": len(seeds), "prompts": len(seeds) * stage.examples, "attention": share})
+            rows.append(row | {"seeds": len(parts), "prompts": len(parts) * stage.examples, "attention": share})
         scores[name] = [[-part["results"][0]["score"]["mean"]] for part in parts]
     made = Findings(
         "Recall",
