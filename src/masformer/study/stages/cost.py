@@ -63,17 +63,16 @@ def findings(stage: CostStage, place: Place, results: Results) -> Findings:
         ]
         longest = max(row["length"] for row in rows)
         seconds = {row["name"]: row["seconds"] for row in rows if row["length"] == longest}
+        what = f"{WORDS[bench]} of {longest:,} tokens"
         ratios = {
-            f"{name}, {WORDS[bench]} of {longest:,} tokens": bootstrap(
-                [full / plan for full, plan in zip(seconds[MEASURED_FULL], seconds[name], strict=True)]
-            )
+            name: bootstrap([full / plan for full, plan in zip(seconds[MEASURED_FULL], seconds[name], strict=True)])
             for name, plan in plans.items()
             if name in seconds and not plan.is_full
         }
-        made.verdicts.append(is_faster(f"What a mix saves, it saves in time: {WORDS[bench]}.", ratios))
+        titled = {f"{name}, {what}": found for name, found in ratios.items()}
+        made.verdicts.append(is_faster(f"What a mix saves, it saves in time: {WORDS[bench]}.", titled))
         if ratios:
-            parts = [f"{what} {found.mean:.2f}" for what, found in ratios.items()]
-            times.append("; ".join(parts))
+            times.append(f"{what}: " + ", ".join(f"{name} {found.mean:.2f}" for name, found in ratios.items()))
     if times:
         made.short.append(f"Measured, times as fast as full attention: {'; '.join(times)}.")
     return made
