@@ -267,14 +267,14 @@ def test_sinks_of_their_own_give_what_the_stock_model_gives(kind, tmp_path):
     expected, hidden = logits(stock, use_cache=False), logits(stock, attention_mask=real, use_cache=False)
     model = apply_plan(copy.deepcopy(stock), native_plan(stock.config))
     assert str(native_plan(stock.config)) == "full@1,3; window:7"
-    torch.testing.assert_close(logits(model, use_cache=False), expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(logits(model, use_cache=False), expected, atol=2e-5, rtol=2e-5)
     padded_logits = logits(model, attention_mask=real, use_cache=False)
-    torch.testing.assert_close(padded_logits[real.bool()], hidden[real.bool()], atol=2e-5, rtol=0)
+    torch.testing.assert_close(padded_logits[real.bool()], hidden[real.bool()], atol=2e-5, rtol=2e-5)
     cache, found = SpanCache(native_plan(stock.config)), []
     with torch.no_grad():
         for start, stop in [(0, 9), *((at, at + 1) for at in range(9, 41))]:
             found.append(model(TOKENS[:, start:stop], past_key_values=cache).logits)
-    torch.testing.assert_close(torch.cat(found, 1), expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(torch.cat(found, 1), expected, atol=2e-5, rtol=2e-5)
     save_model(model, tmp_path / "saved")
     torch.testing.assert_close(logits(load_model(tmp_path / "saved")[0]), logits(model), atol=0, rtol=0)
 

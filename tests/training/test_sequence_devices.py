@@ -51,8 +51,9 @@ def check_follows(folder, single):
         expected, actual = metrics(single, name), metrics(folder, name)
         assert len(expected) == count
         assert actual.keys() == expected.keys()
+        rel = 3e-4 if name == "grad_norm" else 1e-4  # float32 on another CPU: 1.2e-4 seen
         for step in expected:
-            assert actual[step] == pytest.approx(expected[step], rel=1e-4, abs=1e-4), (name, step)
+            assert actual[step] == pytest.approx(expected[step], rel=rel, abs=1e-4), (name, step)
 
 
 def weights(folder):
