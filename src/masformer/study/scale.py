@@ -144,6 +144,13 @@ class FindPart(Settings):
             check_choice("retrieval.tasks", task, TASKS)
 
 
+def check_unused(name: str, asked: FindPart | None, settings: Sequence[str], why: str) -> None:
+    """Raises MasformerError where retrieval is given settings that a stage does not use."""
+    for setting in settings:
+        if asked is not None and getattr(asked, setting) is not None:
+            raise MasformerError(f"{name}.retrieval.{setting} {why}")
+
+
 @dataclass(frozen=True)
 class LanguageStage(Settings):
     """Language modelling: models that start from the same weights and are trained on under each plan.
@@ -217,10 +224,6 @@ class LanguageStage(Settings):
         return [seed for seed in self.seeds_of(name) if wanted is None or seed in wanted]
 
     def __post_init__(self) -> None:
-        if self.retrieval is not None and self.retrieval.searches is not None:
-            raise MasformerError("language.retrieval.searches is of the stage where; name trained plans in plans")
-        for name in (self.retrieval.plans if self.retrieval is not None else None) or ():
-            check_choice("language.retrieval.plans", name, self.trained)
         for name in self.untouched:
             check_choice("language.untouched", name, [*self.every, *self.curves])
         for name in self.once:
@@ -249,20 +252,22 @@ class LanguageStage(Settings):
         check_pairs("language.equal", self.equal, "plans", set(self.trained))
 
     def _check_asked(self) -> None:
-        """Raises MasformerError where `retrieval.seeds` asks for models that are not trained."""
-        if self.retrieval is None or self.retrieval.seeds is None:
+        """Raises MasformerError where `retrieval` asks for models that are not trained."""
+        check_unused("language", self.retrieval, ["searches"], "is of the stage where; name trained plans in plans")
+        if self.retrieval is None:
             return
-        check_seeds("language.retrieval", self.retrieval.seeds)
-        if not set(self.retrieval.seeds) <= set(self.seeds):
+        for name in self.retrieval.plans or ():
+            check_choice("language.retrieval.plans", name, self.trained)
+        if (seeds := self.retrieval.seeds) is None:
+            return
+        check_seeds("language.retrieval", seeds)
+        if not set(seeds) <= set(self.seeds):
             known = ", ".join(map(str, self.seeds))
-            raise MasformerError(f"language.retrieval.seeds must be of {known}, got {shown(self.retrieval.seeds)}")
-        plans = self.trained if self.retrieval.plans is None else self.retrieval.plans
-        for name in plans:
+            raise MasformerError(f"language.retrieval.seeds must be of {known}, got {shown(seeds)}")
+        for name in self.trained if self.retrieval.plans is None else self.retrieval.plans:
             if not self.asked_seeds(name):
                 known = ", ".join(map(str, self.seeds_of(name)))
-                raise MasformerError(
-                    f"language.retrieval.seeds {shown(self.retrieval.seeds)} holds no seed of {name}: {known}"
-                )
+                raise MasformerError(f"language.retrieval.seeds {shown(seeds)} holds no seed of {name}: {known}")
 
 
 @dataclass(frozen=True)
@@ -338,9 +343,8 @@ class WhereStage(Settings):
                 raise MasformerError(f"where.{name} must hold something")
         for name in (self.retrieval.searches if self.retrieval else None) or ():
             check_choice("where.retrieval.searches", name, self.searches)
-        for name in ("plans", "seeds"):
-            if self.retrieval is not None and getattr(self.retrieval, name) is not None:
-                raise MasformerError(f"where.retrieval.{name} is of stages that train; name searches in searches")
+        unused = ("plans", "seeds")
+        check_unused("where", self.retrieval, unused, "is of stages that train; name searches in searches")
         for name in ("better", "as_good"):
             check_pairs(f"where.{name}", getattr(self, name), "searches", set(self.searches))
 
@@ -482,9 +486,8 @@ class BesidePart(Settings):
     def __post_init__(self) -> None:
         check_plans("generation.beside", self.plans)
         check_int("generation.beside.length", self.length, 2)
-        for name in ("searches", "plans", "seeds"):
-            if getattr(self.retrieval, name) is not None:
-                raise MasformerError(f"generation.beside.retrieval.{name} is of other stages; every plan is asked")
+        unused = ("searches", "plans", "seeds")
+        check_unused("generation.beside", self.retrieval, unused, "is of other stages; every plan is asked")
 
 
 @dataclass(frozen=True)

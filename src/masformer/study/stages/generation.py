@@ -166,19 +166,16 @@ def _in_short(likely: Mapping[str, Nearness], written: Mapping[str, Mapping[str,
     def those(what: str, answer: str) -> list[str]:
         return [name for name in good if name in asked[what] and asked[what][name].answer == answer]
 
-    lost = {what for what, near in asked.items() if any(each.gap.low > 0 for each in near.values())}
+    lost = [what for what, near in asked.items() if any(each.gap.low > 0 for each in near.values())]
+    nothing = [what for what in asked if what not in lost]
     said = []
-    if kept := [f"{what} {len(those(what, HOLDS))}" for what in asked if what in lost]:
-        said.append(
-            f"of {len(good)} plans that come close by the loss of text, so many write as well: {', '.join(kept)}"
-        )
-    if nothing := [what for what in asked if what not in lost]:
+    if lost:
+        counts = ", ".join(f"{what} {len(those(what, HOLDS))}" for what in lost)
+        said.append(f"of {len(good)} plans that come close by the loss of text, so many write as well: {counts}")
+    if nothing:
         said.append(f"at {', '.join(nothing)} local attention loses nothing for certain")
-    said += [
-        f"at {what} {', '.join(worse)} lose to all full for certain"
-        for what in asked
-        if what not in lost and (worse := those(what, FAILS))
-    ]
+    worse = {what: ", ".join(those(what, FAILS)) for what in nothing}
+    said += [f"at {what} {names} lose to all full for certain" for what, names in worse.items() if names]
     text = "; ".join(said)
     return [f"{text[0].upper()}{text[1:]}."]
 
