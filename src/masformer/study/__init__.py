@@ -1,8 +1,8 @@
 """The paper's experiments at a scale of choice: tiny on a laptop, small, on one GPU, or as in the paper.
 
-A scale (`scale`) is a file that says what each stage (`stages`) trains and measures. Stages are made of units
-(`units`), which call what the package has (`works`) and are done once; what they found becomes rows, drawings and
-verdicts (`findings`, `verdicts`), and a report (`report`). `run` puts it together.
+A scale (`scale`) is a file that says what each stage (`stages`) trains and measures, in the `settings` of each. Stages
+are made of units (`units`), which call what the package has (`works`) and are done once; what they found becomes rows,
+drawings and verdicts (`findings`, `verdicts`), and a report (`report`). `run` puts it together.
 """
 
 from masformer.study.report import report_files, write_report

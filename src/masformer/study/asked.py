@@ -9,7 +9,7 @@ from masformer.evaluation.intervals import Interval
 from masformer.reports.figures import draw
 from masformer.study.findings import Findings, Row
 from masformer.study.losses import prompt_scores, turned
-from masformer.study.scale import FULL, FindPart
+from masformer.study.settings import FULL, FindPart
 from masformer.study.verdicts import Values, difference, interval
 from masformer.study.works import Retrieval
 from masformer.training.recipe import ModelRecipe

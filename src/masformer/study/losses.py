@@ -10,7 +10,7 @@ from masformer.evaluation.intervals import Interval
 from masformer.evaluation.perplexity import exp_or_inf
 from masformer.evaluation.perplexity.measure import exp_interval
 from masformer.study.findings import Row
-from masformer.study.scale import FULL
+from masformer.study.settings import FULL
 from masformer.study.verdicts import Nearness, Values, alike, difference, interval, nearness
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from masformer.evaluation.intervals import Interval, bootstrap
-from masformer.study.scale import FULL, LOCAL
+from masformer.study.settings import FULL, LOCAL
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decidable at this scale"
 CLOSE = 0.25

@@ -7,7 +7,7 @@ from masformer.cost import ModelShape, compare
 from masformer.evaluation.intervals import bootstrap
 from masformer.study.findings import Findings, Results
 from masformer.study.models import config_of, plan_of
-from masformer.study.scale import CostStage
+from masformer.study.settings import CostStage
 from masformer.study.units import Place, Unit
 from masformer.study.verdicts import is_faster
 from masformer.study.works import Bench

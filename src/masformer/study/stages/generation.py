@@ -12,7 +12,7 @@ from masformer.study.asked import add_answers, asking
 from masformer.study.findings import Findings, Results, Row
 from masformer.study.losses import Losses, document_scores, near_full, prompt_scores, turned
 from masformer.study.models import attention_share, model_of, recipe_of
-from masformer.study.scale import FULL, BesidePart, GenerationStage, RetrievalPart, SummarizationPart
+from masformer.study.settings import FULL, BesidePart, GenerationStage, RetrievalPart, SummarizationPart
 from masformer.study.units import Place, Unit
 from masformer.study.verdicts import FAILS, HOLDS, Nearness, comes_close, difference, nearness, writes_as_well
 from masformer.study.works import Perplexity, Retrieval, Summaries, Train

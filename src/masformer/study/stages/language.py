@@ -22,7 +22,7 @@ from masformer.study.figures import by_cost, pareto
 from masformer.study.findings import Findings, Results, Row, begun
 from masformer.study.losses import Losses, near_full, over_each_other
 from masformer.study.models import attention_share, config_of, model_of, plan_of, recipe_of
-from masformer.study.scale import FULL, LOCAL, FindPart, LanguageStage
+from masformer.study.settings import FULL, LOCAL, FindPart, LanguageStage
 from masformer.study.units import DATA, Place, Unit
 from masformer.study.verdicts import (
     HOLDS,

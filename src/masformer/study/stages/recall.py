@@ -5,7 +5,7 @@ from __future__ import annotations
 from masformer.reports.figures import heat_map
 from masformer.study.findings import Findings, Results, Row, begun
 from masformer.study.models import attention_share, layers_of, model_of, recipe_of
-from masformer.study.scale import RecallStage
+from masformer.study.settings import RecallStage
 from masformer.study.units import DATA, Place, Unit
 from masformer.study.verdicts import Values, comes_close, interval, nearness
 from masformer.study.works import Pairs, Retrieval, Train

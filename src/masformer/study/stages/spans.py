@@ -8,7 +8,7 @@ from masformer.spans import FullSpan, Span, WindowSpan
 from masformer.study.findings import Findings, Results
 from masformer.study.losses import Losses, over_each_other
 from masformer.study.models import attention_share, layers_of
-from masformer.study.scale import SpansStage
+from masformer.study.settings import SpansStage
 from masformer.study.units import Place, Unit
 from masformer.study.verdicts import is_no_worse
 from masformer.study.works import Perplexity

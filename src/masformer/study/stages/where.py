@@ -16,7 +16,7 @@ from masformer.study.figures import by_budget
 from masformer.study.findings import Findings, Results, Row
 from masformer.study.losses import Losses
 from masformer.study.models import attention_share, heads_of, layers_of, plan_of
-from masformer.study.scale import FULL, LOCAL, FindPart, WhereStage
+from masformer.study.settings import FULL, LOCAL, FindPart, WhereStage
 from masformer.study.units import Place, Unit
 from masformer.study.verdicts import (
     Nearness,
