@@ -19,7 +19,7 @@ from masformer.plan import PLAN_SUFFIXES, SCHEMA
 from masformer.plan_file import PlanFile
 from masformer.schema import build, schema_text
 from masformer.study import Scale
-from masformer.study import scale as scales
+from masformer.study import settings as stages
 from masformer.training import recipe as recipes
 from masformer.training.recipe import Recipe, load_recipe
 from masformer.training.trainer import SCHEDULES
@@ -74,7 +74,7 @@ def test_plan_files_that_are_written_name_their_schema(tmp_path, suffix):
 @pytest.mark.parametrize(("cls", "count"), [(Recipe, 6), (Scale, 6), (PlanFile, 1)])
 def test_every_setting_is_described_and_no_other_allowed(cls, count):
     schema = json.loads(schema_text(cls))
-    modules = [*vars(recipes).values(), *vars(scales).values(), PlanFile]
+    modules = [*vars(recipes).values(), *vars(stages).values(), Scale, PlanFile]
     classes = {each.__name__: each for each in modules if is_dataclass(each)}
     known = {cls.__name__: schema} | schema.get("$defs", {})
     assert len(known) >= count
