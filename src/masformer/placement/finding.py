@@ -59,15 +59,7 @@ USUAL = "tail,retrieval"
 """Criteria of the method gradient, where nothing is said."""
 POINTS = {"tail": 2, "kl": 4, "retrieval": 4}
 """Of the path, where nothing is said. The loss of running text falls evenly along it, that of answers in one place."""
-ENDED = ("retrieval",)
-"""Criteria whose gains are also measured at the end of the path. What fetches shows along it, what tells one thing from
-another only once that is there."""
 RANDOM_PLACEMENTS, MOST_RANDOM = 20, 10_000
-
-
-def passes(criterion: str, points: int, rounds: int) -> int:
-    """Of the method gradient on each window."""
-    return points + (criterion in ENDED) + rounds - 1
 
 
 def parse_criteria(text: str) -> dict[str, float]:
@@ -172,10 +164,8 @@ def search_layers(
     """Chooses the units that need full attention, and holds the plan against other placements on text not chosen by.
 
     `gradient` measures the gains of all units, layers or KV heads, in the same passes (`masformer.placement.gradient`)
-    and gives the budget to the units whose gains are largest; with several spans, to those that gain most together. By
-    answers a unit counts as the larger of its shares along the path and at its end: heads that fetch show along it,
-    and those that tell one thing from another once the others are there. In further rounds gains are measured once more
-    at the plan found before, and are means over the rounds.
+    and gives the budget to the units whose gains are largest; with several spans, to those that gain most together. In
+    further rounds gains are measured once more at the plan found before, and are means over the rounds.
 
     The others measure layers: `sensitivity` restricts one layer at a time, the others full, and keeps full those whose
     restriction hurts most. `greedy` starts with every layer local and makes full the layer that helps most, given those
@@ -318,7 +308,7 @@ def search_layers(
     total = controls * sum(map(len, texts.values()))
     total += 2 * len(chosen_by) if gradient else plans * len(chosen_by)
     if gradient:
-        total += sum(passes(name, points_by[name], rounds) * len(each) for name, each in measured_by.items())
+        total += sum((points_by[name] + rounds - 1) * len(each) for name, each in measured_by.items())
     stage, done = "choosing", 0
 
     def advance(count: int) -> None:
@@ -448,20 +438,10 @@ def _by_gradient(
     widest = _widest(wider, purse.length)
     plan = AttentionPlan.uniform(purse.layers, widest)
     found: dict[str, list[NDArray[np.float64]]] = {name: [] for name in criteria}
-    sums: dict[str, float] = {}
-
-    def gains_of(name: str, points: int | None, asked: bool = False) -> NDArray[np.float64]:
-        each = meter.gains(name, measured_by[name], plan, points, asked=asked)
-        return each if heads else each.sum(-1, keepdims=True)
-
     for number in range(rounds):
-        for name in measured_by:
-            each = gains_of(name, None if number else points[name])
-            if not number:
-                sums[name] = float(each[wider.index(widest)].sum())
-                if name in ENDED:
-                    each = _larger(each, gains_of(name, None, asked=True), wider.index(widest))
-            found[name].append(each)
+        for name, windows in measured_by.items():
+            each = meter.gains(name, windows, plan, None if number else points[name])
+            found[name].append(each if heads else each.sum(-1, keepdims=True))
         gains = _weighed({name: np.mean(each, 0) for name, each in found.items()}, criteria, wider.index(widest))
         units = gains.reshape(len(wider), -1)
         if len(wider) == 1:
@@ -476,13 +456,8 @@ def _by_gradient(
         for index, span in enumerate(wider)
         for head in range(heads or 1)
     )
+    sums = {name: float(each[0][wider.index(widest)].sum()) for name, each in found.items()}
     return plan, evidence, sums
-
-
-def _larger(path: NDArray[np.float64], end: NDArray[np.float64], widest: int) -> NDArray[np.float64]:
-    """The larger of the shares that units have along a path and at its end, in nats of the path."""
-    whole, last = (each[widest].clip(min=0).sum() for each in (path, end))
-    return np.maximum(path, end * (whole / last)) if last > 0 else path
 
 
 def _weighed(

@@ -10,8 +10,7 @@ from masformer.data.sources import Source
 from masformer.errors import LARGEST, LARGEST_SEED, MasformerError, check_int, shown
 from masformer.evaluation.prompts import Template
 from masformer.evaluation.retrieval import TASKS
-from masformer.placement import METHODS, UNITS, parse_criteria
-from masformer.placement.finding import USUAL
+from masformer.placement import METHODS, UNITS
 from masformer.schema import Named, Settings, Several
 from masformer.settings import check_choice
 from masformer.training.recipe import ModelRecipe
@@ -272,7 +271,6 @@ class SearchPart(Settings):
         method: of `masformer.placement.METHODS`.
         rounds: of the method gradient; None: its own.
         points: of its path; None: its own.
-        probes: prompts of the criterion retrieval; None: as many as windows.
         known: number of full layers -> name of the documents chosen by -> plan, where it was found before.
     """
 
@@ -281,16 +279,11 @@ class SearchPart(Settings):
     method: str = "gradient"
     rounds: int | None = None
     points: int | None = None
-    probes: int | None = None
     known: Named[Named[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_choice("where.searches.by", self.by, UNITS)
         check_choice("where.searches.method", self.method, METHODS)
-        check_each("where.searches.probes", [self.probes])
-        criteria = parse_criteria(self.criteria or (USUAL if self.method == "gradient" else "tail"))
-        if self.probes is not None and "retrieval" not in criteria:
-            raise MasformerError("where.searches.probes do nothing without the criterion retrieval")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from masformer.evaluation.retrieval import TASKS, Prober, retrieve, training_pai
 from masformer.evaluation.summarization import summarize
 from masformer.files import parse_json, read_text, write_whole
 from masformer.placement import parse_criteria, search_layers
-from masformer.placement.finding import POINTS, ROUNDS, USUAL, passes
+from masformer.placement.finding import POINTS, ROUNDS, USUAL
 from masformer.plan import AttentionPlan
 from masformer.spans import Span
 from masformer.study.models import forget, forward_estimate, layers_of, load, plan_of, unpacked
@@ -261,13 +261,12 @@ class Search(Work):
         budget: number of full layers, or heads.
         local: span of the others.
         length: of the windows.
-        windows: to choose by.
+        windows: to choose by; of the criterion retrieval, as many prompts.
         by: `layers` or `heads`.
         method: of `masformer.placement.METHODS`.
         criteria: as text; None: what the method does by default.
         rounds: of the method gradient; None: its own.
         points: of its path; None: its own.
-        probes: prompts of the criterion retrieval; None: as many as windows.
         journal: name of the file for finished measurements; searches on the same text share one.
     """
 
@@ -282,19 +281,14 @@ class Search(Work):
     criteria: str | None
     rounds: int | None
     points: int | None
-    probes: int | None
     journal: str
 
     def estimate(self) -> Estimate:
         """Of one by gradient a pass, forward and backward, is taken for four forward passes."""
         if self.method == "gradient":
-            rounds = ROUNDS if self.rounds is None else self.rounds
-            windows = {"retrieval": self.probes or self.windows}
-            every = sum(
-                windows.get(name, self.windows) * passes(name, self.points or POINTS[name], rounds)
-                for name in parse_criteria(self.criteria or USUAL)
-            )
-            return forward_estimate(self.model, None, [self.length], 4 * every)
+            again = (ROUNDS if self.rounds is None else self.rounds) - 1
+            passes = sum((self.points or POINTS[each]) + again for each in parse_criteria(self.criteria or USUAL))
+            return forward_estimate(self.model, None, [self.length], 4 * self.windows * passes)
         return forward_estimate(self.model, None, [self.length], self.windows * (layers_of(self.model) + 1))
 
     def writes(self) -> str | None:
@@ -316,7 +310,6 @@ class Search(Work):
             rounds=self.rounds,
             points=self.points,
             windows=self.windows,
-            probes=self.probes,
             held_out_windows=0,
             tokenizer=tokenizer,
             journal=place.beside(self.journal, "journal"),

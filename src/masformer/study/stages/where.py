@@ -147,7 +147,6 @@ def _search(stage: WhereStage, each: Placement) -> Unit:
         part.criteria,
         part.rounds,
         part.points,
-        part.probes,
         f"{STAGE}/search/{each.chosen}",
     )
     return Unit(each.unit, STAGE, work)
