@@ -289,6 +289,8 @@ def test_pairs_of_your_own_take_the_place_of_probes():
         ({"pairs": [*pairs[:3], ("x", " ")]}, "pair 2 has a blank"),
         ({"pairs": [("x" * 70, "y"), *pairs]}, "pair 1 takes 70 tokens; allowed: the length, 64"),
         ({"criteria": "tail"}, "pairs do nothing without the criterion retrieval"),
+        ({"chat": False}, "the form of probes .* does nothing with pairs"),
+        ({"criteria": "tail", "pairs": None, "chat": False}, "the form of probes .* does nothing without"),
     ):
         with pytest.raises(MasformerError, match=message):
             search(letters(), TOKENIZER, TEXTS, 2, LOCAL, **(options | changes))

@@ -31,7 +31,7 @@ from masformer.placement.texts import Window, retrieval_probes, split_windows, t
 from masformer.plan import SCHEMA
 from masformer.records import read_record, write_record
 from masformer.reports import build_report
-from tiny import ARCHITECTURES, PLAN, VOCABULARY, random_plan, tiny
+from tiny import ARCHITECTURES, PLAN, VOCABULARY, letter_tokenizer, random_plan, tiny
 
 KEYS, NAMED, VALUES, FILLER = [*range(6), *range(12, 18)], [*range(6, 12), *range(18, 24)], range(24, 32), range(32, 40)
 TOKENS = 40
@@ -492,6 +492,25 @@ def test_probes_hold_what_they_ask_for_far_back():
         assert places[0] + 3 <= 0.8 * len(probe.tokens)
     with pytest.raises(MasformerError, match="a length of 12 tokens has no room"):
         retrieval_probes(Words(), fillers, 12, 1, 0)
+
+
+def test_probes_are_asked_in_the_chat_template_or_as_they_are():
+    words = "It was a long day. Nothing else happened there at all. "
+    template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    tokenizer = letter_tokenizer(chat_template=template)
+    filler = Window(tuple(tokenizer(words * 8)["input_ids"]), 1)
+
+    def text(tokenizer, **options):
+        (probe,) = retrieval_probes(tokenizer, [filler], 900, 1, 0, **options)
+        return tokenizer.decode(list(probe.tokens[: -probe.scored]))
+
+    assert text(tokenizer).startswith("<")
+    assert text(tokenizer, chat=True) == text(tokenizer)
+    plain = text(tokenizer, chat=False)
+    assert "<" not in plain
+    assert plain == text(letter_tokenizer())
+    with pytest.raises(MasformerError, match="chat template"):
+        text(letter_tokenizer(), chat=True)
 
 
 def test_other_texts_are_reported_too():

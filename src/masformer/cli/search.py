@@ -39,6 +39,7 @@ def search(
     held_out_windows: int = 8,
     probes: int | None = None,
     pairs: list[str] | None = None,
+    raw: bool = False,
     random_placements: int | None = None,
     seed: int = SEED,
     batch_size: int | None = None,
@@ -74,6 +75,7 @@ def search(
         probes: for the criterion retrieval, prompts to choose by, and as many to report on (default: as many as
             windows; half of --pairs).
         pairs: for the criterion retrieval, JSONL files with prompt and target, in place of generated prompts.
+        raw: take generated prompts as they are, without the chat template.
         random_placements: random placements of the same budget, for comparison (default: 20).
         seed: of the random placements and retrieval probes.
         batch_size: windows that run together (default: as many as fit on CUDA, else 1).
@@ -127,6 +129,7 @@ def search(
             held_out_windows=held_out_windows,
             probes=probes,
             pairs=asked,
+            chat=False if raw else None,
             random_placements=random_placements,
             seed=seed,
             batch_size=batch_size,

@@ -59,6 +59,7 @@ USUAL = "tail,retrieval"
 """Criteria of the method gradient, where nothing is said."""
 POINTS = {"tail": 2, "kl": 4, "retrieval": 4}
 """Of the path, where nothing is said. The loss of running text falls evenly along it, that of answers in one place."""
+CHAT = "the form of probes (chat, --raw)"
 RANDOM_PLACEMENTS, MOST_RANDOM = 20, 10_000
 
 
@@ -153,6 +154,7 @@ def search_layers(
     tokenizer: Any = None,
     probes: int | None = None,
     pairs: Sequence[Pair] | None = None,
+    chat: bool | None = None,
     random_placements: int | None = None,
     seed: int = 0,
     batch_size: int | None = None,
@@ -201,6 +203,7 @@ def search_layers(
             half of them.
         pairs: prompts and targets for the criterion `retrieval`, in place of probes; the first ones to choose by, the
             last ones to report on.
+        chat: whether the question of a probe is a message in the tokenizer's chat template; None: where there is one.
         random_placements: controls; fewer where there are not as many. By default 20.
         seed: of the random placements and the probes.
         batch_size: windows that run together; by default as many as fit on CUDA, else one. Passes for gradients take
@@ -237,9 +240,11 @@ def search_layers(
         raise MasformerError(f"a list of spans is for the methods gradient and joint; {method} has full and {local}")
     if "retrieval" in criteria and tokenizer is None:
         raise MasformerError("the criterion retrieval needs the model's tokenizer")
-    if "retrieval" not in criteria and (probes, pairs) != (None, None):
-        given = "probes" if pairs is None else "pairs"
-        raise MasformerError(f"{given} do nothing without the criterion retrieval")
+    if "retrieval" not in criteria and (probes, pairs, chat) != (None, None, None):
+        given = "pairs do" if pairs is not None else "probes do" if probes is not None else f"{CHAT} does"
+        raise MasformerError(f"{given} nothing without the criterion retrieval")
+    if pairs is not None and chat is not None:
+        raise MasformerError(f"{CHAT} does nothing with pairs, which are taken as they are")
     probes = _probes(probes, windows, pairs)
     rounds = ROUNDS if rounds is None else rounds
     points_by = {name: POINTS[name] if points is None else points for name in criteria}
@@ -285,7 +290,7 @@ def search_layers(
             return text
         if pairs is not None:
             return text + pair_windows(tokenizer, pairs[-probes:] if later else pairs[:probes], length)
-        return text + retrieval_probes(tokenizer, text, length, probes, seed + later)
+        return text + retrieval_probes(tokenizer, text, length, probes, seed + later, chat)
 
     calibration, held_out, other_documents = split_windows(cut(documents), windows, held_out_windows)
     chosen_by = with_probes(calibration, later=False)

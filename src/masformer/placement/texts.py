@@ -92,7 +92,9 @@ def split_windows(
     return flat[:count], flat[len(flat) - held_out :], False
 
 
-def retrieval_probes(tokenizer: Any, fillers: Sequence[Window], length: int, count: int, seed: int) -> list[Window]:
+def retrieval_probes(
+    tokenizer: Any, fillers: Sequence[Window], length: int, count: int, seed: int, chat: bool | None = None
+) -> list[Window]:
     """Prompts of `masformer.evaluation.retrieval`, hidden in the windows' own text; the answers' tokens are scored.
 
     They are of the stream that is trained on, so none is drawn as one that is tested. Single keys and several take
@@ -104,13 +106,14 @@ def retrieval_probes(tokenizer: Any, fillers: Sequence[Window], length: int, cou
         length: the most tokens of prompt and answer.
         count: probes.
         seed: of all that is drawn.
+        chat: whether the question is a message in the chat template; None: where there is one.
 
     Raises:
-        MasformerError: the length is too short for what is hidden and the question.
+        MasformerError: a chat template that is missing, or the length is too short for what is hidden and the question.
     """
     text = "\n".join(tokenizer.decode(list(filler.tokens), skip_special_tokens=True) for filler in fillers)
     sentences = tuple(sentence for sentence in split_sentences(text).splitlines() if sentence.strip())
-    prober = Prober(tokenizer, haystack=Haystack(sentences, "text"), seed=seed, max_new_tokens=ROOM)
+    prober = Prober(tokenizer, chat=chat, haystack=Haystack(sentences, "text"), seed=seed, max_new_tokens=ROOM)
     probes = []
     for index in range(count):
         depth = DEEPEST * (index + 0.5) / count
