@@ -240,9 +240,9 @@ def search_layers(
         raise MasformerError(f"a list of spans is for the methods gradient and joint; {method} has full and {local}")
     if "retrieval" in criteria and tokenizer is None:
         raise MasformerError("the criterion retrieval needs the model's tokenizer")
-    if "retrieval" not in criteria and (probes, pairs, chat) != (None, None, None):
-        given = "pairs do" if pairs is not None else "probes do" if probes is not None else f"{CHAT} does"
-        raise MasformerError(f"{given} nothing without the criterion retrieval")
+    for given, option in {"pairs do": pairs, "probes do": probes, f"{CHAT} does": chat}.items():
+        if option is not None and "retrieval" not in criteria:
+            raise MasformerError(f"{given} nothing without the criterion retrieval")
     if pairs is not None and chat is not None:
         raise MasformerError(f"{CHAT} does nothing with pairs, which are taken as they are")
     probes = _probes(probes, windows, pairs)
