@@ -207,6 +207,20 @@ class Hash(Protocol):
         """Takes more bytes in."""
 
 
+def make_folder(path: str | os.PathLike[str]) -> Path:
+    """Makes a folder where it is missing, and returns it.
+
+    Raises:
+        MasformerError: it cannot be made.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MasformerError(f"cannot make folder {path}: {error.strerror}") from None
+    return path
+
+
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Writes to a temporary name in the same folder, then renames.
 

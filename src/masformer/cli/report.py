@@ -7,6 +7,7 @@ from pathlib import Path
 from masformer.cli.options import say
 from masformer.errors import MasformerError
 from masformer.extras import need
+from masformer.files import make_folder
 
 
 def report(
@@ -42,6 +43,7 @@ def report(
     need("plots", "masformer report")
     target = Path(folder) / "report" if out is None else Path(out)
     found, others = records.read_records(folder, without=[target])
+    make_folder(target)  # before the work
     made = reports.build_report(found, title or reports.title_of(found), others)
     files = made.write(target)
     if others:

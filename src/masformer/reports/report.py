@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from masformer.errors import MasformerError
-from masformer.files import write_whole
+from masformer.files import make_folder, write_whole
 from masformer.reports.document import Section
 from masformer.reports.html import page
 from masformer.reports.markdown import markdown
@@ -46,11 +45,7 @@ class Report(Section):
         Raises:
             MasformerError: the folder or a file cannot be written.
         """
-        folder = Path(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise MasformerError(f"cannot make folder {folder}: {error.strerror}") from None
+        folder = make_folder(folder)
         files: dict[str, str | bytes] = {f"{name}.png": figure.png for figure, name in self.file_names().items()}
         files |= {"report.md": self.to_markdown(), "report.html": self.to_html()}
         for name, content in files.items():

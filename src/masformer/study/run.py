@@ -17,7 +17,7 @@ from rich.table import Table as Lines
 
 from masformer.cost import bytes_text, flops_text, seconds_text
 from masformer.errors import MasformerError
-from masformer.files import write_whole
+from masformer.files import make_folder, write_whole
 from masformer.settings import check_choice
 from masformer.study.findings import Findings, Results
 from masformer.study.scale import Scale
@@ -229,10 +229,7 @@ def check_precision(units: Sequence[Unit], results: Results, place: Place) -> No
 
 def write_recipes(units: Sequence[Unit], folder: Path) -> list[Path]:
     """The recipes of all training runs as files, for `masformer train --config FILE --resume` on other machines."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MasformerError(f"cannot make folder {folder}: {error.strerror}") from None
+    make_folder(folder)
     found = []
     for unit in units:
         if isinstance(unit.work, Train):

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from masformer.data.sources import Source
 from masformer.errors import MasformerError
-from masformer.files import content_digest, parse_json, read_text, write_whole
+from masformer.files import content_digest, make_folder, parse_json, read_text, write_whole
 from masformer.records import environment
 from masformer.reports.document import slug
 from masformer.settings import without_none
@@ -127,10 +127,7 @@ class Place:
             MasformerError: they cannot be made.
         """
         for name in (UNITS, MODELS, DATA):
-            try:
-                (self.folder / name).mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise MasformerError(f"cannot use the folder {self.folder}: {error.strerror}") from None
+            make_folder(self.folder / name)
 
     def file(self, unit: Unit) -> Path:
         """Where a unit's result is kept."""

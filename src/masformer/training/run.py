@@ -24,7 +24,7 @@ from masformer.data.report import report_rows, report_table, report_text
 from masformer.data.store import token_store
 from masformer.errors import LARGEST, MasformerError, check_number
 from masformer.evaluation.room import autocast_on, dtype_name
-from masformer.files import write_whole
+from masformer.files import make_folder, write_whole
 from masformer.models.across import across_devices
 from masformer.models.card import write_card
 from masformer.models.checkpoint import load_config, model_folder
@@ -227,10 +227,7 @@ def figures_text(figures: Mapping[str, float]) -> str:
 
 def _start(recipe: Recipe, output: Path, resume: bool, first: bool, console: Console) -> Found | None:
     """The checkpoint to go on from; makes the output folder ready."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MasformerError(f"cannot use the output folder {output}: {error.strerror}") from None
+    make_folder(output)
     if not resume:
         if steps_saved(output) or (output / "model").exists():
             raise MasformerError(f"{output} holds a run already; go on with --resume, or name another output")
