@@ -1,6 +1,7 @@
 """Studies: every stage, what is done once stays, and what cannot be done is named."""
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -21,6 +22,7 @@ from masformer.study import works
 from masformer.study.models import unpacked
 from masformer.study.run import Stage, run_study
 from masformer.study.units import Estimate, Place, Unit, in_order
+from masformer.study.verdicts import FAILS
 from masformer.training.dry_run import matrix_rate
 from masformer.training.recipe import ModelRecipe, load_recipe
 from masformer.training.run import Outcome
@@ -270,14 +272,20 @@ def test_every_stage_runs_and_reports(language, tmp_path, monkeypatch):
     before, after, *_ = compared.values()
     assert ("at 80%" in before, "at 80%" in after) == (True, False)
     first = text.split("## Verdicts")[0]
-    assert "## In short" in first
-    for shown in (
-        "](lost-by-cost.png)",
-        "](where-papers.png)",
-        "As the model is, on papers, window:8 everywhere loses",
-    ):
-        assert shown in first
-    assert text.count("**lost by cost**") == 1
+    sentences = first.split("## In short\n")[1].split("![")[0].split("\n\n")
+    sentences = [each.strip() for each in sentences if each.strip()]
+    assert 3 < len(sentences) <= 5, "read in a minute"
+    assert sentences[0].startswith("As the model is, on papers, window:8 everywhere loses")
+    assert re.findall(r"\]\((.*)\)", first) == ["lost-by-cost.png"], "one figure"
+    assert re.findall(r"^\*\*(.*)\*\*$", first, re.MULTILINE) == ["lost by cost"], "one table"
+    records = [json.loads(path.read_text()) for path in (tmp_path / "study").glob("*.json")]
+    every = [verdict for record in records for verdict in record["verdicts"]]
+    failed = [verdict["claim"] for verdict in every if verdict["answer"] == FAILS]
+    assert sentences[-1].startswith(f"Of {len(every)} claims {len(failed)} do")
+    claims = re.findall(r"^\| (.*?) \|", text.split("## Verdicts")[1].split("\n## ")[0], re.MULTILINE)[2:]
+    assert len(claims) == len(every)
+    assert set(claims[: len(failed)]) == set(failed), "these come first"
+    assert text.count("**lost by cost**") == text.count("](where-papers.png)") == 1
     left = {path.name for path in (tmp_path / "study/models").iterdir()}
     assert not any(name.startswith("pretrained") for name in left), "models are removed once they were measured"
     generation = json.loads((tmp_path / "study/generation.json").read_text())

@@ -28,8 +28,8 @@ class Findings:
         rows: title -> rows of a table; values are numbers, text or `Interval`.
         verdicts: on the claims.
         drawings: (name, drawing, caption).
-        short: sentences for the first page.
-        opening: title of the rows and name of the drawing that the first page shows; empty: none.
+        short: at most one sentence for the first page, which is read in a minute.
+        opening: title of the rows and name of the drawing that the first page may show; empty: none.
     """
 
     title: str

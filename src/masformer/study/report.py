@@ -70,13 +70,13 @@ def write_report(
             found.append((stage, stage.findings(stage.settings, place, results), left))
     report = Report(title)
     report.text(scale.about)
-    _open(report, [findings for _, findings, _ in found])
     verdicts = [verdict for _, findings, _ in found for verdict in findings.verdicts]
+    opening = _open(report, [findings for _, findings, _ in found], verdicts)
     if verdicts:
         report.section("Verdicts").table(_verdicts(verdicts))
     nothing = [stage.name for stage in stages if stage.name not in [each.name for each, _, _ in found]]
     for stage, findings, left in found:
-        _add(report, findings, left)
+        _add(report, findings, left, opening)
         record: dict[str, Any] = findings.to_dict() | {"stage": stage.name, "missing": left}
         write_record(place.folder / f"{stage.name}.json", command, __version__, **record)
     if nothing:
@@ -96,36 +96,42 @@ def write_report(
     return verdicts
 
 
-def _open(report: Report, found: Sequence[Findings]) -> None:
-    """The first page: sentences, a figure and a table, where a stage has some to show; and what did not hold."""
+def _open(report: Report, found: Sequence[Findings], verdicts: Sequence[Verdict]) -> tuple[str, str]:
+    """The first page: a sentence of each stage that has one, how many claims do not hold, a figure and a table.
+
+    Returns:
+        Title of the rows and name of the drawing that it shows: those of the last stage that has some.
+    """
     short = [line for findings in found for line in findings.short]
     if not short:
-        return
+        return "", ""
     section = report.section("In short")
-    failed = [
-        verdict.claim.rstrip(".") for findings in found for verdict in findings.verdicts if verdict.answer == FAILS
-    ]
+    failed = sum(verdict.answer == FAILS for verdict in verdicts)
     if failed:
-        short.append(f"What did not hold: {'; '.join(failed)}.")
+        be = "does not hold, and is the first of" if failed == 1 else "do not hold, and come first among"
+        short.append(f"Of {len(verdicts)} claims {failed} {be} the verdicts below.")
     for line in short:
         section.text(line)
-    for findings in found:
-        rows, drawing = findings.opening
-        for name, figure, caption in findings.drawings:
-            if name == drawing:
-                section.figure(name, figure, caption)
-        if findings.rows.get(rows):
-            section.table(_table(rows, findings.rows[rows]))
+    shown = next((findings for findings in reversed(found) if any(findings.opening)), None)
+    if shown is None:
+        return "", ""
+    rows, drawing = shown.opening
+    for name, figure, caption in shown.drawings:
+        if name == drawing:
+            section.figure(name, figure, caption)
+    if shown.rows.get(rows):
+        section.table(_table(rows, shown.rows[rows]))
+    return shown.opening
 
 
-def _add(report: Report, findings: Findings, left: Sequence[str]) -> Section:
+def _add(report: Report, findings: Findings, left: Sequence[str], opening: tuple[str, str]) -> Section:
     section = report.section(findings.title)
     section.text(findings.intro)
     for title, rows in findings.rows.items():
-        if rows and title != findings.opening[0]:
+        if rows and title != opening[0]:
             section.table(_table(title, rows))
     for name, figure, caption in findings.drawings:
-        if name != findings.opening[1]:
+        if name != opening[1]:
             section.figure(name, figure, caption)
     if left:
         section.text("Missing, not run yet: ", ", ".join(left), small=True)
@@ -150,9 +156,11 @@ def _table(title: str, rows: Sequence[Row]) -> Table:
 
 
 def _verdicts(verdicts: Sequence[Verdict]) -> Table:
+    """What does not hold comes first."""
+    ordered = sorted(verdicts, key=lambda verdict: verdict.answer != FAILS)
     return Table(
         columns=("claim", "verdict", "why"),
-        rows=tuple((verdict.claim, verdict.answer, verdict.why) for verdict in verdicts),
+        rows=tuple((verdict.claim, verdict.answer, verdict.why) for verdict in ordered),
         numeric=(False, False, False),
     )
 

@@ -172,10 +172,12 @@ def _in_short(likely: Mapping[str, Nearness], written: Mapping[str, Mapping[str,
     if lost:
         counts = ", ".join(f"{what} {len(those(what, HOLDS))}" for what in lost)
         said.append(f"of {len(good)} plans that come close by the loss of text, so many write as well: {counts}")
-    if nothing:
-        said.append(f"at {', '.join(nothing)} local attention loses nothing for certain")
-    worse = {what: ", ".join(those(what, FAILS)) for what in nothing}
-    said += [f"at {what} {names} lose to all full for certain" for what, names in worse.items() if names]
+    worse: dict[str, list[str]] = {}
+    for what in nothing:
+        worse.setdefault(", ".join(those(what, FAILS)), []).append(what)
+    for names, whats in worse.items():
+        lose = f", and {names} lose" if names else ""
+        said.append(f"at {' and '.join(whats)} local attention loses nothing for certain{lose}")
     text = "; ".join(said)
     return [f"{text[0].upper()}{text[1:]}."]
 

@@ -45,8 +45,6 @@ TITLES = {LANGUAGE: "Language modelling", PRETRAINED: "Language modelling, from 
 CLAIM = "A few full layers come close to full attention at a quarter of the attention cost"
 CHEAP = 0.3
 """Share of the attention operations up to which a mix counts as one at a quarter of the cost."""
-QUARTER = 0.25
-"""Of the attention operations: what the paper's claim is about."""
 BEFORE, AFTER = "before", "after"
 BY_COST = "lost by cost"
 
@@ -195,7 +193,7 @@ def language_findings(stage: LanguageStage, place: Place, results: Results, grou
     if stage.curves:
         _add_curves_by_cost(made, stage, measured, over, shares, seeds)
     if group == PRETRAINED:
-        made.short += _in_short(stage, near, over, shares)
+        made.short += _in_short(near, over, shares)
     if (asked := stage.retrieval) is not None:
         _add_retrieval(made, stage, asked, results, group, near[AFTER])
     ratios = [(name, shares[name], each) for name, each in over[AFTER].items() if name in stage.plans]
@@ -263,41 +261,28 @@ def _add_curves_by_cost(
 
 
 def _in_short(
-    stage: LanguageStage,
     near: Mapping[str, Mapping[str, Nearness]],
     over: Mapping[str, Mapping[str, Interval]],
     shares: Mapping[str, float],
 ) -> list[str]:
-    """How cheap a plan may be that comes close to full attention; and what each line loses at a quarter."""
+    """How cheap a plan may be that comes close to full attention, before training and after it."""
     said: list[str] = []
     for when, here in over.items():
+        if LOCAL not in here:
+            continue
+        gap = here[LOCAL].mean
         good = sorted((shares[name], name) for name, each in near[when].items() if each.answer == HOLDS)
         if good:
             share, name = good[0]
-            loss, gap = here[name].mean, here[LOCAL].mean
-            said.append(
-                f"{when.capitalize()} training the cheapest plan that leaves at most a quarter of what local attention "
-                f"everywhere loses ({gap:.2f} nats) is {name}: {share:.0%} of the attention operations, "
-                f"{loss:.3f} nats lost."
-            )
-        elif LOCAL in here:
-            said.append(f"{when.capitalize()} training no plan leaves at most a quarter of what local attention loses.")
-    if not stage.curves:
-        return said
-    points = {share: f"{line}, {share}" for line, points in stage.curves.items() for share in points}
-    quarter = min(points, key=lambda share: abs(shares[points[share]] - QUARTER))
-    named = {line: f"{line}, {quarter}" for line, points in stage.curves.items() if quarter in points}
-    whens = [when for when in (BEFORE, AFTER) if any(name in over[when] for name in named.values())]
-    parts = [
-        f"{line} {' and '.join(f'{over[when][name].mean:.3f}' if name in over[when] else '-' for when in whens)}"
-        for line, name in named.items()
-        if any(name in over[when] for when in whens)
+            lost = f"{here[name].mean:.3f} of {gap:.2f} nats"
+            said.append(f"{when} training {name} ({share:.0%} of the attention operations, {lost} lost)")
+        else:
+            said.append(f"{when} training none")
+    if not said:
+        return []
+    return [
+        f"The cheapest plan that leaves at most a quarter of what local attention everywhere loses: {'; '.join(said)}."
     ]
-    if parts:
-        said.append(
-            f"At {quarter} of the attention operations, nats lost {' and '.join(whens)} training: {'; '.join(parts)}."
-        )
-    return said
 
 
 def _add_retrieval(
