@@ -143,7 +143,7 @@ def stories(draw):
     return plan, length, padding, chunks, back, draw(st.booleans())
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(stories())
 def test_any_story_of_chunks_padding_and_crops_ends_as_without_cache(story):
     plan, length, padding, chunks, back, record = story

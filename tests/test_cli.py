@@ -666,12 +666,13 @@ def test_progress_and_device_are_told_on_standard_error_unless_quiet(capsys, fol
         assert (quiet[0], stage in quiet[2]) == (0, False)
 
 
-@pytest.mark.parametrize("words", [["attention"], ["prefill"], ["decode", "--new", "1"], ["train"], ["eval"]])
+@pytest.mark.parametrize("words", ["attention", "prefill", "decode --new 1", "train", "eval --tokens 64"])
 def test_a_bench_runs_on_the_device_of_choice_and_records_it(capsys, folder, tmp_path, monkeypatch, words):
     monkeypatch.setattr(benchmarks, "default_device", lambda: pytest.fail("another device was asked for"))
     monkeypatch.setattr(timing, "default_device", benchmarks.default_device)
     record = tmp_path / "record.json"
-    words = ["bench", *words, *([] if words == ["attention"] else [folder]), "--lengths", "16", "--repeats", "1"]
+    what, *options = words.split()
+    words = ["bench", what, *([] if what == "attention" else [folder]), *options, "--lengths", "16", "--repeats", "1"]
     code, _, err = run(capsys, *words, "--device", "cpu", "--json", str(record))
     assert code == 0, err
     assert json.loads(record.read_text())["device"].startswith("CPU, ")

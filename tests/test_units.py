@@ -153,15 +153,6 @@ def test_a_folder_carries_the_plan_and_another_can_be_named(tmp_path):
         load_model(tmp_path / "m", "full@3:2,window:4")
 
 
-def test_compiled_layers_do_the_same():
-    from masformer.models.compiling import compile_layers
-
-    model, tokens = tiny("llama"), some_tokens(2, 40)
-    expected = apply_plan(model, TEXT)(tokens, use_cache=False).logits
-    compile_layers(model)
-    torch.testing.assert_close(model(tokens, use_cache=False).logits, expected, atol=1e-5, rtol=0)
-
-
 def test_wrong_numbers_and_changed_keys_are_refused():
     query, key = torch.randn(1, 4, 5, 8), torch.randn(1, 4, 5, 8)
     with pytest.raises(MasformerError, match="spans for 2 KV heads, but the keys have 4"):
