@@ -146,7 +146,6 @@ PAIRS = [AttentionPlan(spans) for spans in (ALL_FULL.layers[:2], MIXED.layers[:2
     ("kind", "whole", "plan"),
     [
         *(("llama", way, plan) for way, plan in zip(WAYS, PAIRS, strict=True)),
-        ("gpt_neo", as_a_call, ALL_FULL),
         ("gpt_neo", as_a_call, MIXED),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
