@@ -28,7 +28,7 @@ class Findings:
         rows: title -> rows of a table; values are numbers, text or `Interval`.
         verdicts: on the claims.
         drawings: (name, drawing, caption).
-        short: at most one sentence for the first page, which is read in a minute.
+        short: a sentence for the first page, which is read in a minute; empty: none.
         opening: title of the rows and name of the drawing that the first page may show; empty: none.
     """
 
@@ -37,7 +37,7 @@ class Findings:
     rows: dict[str, list[Row]] = field(default_factory=dict)
     verdicts: list[Verdict] = field(default_factory=list)
     drawings: list[tuple[str, Figure, str]] = field(default_factory=list)
-    short: list[str] = field(default_factory=list)
+    short: str = ""
     opening: tuple[str, str] = ("", "")
 
     def to_dict(self) -> dict[str, Any]:

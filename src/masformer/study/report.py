@@ -102,7 +102,7 @@ def _open(report: Report, found: Sequence[Findings], verdicts: Sequence[Verdict]
     Returns:
         Title of the rows and name of the drawing that it shows: those of the last stage that has some.
     """
-    short = [line for findings in found for line in findings.short]
+    short = [findings.short for findings in found if findings.short]
     if not short:
         return "", ""
     section = report.section("In short")

@@ -74,5 +74,5 @@ def findings(stage: CostStage, place: Place, results: Results) -> Findings:
         if ratios:
             times.append(f"{what}: " + ", ".join(f"{name} {found.mean:.2f}" for name, found in ratios.items()))
     if times:
-        made.short.append(f"Measured, times as fast as full attention: {'; '.join(times)}.")
+        made.short = f"Measured, times as fast as full attention: {'; '.join(times)}."
     return made

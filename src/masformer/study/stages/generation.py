@@ -140,7 +140,7 @@ def _add_beside(made: Findings, part: BesidePart, results: Results) -> None:
             )
             claim = f"What comes close by the loss of text does so by what it writes: {what}."
             made.verdicts.append(writes_as_well(claim, likely, near, "points"))
-    made.short += _in_short(likely, written)
+    made.short = _in_short(likely, written)
 
 
 def _answer_rows(answered: Mapping[str, dict[str, Any]]) -> list[Row]:
@@ -157,11 +157,11 @@ def _answer_rows(answered: Mapping[str, dict[str, Any]]) -> list[Row]:
     return rows
 
 
-def _in_short(likely: Mapping[str, Nearness], written: Mapping[str, Mapping[str, Nearness]]) -> list[str]:
+def _in_short(likely: Mapping[str, Nearness], written: Mapping[str, Mapping[str, Nearness]]) -> str:
     good = [name for name, near in likely.items() if near.answer == HOLDS]
     asked = {what: near for what, near in written.items() if any(name in near for name in good)}
     if not asked:
-        return []
+        return ""
 
     def those(what: str, answer: str) -> list[str]:
         return [name for name in good if name in asked[what] and asked[what][name].answer == answer]
@@ -179,7 +179,7 @@ def _in_short(likely: Mapping[str, Nearness], written: Mapping[str, Mapping[str,
         lose = f", and {names} lose" if names else ""
         said.append(f"at {' and '.join(whats)} local attention loses nothing for certain{lose}")
     text = "; ".join(said)
-    return [f"{text[0].upper()}{text[1:]}."]
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _add_summaries(made: Findings, part: SummarizationPart, place: Place, results: Results) -> None:

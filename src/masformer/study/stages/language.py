@@ -193,7 +193,7 @@ def language_findings(stage: LanguageStage, place: Place, results: Results, grou
     if stage.curves:
         _add_curves_by_cost(made, stage, measured, over, shares, seeds)
     if group == PRETRAINED:
-        made.short += _in_short(near, over, shares)
+        made.short = _in_short(near, over, shares)
     if (asked := stage.retrieval) is not None:
         _add_retrieval(made, stage, asked, results, group, near[AFTER])
     ratios = [(name, shares[name], each) for name, each in over[AFTER].items() if name in stage.plans]
@@ -264,7 +264,7 @@ def _in_short(
     near: Mapping[str, Mapping[str, Nearness]],
     over: Mapping[str, Mapping[str, Interval]],
     shares: Mapping[str, float],
-) -> list[str]:
+) -> str:
     """How cheap a plan may be that comes close to full attention, before training and after it."""
     said: list[str] = []
     for when, here in over.items():
@@ -279,10 +279,10 @@ def _in_short(
         else:
             said.append(f"{when} training none")
     if not said:
-        return []
-    return [
+        return ""
+    return (
         f"The cheapest plan that leaves at most a quarter of what local attention everywhere loses: {'; '.join(said)}."
-    ]
+    )
 
 
 def _add_retrieval(

@@ -256,7 +256,7 @@ def _add_short(
             said.append(f"with {row['full']} full {lost[name]:.3f} nats ({name}){against}")
     if said:
         lost_by_all = here[LOCAL].over(full, length).mean
-        made.short.append(
+        made.short = (
             f"As the model is, on {text}, {stage.local} everywhere loses {lost_by_all:.2f} nats to full attention; "
             f"{'; '.join(said)}."
         )
