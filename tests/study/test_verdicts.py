@@ -1,7 +1,5 @@
 """Verdicts, and what a study says in short, follow from intervals alone."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from masformer.evaluation.intervals import Interval
@@ -167,14 +165,16 @@ def test_the_first_page_says_of_what_is_written_only_what_was_measured():
         "keys": {"24 heads": bad, "8 layers": good},
         "values": {},
         "answers": {"24 heads": worse, "8 layers": nothing},
+        "spans": {"24 heads": worse, "8 layers": nothing},
+        "summaries": {"24 heads": nothing},
     }
-    (short,) = generation._in_short(likely, written)
-    assert short == (
-        "Of 2 plans that come close by the loss of text, so many write as well: keys 1; at answers local attention "
-        "loses nothing for certain; at answers 24 heads lose to all full for certain."
+    assert generation._in_short(likely, written) == (
+        "Of 2 plans that come close by the loss of text, so many write as well: keys 1; at answers and spans local "
+        "attention loses nothing for certain, and 24 heads lose; at summaries local attention loses nothing for "
+        "certain."
     )
-    assert generation._in_short(likely, {"values": {}, "keys": {"bottom": bad}}) == []
-    assert generation._in_short({"bottom": bad}, written) == []
+    assert generation._in_short(likely, {"values": {}, "keys": {"bottom": bad}}) == ""
+    assert generation._in_short({"bottom": bad}, written) == ""
 
 
 def test_what_has_one_seed_is_held_against_that_seed_alone():
@@ -190,20 +190,22 @@ def test_nearness_is_asked_of_all_plans_between_the_ends():
     assert nearness({"all full": FULL, "8 full": between(0.1)}) == {}
 
 
-def test_lines_that_are_not_trained_on_yet_are_said_to_be_measured_before_training():
-    stage = SimpleNamespace(curves={line: {"25%": "full"} for line in ("heads", "layers", "middle")})
-    shares = {f"{line}, 25%": 0.25 for line in stage.curves}
-    losses = {"heads, 25%": Interval(0.2, 0.1, 0.3, 4), "layers, 25%": Interval(0.4, 0.3, 0.5, 4)}
-    for later, said in (
-        ({}, "nats lost before training: heads 0.200; layers 0.400."),
-        (
-            {"heads, 25%": Interval(0.1, 0.0, 0.2, 4)},
-            "before and after training: heads 0.200 and 0.100; layers 0.400 and -.",
-        ),
-    ):
-        over = {"before": losses, "after": later}
-        (short,) = _in_short(stage, {"before": {}, "after": {}}, over, shares)
-        assert short.endswith(said), "all local was not measured, so nothing is said of a quarter of it"
+def test_the_cheapest_plan_that_comes_close_is_named_before_training_and_after_it():
+    good, bad = Nearness.of(FULL, LOCAL, between(0.1)), Nearness.of(FULL, LOCAL, between(0.9))
+    lost = {"all local": Interval(0.8, 0.7, 0.9, 4), "heads": Interval(0.14, 0.1, 0.2, 4)}
+    lost["layers"] = Interval(0.19, 0.1, 0.3, 4)
+    shares, near = {"heads": 0.25, "layers": 0.5}, {"before": {"heads": bad, "layers": bad}, "after": {}}
+    first = "The cheapest plan that leaves at most a quarter of what local attention everywhere loses: before training "
+    assert _in_short(near, {"before": lost, "after": {}}, shares) == f"{first}none."
+    near = {"before": {"heads": bad, "layers": good}, "after": {"heads": good, "layers": good}}
+    assert _in_short(near, {"before": lost, "after": lost}, shares) == (
+        f"{first}layers (50% of the attention operations, 0.190 of 0.80 nats lost); after training heads (25% of the "
+        "attention operations, 0.140 of 0.80 nats lost)."
+    )
+    del lost["all local"]
+    assert _in_short(near, {"before": lost, "after": {}}, shares) == "", (
+        "of a quarter of what is unknown nothing is said"
+    )
 
 
 def test_a_line_without_points_is_not_drawn():
