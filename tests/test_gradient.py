@@ -1,6 +1,6 @@
 """Gains of units by gradients: against differences of losses, complete, by heads and layers, in every setting."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ import torch
 from masformer import AttentionPlan, FullSpan, MasformerError, WindowSpan, apply_plan
 from masformer.models.bridge import add_sinks, attending_by
 from masformer.models.sinks import named_sinks
-from masformer.placement import search, summary
+from masformer.placement import gradient, search, summary
 from masformer.placement.gradient import GainMeter
 from masformer.placement.measure import Measurer
 from masformer.placement.result import GradientWork
@@ -101,6 +101,56 @@ def test_at_the_end_of_a_path_gains_are_the_slopes_at_the_plan():
             shares[unit] += sign * step
             ends.append(blended(model, shares.tolist(), one))
         assert found[unit] == pytest.approx(-(ends[0] - ends[1]) / (2 * step), rel=5e-3, abs=5e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt2", "gpt_neo"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_of_a_question_gains_are_the_slopes_after_a_text_that_was_read_under_the_plan(monkeypatch, kind, mixed):
+    """Held against whole passes, in which the positions of the text have the plan's own attention."""
+    from masformer.attention import attend
+
+    monkeypatch.setattr(gradient, "QUESTION", 6)
+    model, (one,) = sharp(kind), WINDOWS
+    one = replace(one, scored=4)
+    read = LENGTH - 4 - 6
+    step, near = (1e-5, 1e-5) if kind.startswith("gpt") else (2e-3, 5e-3)
+    units = gains(model, points=1)[0].shape
+    moved = dict.fromkeys([(1, 0), (3, units[1] - 1), (2, 0)] if mixed else np.ndindex(units), FULL)
+    target = AttentionPlan.of_units(LAYERS, units[1], moved, local=LOCAL) if mixed else ALL
+    found = GainMeter(Measurer(model), LOCAL, (FULL,)).gains("retrieval", [one], target, None, asked=True)[0]
+
+    def loss(shares):
+        def attention(layer, query, key, value, span, **options):
+            near, far = (attend(query, key, value, each, **options) for each in (LOCAL, FULL))
+            every = query.shape[1] // units[1]
+            at = [torch.tensor(each[layer]).double().repeat_interleave(every) for each in (ends, shares)]
+            share = torch.cat([at[0][:, None].expand(-1, read), at[1][:, None].expand(-1, LENGTH - read)], 1)[..., None]
+            return near + share * (far - near)
+
+        with attending_by(model, attention):
+            return losses_of(model, one)
+
+    ends = np.zeros(units)
+    for unit in moved:
+        ends[unit] = 1
+    for unit in np.ndindex(units):
+        both = []
+        for sign in (1, -1):
+            shares = ends.copy()
+            shares[unit] += sign * step
+            both.append(loss(shares))
+        assert found[unit] == pytest.approx(-(both[0] - both[1]) / (2 * step), rel=near, abs=1e-3 * near)
+    assert not np.allclose(found, 0, atol=1e-5)
+    whole = gains(model, windows=[one], target=target, points=None)[0]
+    assert not np.allclose(found, whole, rtol=0.1), "what the text itself would gain is no part of it"
+
+
+def test_a_question_in_a_text_whose_positions_depend_on_its_length_is_measured_whole():
+    model = sharp(rope_parameters={"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0})
+    model.config.max_position_embeddings = LENGTH // 2
+    meter, one = GainMeter(Measurer(model), LOCAL, (FULL,)), replace(window(), scored=4)
+    assert meter._read(one) == 0
+    meter.gains("retrieval", [one], ALL, None, asked=True)
 
 
 @pytest.mark.parametrize("criterion", ["tail", "kl"])
@@ -272,7 +322,32 @@ def test_each_criterion_has_points_of_its_own():
     assert (by_default.points, by_default.passes) == ({"tail": 2, "retrieval": 4}, 2 * 2 + 2 * 4)
     assert (asked.points, asked.passes) == ({"tail": 3, "retrieval": 3}, 2 * 3 + 2 * 3)
     older = asdict(asked) | {"points": 3}
+    del older["ends"]
     assert GradientWork.from_dict(older) == asked
+    with_ends = search(letters(), TOKENIZER, TEXTS, 2, LOCAL, **(options | {"points": 3, "ends": True})).gradient
+    assert (with_ends.ends, with_ends.passes) == (True, asked.passes + 2), "one more for each prompt"
+    assert with_ends.completeness == asked.completeness
+
+
+@pytest.mark.parametrize(("ends", "chosen"), [(True, "full@0:1,2:0"), (False, "full@0:1,1:0")])
+def test_with_ends_a_unit_counts_as_the_larger_of_its_shares_along_the_path_and_at_its_end(monkeypatch, ends, chosen):
+    """One head fetches: it shows along the path. Another tells keys apart: it shows at the end alone."""
+    along, end = np.zeros((2, 1, LAYERS, 2))
+    along[0, 0, 1], along[0, 1, 0], along[0, 2, 0] = 6.0, 3.0, 1.0
+    end[0, 2, 0], end[0, 1, 0] = 0.02, 0.005
+    calls = []
+
+    def gains(self, name, windows, target, points, *, asked=False):
+        calls.append((name, target, points, asked))
+        return end if points is None else along
+
+    monkeypatch.setattr(GainMeter, "gains", gains)
+    options = SETTING | {"pairs": [("say abc: abc", " abc"), ("say bcd: bcd", " bcd")], "ends": ends}
+    found = search(letters(), TOKENIZER, TEXTS, 2, LOCAL, criteria="retrieval", by="heads", **options)
+    assert str(found.plan).split(";")[0] == chosen
+    assert calls == [("retrieval", ALL, 2, False), ("retrieval", ALL, None, True)][: 1 + ends]
+    (check,) = found.gradient.completeness
+    assert check.gains == 10, "the sum is of the path, which is complete"
 
 
 def test_pairs_of_your_own_take_the_place_of_probes():
@@ -289,6 +364,7 @@ def test_pairs_of_your_own_take_the_place_of_probes():
         ({"pairs": [*pairs[:3], ("x", " ")]}, "pair 2 has a blank"),
         ({"pairs": [("x" * 70, "y"), *pairs]}, "pair 1 takes 70 tokens; allowed: the length, 64"),
         ({"criteria": "tail"}, "pairs do nothing without the criterion retrieval"),
+        ({"criteria": "tail", "pairs": None, "ends": True}, "ends do nothing without the criterion retrieval"),
         ({"chat": False}, "the form of probes .* does nothing with pairs"),
         ({"criteria": "tail", "pairs": None, "chat": False}, "the form of probes .* does nothing without"),
     ):
@@ -304,6 +380,7 @@ def test_pairs_of_your_own_take_the_place_of_probes():
             "greedy measures layers; a search by heads",
         ),
         ({"method": "greedy", "points": None}, "rounds are of the method gradient; greedy has none"),
+        ({"method": "joint", "rounds": None, "points": None, "ends": True}, "ends are of the method gradient; joint"),
         ({"by": "neurons"}, "a search is by layers or heads"),
         ({"rounds": 0}, "rounds must be at least 1"),
         ({"points": 101}, "points must be"),

@@ -14,7 +14,7 @@ from masformer.evaluation.retrieval import TASKS, Prober, parse_depths
 from masformer.generation import generate
 from masformer.models.positions import parse_max_positions
 from masformer.placement import Budget
-from masformer.placement.finding import parse_criteria
+from masformer.placement.criteria import parse_criteria
 from masformer.plan import MOST_LAYERS, place_full_layers
 from masformer.plots import pattern
 from masformer.settings import parse_yaml

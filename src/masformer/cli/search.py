@@ -32,6 +32,7 @@ def search(
     span: list[str] | None = None,
     rounds: int | None = None,
     points: int | None = None,
+    ends: bool = False,
     test: list[str] | None = None,
     field: str = "text",
     documents: int | None = None,
@@ -67,6 +68,8 @@ def search(
         span: for gradient and joint, a span to choose from; may be repeated (default: full).
         rounds: of gradient: after the first, gains are measured again at the plan found (default: 1).
         points: of gradient: points of the path from local to full (default: 2 for the tail, 4 for other criteria).
+        ends: of gradient: by the criterion retrieval, measure question and answer also at the end of the path, where
+            heads show that tell one thing from another; a unit counts as the larger of its two shares.
         test: files of other text to report on as well.
         field: key of the text in JSONL files.
         documents: use at most so many documents of each text.
@@ -125,6 +128,7 @@ def search(
             spans=choices,
             rounds=rounds,
             points=points,
+            ends=ends,
             windows=windows,
             held_out_windows=held_out_windows,
             probes=probes,

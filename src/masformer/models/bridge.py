@@ -375,7 +375,7 @@ def _attend_kept(
 
 @contextmanager
 def attending_by(model: PreTrainedModel, function: Callable[..., Tensor]) -> Iterator[None]:
-    """Within it, a function gives the attention of every layer in passes without a cache.
+    """Within it, a function gives the attention of every layer in passes with no cache or a DynamicCache.
 
     It is called with the number of the layer and then as `attend`, whose place it takes; `sinks` are the constant sinks
     of the layer, whether its span has one or not. Layers that were compiled run as they are written.

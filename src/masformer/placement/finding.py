@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,8 +21,9 @@ from masformer.models.sealing import kv_heads
 from masformer.models.wrappers import bare_model
 from masformer.placement.budget import Budget, Purse
 from masformer.placement.choice import DIGITS, greedy, joint, most_valued, shuffled, with_span
+from masformer.placement.criteria import POINTS, USUAL, check_criteria, larger, parse_criteria, weigh, weighed
 from masformer.placement.gradient import GainMeter
-from masformer.placement.measure import Measurer, Score
+from masformer.placement.measure import Measurer
 from masformer.placement.result import (
     FOUND,
     FULL,
@@ -54,41 +54,8 @@ UNITS = ("layers", "heads")
 ROUNDS = 1
 """Of the method gradient, where nothing is said."""
 MOST_POINTS, MOST_ROUNDS = 100, 10
-CRITERIA = ("tail", "kl", "retrieval")
-USUAL = "tail,retrieval"
-"""Criteria of the method gradient, where nothing is said."""
-POINTS = {"tail": 2, "kl": 4, "retrieval": 4}
-"""Of the path, where nothing is said. The loss of running text falls evenly along it, that of answers in one place."""
 CHAT = "the form of probes (chat, --raw)"
 RANDOM_PLACEMENTS, MOST_RANDOM = 20, 10_000
-
-
-def parse_criteria(text: str) -> dict[str, float]:
-    """Reads `tail`, or a weighted mix such as `tail:1,retrieval:0.5`; a weight left out is 1.
-
-    Raises:
-        MasformerError: an unknown criterion, one named twice, or a weight that is no positive number.
-    """
-    criteria: dict[str, float] = {}
-    for part in text.split(","):
-        name, _, weight = (piece.strip() for piece in part.partition(":"))
-        if name in criteria:
-            raise MasformerError(f"criterion {name!r} is named twice")
-        try:
-            criteria[name] = float(weight or 1)
-        except ValueError:
-            raise MasformerError(f"the weight of criterion {name!r} must be a number, got {shown(weight)}") from None
-    return _check_criteria(criteria)
-
-
-def _check_criteria(criteria: Mapping[str, float]) -> dict[str, float]:
-    if not criteria or not set(criteria) <= set(CRITERIA):
-        unknown = ", ".join(sorted(set(criteria) - set(CRITERIA))) or "none at all"
-        raise MasformerError(f"unknown criterion: {unknown}; allowed: {', '.join(CRITERIA)}, or a mix (tail:1,kl:0.5)")
-    for name, weight in criteria.items():
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
-            raise MasformerError(f"the weight of criterion {name!r} must be a positive number, got {shown(weight)}")
-    return dict(criteria)
 
 
 def search(
@@ -148,6 +115,7 @@ def search_layers(
     spans: Sequence[Span | str] = (),
     rounds: int | None = None,
     points: int | None = None,
+    ends: bool = False,
     windows: int = 8,
     held_out_windows: int = 8,
     other_texts: Mapping[str, Sequence[Sequence[int]]] | None = None,
@@ -195,6 +163,9 @@ def search_layers(
             unit may get in place of `local`; by default full.
         rounds: of `gradient`; 1 by default.
         points: of the path of `gradient`; by default 2 for the tail and 4 for other criteria.
+        ends: of `gradient`: by the criterion retrieval a unit counts as the larger of its shares along the path and at
+            its end, of question and answer alone. Heads that fetch show along the path, those that tell one thing from
+            another once the others are there.
         windows: text windows to choose by; also what the probes are made of.
         held_out_windows: text windows to report on; 0: the plan is found, and held against nothing.
         other_texts: name -> token ids of documents to report on as well.
@@ -224,15 +195,15 @@ def search_layers(
     gradient = method == "gradient"
     if criteria is None:
         criteria = USUAL if gradient else "tail"
-    criteria = parse_criteria(criteria) if isinstance(criteria, str) else _check_criteria(criteria)
+    criteria = parse_criteria(criteria) if isinstance(criteria, str) else check_criteria(criteria)
     budget = Budget.parse(str(budget)) if not isinstance(budget, Budget) else budget
     if method not in METHODS:
         raise MasformerError(f"unknown method {method!r}; allowed: {', '.join(METHODS)}")
     if by not in UNITS:
         raise MasformerError(f"a search is by {' or '.join(UNITS)}, not by {shown(by)}")
     if not gradient:
-        for name, value in (("rounds", rounds), ("points", points)):
-            if value is not None:
+        for name, given in {"rounds": rounds is not None, "points": points is not None, "ends": ends}.items():
+            if given:
                 raise MasformerError(f"{name} are of the method gradient; {method} has none")
         if by == "heads":
             raise MasformerError(f"{method} measures layers; a search by heads is one of the method gradient")
@@ -240,9 +211,10 @@ def search_layers(
         raise MasformerError(f"a list of spans is for the methods gradient and joint; {method} has full and {local}")
     if "retrieval" in criteria and tokenizer is None:
         raise MasformerError("the criterion retrieval needs the model's tokenizer")
-    for given, option in {"pairs do": pairs, "probes do": probes, f"{CHAT} does": chat}.items():
+    asking = {"pairs do": pairs, "probes do": probes, f"{CHAT} does": chat, "ends do": ends or None}
+    for what, option in asking.items():
         if option is not None and "retrieval" not in criteria:
-            raise MasformerError(f"{given} nothing without the criterion retrieval")
+            raise MasformerError(f"{what} nothing without the criterion retrieval")
     if pairs is not None and chat is not None:
         raise MasformerError(f"{CHAT} does nothing with pairs, which are taken as they are")
     probes = _probes(probes, windows, pairs)
@@ -314,6 +286,7 @@ def search_layers(
     total += 2 * len(chosen_by) if gradient else plans * len(chosen_by)
     if gradient:
         total += sum((points_by[name] + rounds - 1) * len(each) for name, each in measured_by.items())
+        total += len(measured_by["retrieval"]) if ends else 0
     stage, done = "choosing", 0
 
     def advance(count: int) -> None:
@@ -334,7 +307,7 @@ def search_layers(
 
     def scored(plans: Sequence[AttentionPlan]) -> list[PlacementScore]:
         rows = measurer.scores(plans, chosen_by)
-        return [_weigh("", plan, chosen_by, row, criteria) for plan, row in zip(plans, rows, strict=True)]
+        return [weigh("", plan, chosen_by, row, criteria) for plan, row in zip(plans, rows, strict=True)]
 
     def criterion(plans: Sequence[AttentionPlan]) -> list[float]:
         return [score.criterion for score in scored(plans)]
@@ -342,12 +315,12 @@ def search_layers(
     how = None
     if gradient:
         meter = GainMeter(measurer, local, choices[:-1])
-        plan, evidence, sums = _by_gradient(meter, measured_by, criteria, purse, heads, rounds, points_by)
-        ends = scored([AttentionPlan.uniform(layers, span) for span in (local, _widest(choices, length))])
+        plan, evidence, sums = _by_gradient(meter, measured_by, criteria, purse, heads, rounds, points_by, ends)
+        both = scored([AttentionPlan.uniform(layers, span) for span in (local, _widest(choices, length))])
         completeness = tuple(
-            Completeness(name, each, ends[0].figure(name) - ends[1].figure(name)) for name, each in sums.items()
+            Completeness(name, each, both[0].figure(name) - both[1].figure(name)) for name, each in sums.items()
         )
-        how = GradientWork(rounds, points_by, meter.passes, completeness)
+        how = GradientWork(rounds, points_by, meter.passes, completeness, ends)
     elif method == "greedy":
         plan, evidence = greedy(layers, local, most, criterion)
     else:
@@ -372,7 +345,7 @@ def search_layers(
         stage = text_name
         rows = measurer.scores(list(named.values()), text_windows_)
         placements[text_name] = tuple(
-            _weigh(name, each, text_windows_, row, criteria)
+            weigh(name, each, text_windows_, row, criteria)
             for (name, each), row in zip(named.items(), rows, strict=True)
         )
     apply_plan(model, plan, backend)
@@ -437,17 +410,28 @@ def _by_gradient(
     heads: int | None,
     rounds: int,
     points: Mapping[str, int],
+    ends: bool,
 ) -> tuple[AttentionPlan, tuple[Evidence, ...], dict[str, float]]:
     """The plan, the gains that it was chosen by, and the sums of the first round's gains by each criterion."""
     wider, local = meter.wider, meter.local
     widest = _widest(wider, purse.length)
     plan = AttentionPlan.uniform(purse.layers, widest)
     found: dict[str, list[NDArray[np.float64]]] = {name: [] for name in criteria}
+    sums: dict[str, float] = {}
+
+    def gains_of(name: str, points: int | None, asked: bool = False) -> NDArray[np.float64]:
+        each = meter.gains(name, measured_by[name], plan, points, asked=asked)
+        return each if heads else each.sum(-1, keepdims=True)
+
     for number in range(rounds):
-        for name, windows in measured_by.items():
-            each = meter.gains(name, windows, plan, None if number else points[name])
-            found[name].append(each if heads else each.sum(-1, keepdims=True))
-        gains = _weighed({name: np.mean(each, 0) for name, each in found.items()}, criteria, wider.index(widest))
+        for name in measured_by:
+            each = gains_of(name, None if number else points[name])
+            if not number:
+                sums[name] = float(each[wider.index(widest)].sum())
+                if ends and name == "retrieval":
+                    each = larger(each, gains_of(name, None, asked=True), wider.index(widest))
+            found[name].append(each)
+        gains = weighed({name: np.mean(each, 0) for name, each in found.items()}, criteria, wider.index(widest))
         units = gains.reshape(len(wider), -1)
         if len(wider) == 1:
             plan = most_valued(units[0], widest, local, purse.most(widest, local), purse.layers)
@@ -461,48 +445,7 @@ def _by_gradient(
         for index, span in enumerate(wider)
         for head in range(heads or 1)
     )
-    sums = {name: float(each[0][wider.index(widest)].sum()) for name, each in found.items()}
     return plan, evidence, sums
-
-
-def _weighed(
-    gains: Mapping[str, NDArray[np.float64]], criteria: Mapping[str, float], widest: int
-) -> NDArray[np.float64]:
-    """One criterion's gains as they are; of several, each as shares of the sum of what the widest span gains."""
-    if len(gains) == 1:
-        return next(iter(gains.values()))
-    shares = []
-    for name, each in gains.items():
-        whole = each[widest].clip(min=0).sum()
-        shares.append(criteria[name] * each / whole if whole > 0 else np.zeros_like(each))
-    total: NDArray[np.float64] = np.sum(shares, axis=0)
-    return total
-
-
-def _weigh(
-    name: str, plan: AttentionPlan, windows: Sequence[Window], scores: Sequence[Score], criteria: Mapping[str, float]
-) -> PlacementScore:
-    """Means over the windows, and their weighted sum."""
-    text = [score for window, score in zip(windows, scores, strict=True) if not window.probe]
-    answers = [score for window, score in zip(windows, scores, strict=True) if window.probe]
-    figures = {
-        "tail": _mean([score.nll for score in text]),
-        "kl": _mean([score.kl for score in text if score.kl is not None]) if "kl" in criteria else None,
-        "retrieval": _mean([score.nll for score in answers]),
-    }
-    return PlacementScore(
-        name=name,
-        plan=str(plan),
-        criterion=math.fsum(weight * (figures[each] or 0.0) for each, weight in criteria.items()),
-        tail_nll=math.nan if figures["tail"] is None else figures["tail"],
-        kl=figures["kl"],
-        retrieval_nll=figures["retrieval"],
-        retrieval_accuracy=_mean([float(score.right) for score in answers]),
-    )
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return math.fsum(values) / len(values) if values else None
 
 
 def _sensitivities(

@@ -14,6 +14,10 @@ Of a further span than the widest, the gain is the same integral along the same 
 local: what it would be credited with beside the widest ones. These gains compare spans of one unit; they are not
 complete.
 
+Of answers to questions the end of the path can be measured too, for question and answer alone, after a text that was
+read there: to find something in a long text some heads must fetch it, and others tell it from what is like it. The
+second ones have nothing to do until something is fetched, so that they show at the end, where a question costs little.
+
 A layer keeps its differences for the backward pass; where those of all layers, and their activations, would not fit,
 layers run again in the backward pass, so that one layer's exist at a time.
 """
@@ -30,19 +34,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from masformer.attention import ConstantSinks, attend
 from masformer.cost import ModelShape
 from masformer.errors import MasformerError
 from masformer.evaluation.room import autocast, free_memory
-from masformer.models.bridge import apply_plan, attending_by
+from masformer.models.bridge import apply_plan, attending_by, cache_name
+from masformer.models.rotary import depends_on_length
 from masformer.models.sinks import named_sinks
 from masformer.placement.measure import Measurer, Slope, replaced_forward
 from masformer.placement.texts import Window
 from masformer.plan import AttentionPlan
 from masformer.spans import Span, spans_of
 
+QUESTION = 64
+"""Tokens before an answer that are its question."""
 KEPT = 4 * 2**30
 """Bytes of activations that are kept where the device does not say how much is free."""
 
@@ -67,7 +74,13 @@ class GainMeter:
         self._fits = True
 
     def gains(
-        self, criterion: str, windows: Sequence[Window], target: AttentionPlan, points: int | None
+        self,
+        criterion: str,
+        windows: Sequence[Window],
+        target: AttentionPlan,
+        points: int | None,
+        *,
+        asked: bool = False,
     ) -> NDArray[np.float64]:
         """Means over the windows, in nats: [spans of `wider`, layers, KV heads], or one for each layer's heads together
         where layers have different numbers of them.
@@ -78,34 +91,45 @@ class GainMeter:
             target: the end of the path; its spans are `local` or of `wider`.
             points: of the path; None: its end alone, what each unit is worth, to first order, where the others have
                 that plan.
+            asked: of the scored tokens and the `QUESTION` before them alone, after a text that was read under the
+                target. Models whose rotary positions depend on the length of the text read all of it anew.
 
         Raises:
             MasformerError: the loss is not finite, a window does not fit, a layer has no part in the loss, or the
                 journal cannot be written.
         """
-        found = [slope.gains for window in windows for slope in self._slopes(criterion, window, target, points)]
+        found = [slope.gains for window in windows for slope in self._slopes(criterion, window, target, points, asked)]
         alike = len({len(heads) for heads in found[0][0]}) == 1
         each = found if alike else [[[(sum(heads),) for heads in layers] for layers in gains] for gains in found]
         means: NDArray[np.float64] = np.asarray(each, dtype=np.float64).mean(axis=0)
         return means
 
-    def _slopes(self, criterion: str, window: Window, target: AttentionPlan, points: int | None) -> Iterator[Slope]:
-        key = self.measurer.key(window)
+    def _slopes(
+        self, criterion: str, window: Window, target: AttentionPlan, points: int | None, asked: bool
+    ) -> Iterator[Slope]:
+        key, read = self.measurer.key(window), self._read(window) if asked else 0
         spans, reference = ", ".join(map(str, self.wider)), None
         kind = criterion if criterion == "kl" else "nll"
         for share in (1.0,) if points is None else [(point + 0.5) / points for point in range(points)]:
             path = f"{kind}: {self.local} to {target} at {share:.6g}, of {spans}"
+            path += f", {read} tokens read" if read else ""
             slope = self.measurer.journal.get(key, path, Slope)
             if slope is None:
                 if kind == "kl" and reference is None:
                     reference = self._reference(window)
-                slope = self._fitting(window, target, share, reference)
+                slope = self._fitting(window, target, share, reference, read)
                 self.measurer.journal.add("path", path, {key: slope})
                 self.passes += 1
             else:
                 self.recalled += 1
             self.measurer.advance(1)
             yield slope
+
+    def _read(self, window: Window) -> int:
+        """How many tokens are read before the question."""
+        if depends_on_length(self.measurer.model.config):
+            return 0
+        return max(0, len(window.tokens) - 1 - window.scored - QUESTION)
 
     @torch.no_grad()
     def _reference(self, window: Window) -> Any:
@@ -118,16 +142,16 @@ class GainMeter:
     def _tokens(self, window: Window) -> Tensor:
         return torch.tensor([window.tokens], device=self.measurer.model.device)
 
-    def _fitting(self, window: Window, target: AttentionPlan, share: float, reference: Any) -> Slope:
+    def _fitting(self, window: Window, target: AttentionPlan, share: float, reference: Any, read: int) -> Slope:
         """The slope, with every layer's activations kept where that fits."""
         length = len(window.tokens) - 1
-        if self._fits and self._keeps(length):
+        if self._fits and self._keeps(length - read):
             try:
-                return self._slope(window, target, share, reference, again=False)
+                return self._slope(window, target, share, reference, read, again=False)
             except torch.OutOfMemoryError:
                 self._fits = False
-        try:
-            return self._slope(window, target, share, reference, again=True)
+        try:  # a layer that runs again would add to the cache again: a question has no need of it
+            return self._slope(window, target, share, reference, read, again=not read)
         except torch.OutOfMemoryError as error:
             raise MasformerError(f"a window of {length} tokens does not fit into the device's memory") from error
 
@@ -139,10 +163,24 @@ class GainMeter:
         free = free_memory(model.device)
         return bool(4 * values * length * shape.num_layers <= (KEPT if free is None else free // 2))
 
-    def _slope(self, window: Window, target: AttentionPlan, share: float, reference: Any, again: bool) -> Slope:
-        """At one point; with `again`, layers run once more in the backward pass."""
+    def _cached(self, tokens: Tensor, target: AttentionPlan) -> dict[str, Any]:
+        """What a pass over further tokens is given: every key of these, read under the target."""
+        model, kept = self.measurer.model, DynamicCache()
+        given = {cache_name(model.base_model): kept, "use_cache": True}
+        apply_plan(model, target, self.measurer.passes.backend)
+        with torch.no_grad(), autocast(model.device, self.measurer.autocast):
+            model.base_model(input_ids=tokens, return_dict=True, **given)
+        return given
+
+    def _slope(
+        self, window: Window, target: AttentionPlan, share: float, reference: Any, read: int, again: bool
+    ) -> Slope:
+        """At one point, of what follows the tokens that are read; with `again`, layers run once more in the backward
+        pass."""
         measurer = self.measurer
         model, tokens = measurer.model, self._tokens(window)
+        given = self._cached(tokens[:, :read], target) if read else {"use_cache": False}
+        tokens = tokens[:, read:]
         path = _Path(self.local, self.wider, target, share)
         with ExitStack() as stack:
             stack.enter_context(attending_by(model, path))
@@ -153,7 +191,7 @@ class GainMeter:
                 for layer in measurer.passes.layers:
                     forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
                     stack.enter_context(replaced_forward(layer, forward))
-            output = model.base_model(input_ids=tokens[:, :-1], use_cache=False, return_dict=True)
+            output = model.base_model(input_ids=tokens[:, :-1], return_dict=True, **given)
             loss, gradient = self._loss(output, reference, tokens, window.scored)
             output.last_hidden_state.backward(gradient)
         layers = range(len(measurer.passes.layers))

@@ -110,12 +110,14 @@ class GradientWork:
         points: of the path, by criterion.
         passes: forward passes with their backward passes; of a resumed search, those of the last run; not compared.
         completeness: of the first round, by criterion.
+        ends: whether by retrieval a unit counts as the larger of its shares along the path and at its end.
     """
 
     rounds: int
     points: dict[str, int]
     passes: int = field(compare=False)
     completeness: tuple[Completeness, ...]
+    ends: bool = False
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GradientWork:

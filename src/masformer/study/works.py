@@ -23,7 +23,8 @@ from masformer.evaluation.retrieval import TASKS, Prober, retrieve, training_pai
 from masformer.evaluation.summarization import summarize
 from masformer.files import parse_json, read_text, write_whole
 from masformer.placement import parse_criteria, search_layers
-from masformer.placement.finding import POINTS, ROUNDS, USUAL
+from masformer.placement.criteria import POINTS, USUAL
+from masformer.placement.finding import ROUNDS
 from masformer.plan import AttentionPlan
 from masformer.spans import Span
 from masformer.study.models import forget, forward_estimate, layers_of, load, plan_of, unpacked
