@@ -207,6 +207,24 @@ def test_search_writes_the_plan_it_found_and_goes_on_from_its_journal(capsys, fo
     assert again == (plan, first[1])
 
 
+def test_search_by_pairs_of_your_own_looks_at_the_end_of_the_path_too(capsys, folder, text, tmp_path):
+    pairs, out, record = tmp_path / "pairs.jsonl", tmp_path / "found.yaml", tmp_path / "search.json"
+    rows = [
+        {"prompt": f"{word} is a word. The word is", "target": f" {word}."} for word in ("hill", "lake", "road", "wood")
+    ]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--by", "heads", "--budget", "2", "--local", "window:4+1", "--length", "64", "--windows", "1"]
+    words += ["--held-out-windows", "0", "--pairs", str(pairs), "--out", str(out), "--json", str(record)]
+    passes = []
+    for ends in ([], ["--ends"]):
+        assert run(capsys, "search", folder, "--data", text, *words, *ends)[0] == 0
+        gradient = json.loads(record.read_text())["gradient"]
+        passes.append(gradient["passes"])
+        assert gradient["ends"] == bool(ends)
+    assert passes == [2 + 2 * 4, 2], "one more for each prompt; the others stand in the journal"
+    assert "full@" in str(AttentionPlan.load(out))
+
+
 @pytest.mark.parametrize(("local", "target"), [("window:4+sink", "transformers"), ("window:4", "llama.cpp")])
 def test_search_finds_a_plan_that_the_tool_runs(capsys, folder, text, tmp_path, local, target):
     model, out = folder, tmp_path / "found.yaml"
