@@ -12,7 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from masformer.errors import MasformerError
-from masformer.models.bridge import MESH, decoder_layers, running_layers
+from masformer.models.architecture import decoder_layers, running_layers
+from masformer.models.bridge import MESH
 from masformer.models.wrappers import bare_model
 
 

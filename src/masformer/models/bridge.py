@@ -9,7 +9,6 @@ document: positions that skip or repeat within it widen no window.
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,7 +22,6 @@ from torch._compile import _disable_dynamo
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
-    Cache,
     DynamicCache,
     PretrainedConfig,
     PreTrainedModel,
@@ -37,6 +35,7 @@ from masformer.cache import SpanCache
 from masformer.cache.layer import View
 from masformer.errors import MasformerError
 from masformer.models import adapters, rotary, sinks
+from masformer.models.architecture import attention_modules, check_architecture, decoder_layers, running_layers
 from masformer.models.sealing import kv_heads, seal_config
 from masformer.models.wrappers import bare_model
 from masformer.parallel.forward import SlicedPass
@@ -44,21 +43,6 @@ from masformer.plan import AttentionPlan, PlanSource
 from masformer.spans import FullSpan, Span, UnitSpans, spans_of
 
 NAME = "masformer"
-REFUSED = {
-    "falcon": "it may add an attention bias (alibi)",
-    "bloom": "it adds an attention bias (alibi)",
-    "mpt": "it adds an attention bias (alibi)",
-}
-_NO_SPANS = {
-    "position_bias": "it adds a bias to its scores",
-    "cross_attention_states": "it has cross-attention",
-    "cache_offset": "its layers run several times, with a cache for each time",
-    "cycle_offset": "its layers run several times, with a cache for each time",
-}
-"""What an attention function calls, takes or hands on -> why spans cannot serve it."""
-_OTHER_STATE = {name for name in vars(Cache) if name.startswith("update_")}
-"""The methods of a cache of transformers by which a module keeps something else than keys and values."""
-_KEYS = re.compile(r"(^|_)(q?kv?|key|keys)(_|$)")
 IN_GRAPHS = "masformer_in_graphs"
 """Attribute of an attention module whose layer was compiled with it."""
 _INSTEAD = "masformer_attend"
@@ -120,13 +104,13 @@ def apply_plan(
     config = model.config
     if backend not in BACKENDS:
         raise MasformerError(f"unknown backend {backend!r}; allowed: {', '.join(BACKENDS)}")
-    _check_architecture(model)
+    check_architecture(model)
     plan = AttentionPlan.from_options(
         config.num_hidden_layers, full, placement, local, kv_heads=kv_heads(config), plan=plan
     )
     if config.model_type == adapters.GPT_NEO:
         adapters.adapt(model)
-    layers = _attention_modules(model, config)
+    layers = attention_modules(model, config)
     if any(weight.is_meta for weight in model.parameters()):  # there are no weights at all, so none is missing
         sinks.add_weights(model, layers, plan)
     sinks.place_sinks(layers, plan)
@@ -150,7 +134,7 @@ def add_sinks(model: PreTrainedModel, plan: AttentionPlan) -> None:
     model = bare_model(model)
     if model.config.model_type == adapters.GPT_NEO:
         adapters.adapt(model)
-    sinks.add_weights(model, _attention_modules(model, model.config), plan)
+    sinks.add_weights(model, attention_modules(model, model.config), plan)
 
 
 def give_sinks(model: PreTrainedModel, plan: AttentionPlan, given: Mapping[int, ConstantSinks]) -> None:
@@ -168,7 +152,7 @@ def give_sinks(model: PreTrainedModel, plan: AttentionPlan, given: Mapping[int, 
     sinks.check_fit("the weights given", given, plan, sinks.shapes(model.config))
     add_sinks(model, plan)
     apply_plan(model, plan)
-    for layer, module in _attention_modules(model, model.config).items():
+    for layer, module in attention_modules(model, model.config).items():
         if layer in sinks.sink_layers(plan):
             for name, tensor in zip(sinks.NAMES, given[layer].tensors, strict=True):
                 module.get_parameter(name).data.copy_(tensor)
@@ -199,86 +183,6 @@ class _WithSinks:
 def _unpickled(stock: Any) -> Any:
     made = class_with_sinks(stock)
     return made.__new__(made)
-
-
-def _check_architecture(model: PreTrainedModel) -> None:
-    config, kind = model.config, model.config.model_type
-    reason = REFUSED.get(kind)
-    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
-        reason = "it has cross-attention"
-    elif getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
-        reason = "its attention is not causal"
-    elif config.get_text_config() is not config:
-        reason = "it is not a text-only model"
-    elif not set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}:
-        reason = "some of its layers are not attention layers"
-    elif not reason and kind != adapters.GPT_NEO and not model._can_set_attn_implementation():
-        reason = "it does not use the attention interface of transformers"
-    if reason:
-        raise MasformerError(f"{kind} models cannot take a plan: {reason}")
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of a model with a plan, in order.
-
-    Raises:
-        MasformerError: the model has no plan.
-    """
-    return list(running_layers(model)[1])
-
-
-def running_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
-    """The module whose forward runs the layers, the base or what a head calls in its place (OPT), and the layers."""
-    for module in model.modules():
-        for child in module.children():
-            if isinstance(child, nn.ModuleList) and any(hasattr(part, "masformer_span") for part in child.modules()):
-                return module, child
-    raise MasformerError("the model has no plan; call apply_plan first")
-
-
-def _attention_modules(model: PreTrainedModel, config: PretrainedConfig) -> dict[int, Any]:
-    """Layer index -> its attention module: one in each layer, which makes its own keys and keeps nothing else.
-
-    Raises:
-        MasformerError: the classes of the model say otherwise.
-    """
-    found: dict[int, Any] = {}
-    reason = None
-    for module in model.modules():
-        if words := _OTHER_STATE & _words(type(module).forward):
-            reason = f"it keeps more than keys and values in its cache ({', '.join(sorted(words))})"
-        layer = getattr(module, "layer_idx", None)
-        if layer is not None and type(module).__name__.endswith("Attention"):
-            if not getattr(module, "is_causal", True):
-                reason = "its attention is not causal"
-            if layer in found and module not in found[layer].modules():
-                reason = "a layer has several attention modules"
-            for word in _NO_SPANS.keys() & _words(type(module).forward):
-                reason = _NO_SPANS[word]
-            found[layer] = module
-    if not reason and sorted(found) != list(range(config.num_hidden_layers)):
-        reason = "no attention module found in some layers"
-    makers = {layer: _key_makers(module) for layer, module in found.items()}
-    if sharing := sorted(layer for layer, own in makers.items() if not own and any(makers.values())):
-        reason = reason or f"layers {sharing} use the keys of other layers"
-    if reason:
-        raise MasformerError(f"{config.model_type} models cannot take a plan: {reason}")
-    return found
-
-
-def _key_makers(module: nn.Module) -> set[str]:
-    """The parts of an attention module that make keys, by their names."""
-    return {name for name, _ in module.named_children() if re.search(_KEYS, name) and "norm" not in name}
-
-
-@cache
-def _words(forward: Callable[..., Any]) -> frozenset[str]:
-    """The names in the code of a module's forward: what it takes, calls, and hands on."""
-    code = getattr(inspect.unwrap(forward), "__code__", None)
-    if code is None:  # not of Python
-        return frozenset()
-    handed = [word for words in code.co_consts if isinstance(words, tuple) for word in words if isinstance(word, str)]
-    return frozenset([*code.co_varnames, *code.co_names, *handed])
 
 
 def _between_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -387,7 +291,7 @@ def attending_by(model: PreTrainedModel, function: Callable[..., Tensor]) -> Ite
     model = bare_model(model)
     layers = decoder_layers(model)
     compiled = [layer._compiled_call_impl for layer in layers]
-    modules = _attention_modules(model, model.config)
+    modules = attention_modules(model, model.config)
     try:
         for layer in layers:
             layer._compiled_call_impl = None

@@ -16,7 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from masformer.errors import MasformerError
-from masformer.models.bridge import CACHE_NAMES, IN_GRAPHS, decoder_layers
+from masformer.models.architecture import decoder_layers
+from masformer.models.bridge import CACHE_NAMES, IN_GRAPHS
 from masformer.models.wrappers import bare_model
 
 GRAPHS = 64

@@ -23,7 +23,8 @@ from masformer.cache.token import TokenCache
 from masformer.cache.units import stores
 from masformer.errors import MasformerError
 from masformer.models import rotary
-from masformer.models.bridge import CACHE_NAMES, cache_name, check_cache, decoder_layers
+from masformer.models.architecture import decoder_layers
+from masformer.models.bridge import CACHE_NAMES, cache_name, check_cache
 from masformer.models.compiling import compile_layers, parts_compiled
 from masformer.models.snapshot import Snapshot
 from masformer.models.wrappers import bare_model
