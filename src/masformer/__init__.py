@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from masformer.fitting import fit_sinks
     from masformer.generation import generate, prompt_tokens
     from masformer.models.bridge import apply_plan
-    from masformer.models.checkpoint import load_model, save_model
+    from masformer.models.checkpoint import load_model
     from masformer.models.graphs import compile_tokens, graph_tokens
+    from masformer.models.saving import save_model
     from masformer.placement import search, search_layers
     from masformer.plan import AttentionPlan
     from masformer.spans import BlockSpan, FullSpan, WindowSpan
@@ -80,7 +81,7 @@ _LATER = {
     "prefix_token": "masformer.evaluation.perplexity",
     "prompt_tokens": "masformer.generation",
     "retrieve": "masformer.evaluation.retrieval",
-    "save_model": "masformer.models.checkpoint",
+    "save_model": "masformer.models.saving",
     "search": "masformer.placement",
     "search_layers": "masformer.placement",
     "summarize": "masformer.evaluation.summarization",

@@ -119,7 +119,8 @@ def convert(
     """
     from masformer.data import read_documents
     from masformer.models.card import weights_text
-    from masformer.models.checkpoint import check_folder, check_plan, load_config, save_model
+    from masformer.models.checkpoint import check_plan, load_config
+    from masformer.models.saving import check_folder, save_model
 
     given = {"--data": data, "--documents": documents, "--length": length}
     if sinks is None and (idle := [name for name, value in given.items() if value is not None]):

@@ -28,7 +28,7 @@ from masformer.export.stock import SAMPLE, check_stock
 from masformer.export.targets import TARGETS
 from masformer.files import write_whole
 from masformer.models.card import origin_of, write_card
-from masformer.models.checkpoint import check_folder, model_folder, whole_weights
+from masformer.models.saving import check_folder, model_folder, whole_weights
 from masformer.models.sealing import CODE_FILE, is_sealed, unseal
 from masformer.models.wrappers import bare_model
 

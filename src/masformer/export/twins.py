@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from masformer.errors import MasformerError
 from masformer.export.choose import chosen_entry, write_config
-from masformer.models.checkpoint import whole_weights
+from masformer.models.saving import whole_weights
 from masformer.models.sealing import stock_config
 from masformer.models.sinks import without_sink_weights
 from masformer.models.weights import load_weights

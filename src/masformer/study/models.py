@@ -18,7 +18,8 @@ from masformer.cost import ModelShape, cost, prefill_bytes
 from masformer.errors import MasformerError
 from masformer.files import content_digest
 from masformer.models.bridge import apply_plan
-from masformer.models.checkpoint import fit_tokenizer, load_config, load_model, save_model
+from masformer.models.checkpoint import fit_tokenizer, load_config, load_model
+from masformer.models.saving import save_model
 from masformer.models.sealing import kv_heads
 from masformer.plan import AttentionPlan
 from masformer.reports.document import slug

@@ -27,7 +27,8 @@ from masformer.evaluation.room import autocast_on, dtype_name
 from masformer.files import make_folder, write_whole
 from masformer.models.across import across_devices
 from masformer.models.card import write_card
-from masformer.models.checkpoint import load_config, model_folder
+from masformer.models.checkpoint import load_config
+from masformer.models.saving import model_folder
 from masformer.models.weights import load_trained
 from masformer.parallel.forward import sequence_mesh
 from masformer.progress import progress_bar

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from masformer.errors import MasformerError
 from masformer.models import adapters
 from masformer.models.bridge import NAME, apply_plan
-from masformer.models.checkpoint import save_model
+from masformer.models.saving import save_model
 from masformer.models.weights import load_weights
 from masformer.training.model import ADAPTER, Prepared
 

@@ -20,7 +20,8 @@ from masformer.export.llama_cpp.weights import KINDS, content_of
 from masformer.export.targets import Target
 from masformer.files import write_whole
 from masformer.models.card import OWN, Origin, header, origin_of
-from masformer.models.checkpoint import check_place, load_config
+from masformer.models.checkpoint import load_config
+from masformer.models.saving import check_place
 from masformer.models.sinks import by_layer, check_there, read_sinks, sink_layers, without_sink_weights
 from masformer.plan import AttentionPlan, PlanSource
 from masformer.spans import WindowSpan
