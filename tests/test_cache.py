@@ -120,7 +120,7 @@ def test_generate_with_a_prefill_chunk_size(chunk):
     assert torch.equal(model.generate(tokens, prefill_chunk_size=chunk, **options), whole)
 
 
-@pytest.mark.parametrize(("kind", "plan"), zip(ARCHITECTURES, itertools.cycle(PLANS), strict=False), ids=str)
+@pytest.mark.parametrize(("kind", "plan"), list(zip(ARCHITECTURES, itertools.cycle(PLANS), strict=False)), ids=str)
 def test_beam_search_equals_the_one_without_cache(kind, plan):
     """Rows change places, whatever the architecture is."""
     model = apply_plan(tiny(kind).double(), plan)

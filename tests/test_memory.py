@@ -89,7 +89,7 @@ def train():
 
 def search(again):
     model.eval()
-    meter._slope(window, full, 0.5, None, again)
+    meter._slope(window, full, 0.5, None, 0, again)
 
 def taken(run):
     run()  # one-time allocations
