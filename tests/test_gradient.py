@@ -145,6 +145,15 @@ def test_of_a_question_gains_are_the_slopes_after_a_text_that_was_read_under_the
     assert not np.allclose(found, whole, rtol=0.1), "what the text itself would gain is no part of it"
 
 
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_a_question_after_a_text_that_was_read_loses_what_the_whole_text_does(monkeypatch, kind):
+    monkeypatch.setattr(gradient, "QUESTION", 6)
+    meter, one = GainMeter(Measurer(sharp(kind)), LOCAL, (FULL,)), replace(window(), scored=4)
+    asked, whole = (next(meter._slopes("retrieval", one, ALL, None, each)) for each in (True, False))
+    assert asked.loss == pytest.approx(whole.loss, rel=1e-6)
+    assert meter.passes == 2, "each a pass of its own"
+
+
 def test_a_question_in_a_text_whose_positions_depend_on_its_length_is_measured_whole():
     model = sharp(rope_parameters={"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0})
     model.config.max_position_embeddings = LENGTH // 2
