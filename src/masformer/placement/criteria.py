@@ -56,11 +56,16 @@ def check_criteria(criteria: Mapping[str, float]) -> dict[str, float]:
 
 def larger(path: NDArray[np.float64], end: NDArray[np.float64], widest: int) -> NDArray[np.float64]:
     """The larger of the shares that units have along a path and at its end, in nats of the path."""
-    whole, last = (each[widest].clip(min=0).sum() for each in (path, end))
+    whole, last = _whole(path, widest), _whole(end, widest)
     return np.maximum(path, end * (whole / last)) if last > 0 else path
 
 
-def weighed(
+def _whole(gains: NDArray[np.float64], widest: int) -> float:
+    """What shares are of: the sum of what units gain by the widest span, without those that lose."""
+    return float(gains[widest].clip(min=0).sum())
+
+
+def total_gains(
     gains: Mapping[str, NDArray[np.float64]], criteria: Mapping[str, float], widest: int
 ) -> NDArray[np.float64]:
     """One criterion's gains as they are; of several, each as shares of the sum of what the widest span gains."""
@@ -68,13 +73,13 @@ def weighed(
         return next(iter(gains.values()))
     shares = []
     for name, each in gains.items():
-        whole = each[widest].clip(min=0).sum()
+        whole = _whole(each, widest)
         shares.append(criteria[name] * each / whole if whole > 0 else np.zeros_like(each))
     total: NDArray[np.float64] = np.sum(shares, axis=0)
     return total
 
 
-def weigh(
+def placement_score(
     name: str, plan: AttentionPlan, windows: Sequence[Window], scores: Sequence[Score], criteria: Mapping[str, float]
 ) -> PlacementScore:
     """Means over the windows, and their weighted sum."""

@@ -21,7 +21,15 @@ from masformer.models.sealing import kv_heads
 from masformer.models.wrappers import bare_model
 from masformer.placement.budget import Budget, Purse
 from masformer.placement.choice import DIGITS, greedy, joint, most_valued, shuffled, with_span
-from masformer.placement.criteria import POINTS, USUAL, check_criteria, larger, parse_criteria, weigh, weighed
+from masformer.placement.criteria import (
+    POINTS,
+    USUAL,
+    check_criteria,
+    larger,
+    parse_criteria,
+    placement_score,
+    total_gains,
+)
 from masformer.placement.gradient import GainMeter
 from masformer.placement.measure import Measurer
 from masformer.placement.result import (
@@ -307,7 +315,7 @@ def search_layers(
 
     def scored(plans: Sequence[AttentionPlan]) -> list[PlacementScore]:
         rows = measurer.scores(plans, chosen_by)
-        return [weigh("", plan, chosen_by, row, criteria) for plan, row in zip(plans, rows, strict=True)]
+        return [placement_score("", plan, chosen_by, row, criteria) for plan, row in zip(plans, rows, strict=True)]
 
     def criterion(plans: Sequence[AttentionPlan]) -> list[float]:
         return [score.criterion for score in scored(plans)]
@@ -345,7 +353,7 @@ def search_layers(
         stage = text_name
         rows = measurer.scores(list(named.values()), text_windows_)
         placements[text_name] = tuple(
-            weigh(name, each, text_windows_, row, criteria)
+            placement_score(name, each, text_windows_, row, criteria)
             for (name, each), row in zip(named.items(), rows, strict=True)
         )
     apply_plan(model, plan, backend)
@@ -431,7 +439,7 @@ def _by_gradient(
                 if ends and name == "retrieval":
                     each = larger(each, gains_of(name, None, asked=True), wider.index(widest))
             found[name].append(each)
-        gains = weighed({name: np.mean(each, 0) for name, each in found.items()}, criteria, wider.index(widest))
+        gains = total_gains({name: np.mean(each, 0) for name, each in found.items()}, criteria, wider.index(widest))
         units = gains.reshape(len(wider), -1)
         if len(wider) == 1:
             plan = most_valued(units[0], widest, local, purse.most(widest, local), purse.layers)
